@@ -1,0 +1,324 @@
+"""Every setting of the toolkit, declared once: its type, default, rule and help.
+
+The command line, configuration files and the Python door all read these dataclasses; nothing else in the
+project holds a default. `None` means "unset": what then follows is documented in the setting's help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_kit.errors import Fault, UserError
+
+Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
+Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
+PER_CALL = ("out", "overwrite", "resume")  # say where one call writes, not what the run is: a repeat drops them
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must satisfy, in words and as a check."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def one_of(*choices: object) -> Rule:
+    return Rule("must be one of " + ", ".join(str(c) for c in choices), lambda v: v in choices)
+
+
+def at_least(low: float) -> Rule:
+    return Rule(f"must be at least {low:g}", lambda v: v >= low)
+
+
+def above(low: float) -> Rule:
+    return Rule(f"must be greater than {low:g}", lambda v: v > low)
+
+
+def fraction() -> Rule:
+    return Rule("must be at least 0 and less than 1", lambda v: 0 <= v < 1)
+
+
+def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
+    """Declare a setting: its default, the line that `--help` prints, and the rule its values obey."""
+    metadata = {"help": help, "rule": rule}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class _Checked:
+    """Checks the rules of a group of settings when it is made; `extra_faults` adds those across settings."""
+
+    def __post_init__(self) -> None:
+        faults = [*self._rule_faults(), *self.extra_faults()]
+        if faults:
+            raise UserError(faults)
+
+    def _rule_faults(self) -> Iterator[Fault]:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value, rule = getattr(self, f.name), f.metadata.get("rule")
+            if rule is not None and value is not None and not rule.holds(value):
+                yield Fault(flag(f.name), value, rule.text, f"For example {flag(f.name)} {_example(f)}.")
+
+    def extra_faults(self) -> Iterator[Fault]:
+        yield from ()
+
+
+def flag(name: str) -> str:
+    """The command-line flag of the setting `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def _example(f: dataclasses.Field[Any]) -> object:
+    if f.default is not None and f.default is not dataclasses.MISSING and f.default != 0:
+        return f.default
+    return f.metadata["rule"].text.removeprefix("must be one of ").split(",")[0].rsplit(" ", 1)[-1]
+
+
+@dataclass(frozen=True)
+class BaseConfig(_Checked):
+    """The frozen base model."""
+
+    model: str = setting("demo", "local folder, hub id, 'demo', or with --weights random an architecture or config.json")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    weights: str = setting("pretrained", "pretrained | random (seeded, nothing downloaded: for memory and speed work)",
+                           one_of("pretrained", "random"))
+    bits: int = setting(4, "4 (NF4) | 8 (LLM.int8) | 16 (plain LoRA) | 32 (debugging)", one_of(4, 8, 16, 32))
+    quant_type: str = setting("nf4", "4-bit data type: nf4 | fp4", one_of("nf4", "fp4"))
+    double_quant: bool = setting(True, "quantize the quantization constants too (4 bits)")
+    full: bool = setting(False, "train every weight instead of adapters (needs --bits 16 or 32)")
+    tokenizer: str | None = setting(None, "tokenizer folder or hub id; unset: the model's own")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+    device: str = setting("auto", "auto | cuda | cpu", one_of("auto", "cuda", "cpu"))
+
+    def extra_faults(self) -> Iterator[Fault]:
+        if self.full and self.bits not in (16, 32):
+            yield Fault("--full", True, f"needs unquantized weights, and --bits is {self.bits}", "Add --bits 16.")
+
+
+@dataclass(frozen=True)
+class AdapterConfig(_Checked):
+    """The LoRA factors on the base."""
+
+    r: int = setting(16, "rank of the LoRA factors", at_least(1))
+    alpha: float | None = setting(None, "LoRA scaling numerator; unset: 2 r", above(0))
+    dropout: float = setting(0.0, "dropout on the adapter's input", fraction())
+    targets: tuple[str, ...] | None = setting(None, "comma-separated layer names; unset: every linear layer in the blocks")
+    adapter_dtype: str = setting("bf16", "dtype of the factors: bf16 | fp32", one_of("bf16", "fp32"))
+    rslora: bool = setting(False, "scale by alpha / sqrt(r) (rsLoRA)")
+    dora: bool = setting(False, "weight-decomposed adapters (DoRA)")
+
+    @property
+    def resolved_alpha(self) -> float:
+        return 2 * self.r if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True)
+class DataConfig(_Checked):
+    """What the model is fed."""
+
+    data: str = setting("demo", "'demo', a file (jsonl json csv tsv parquet txt), a folder, or a hub data set")
+    eval_data: str | None = setting(None, "held-out data, in the same forms; unset: 'demo' brings its own")
+    eval_fraction: float = setting(0.0, "share of the training data to hold out instead", fraction())
+    columns: dict[str, str] = setting({}, "map columns by hand, e.g. prompt=a,completion=b")
+    train_on: str = setting("answer", "supervise the answer only, or all of the text: answer | all", one_of("answer", "all"))
+    seq_len: int | None = setting(None, "tokens an example may have; unset: the model's positions, 1024 at most", at_least(2))
+    pack: bool = setting(False, "put several examples in one row, without attention or loss across them")
+
+    def extra_faults(self) -> Iterator[Fault]:
+        if self.eval_data is not None and self.eval_fraction:
+            yield Fault("--eval-fraction", self.eval_fraction, "cannot go with --eval-data", "Give one of the two.")
+
+
+@dataclass(frozen=True)
+class OptimConfig(_Checked):
+    """How the factors are trained."""
+
+    optim: str | None = setting(None, " | ".join(Optim) + "; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw",
+                                one_of(*Optim))
+    lr: float = setting(2e-4, "peak learning rate", above(0))
+    schedule: str = setting("cosine", " | ".join(Schedule), one_of(*Schedule))
+    warmup: float = setting(0.03, "share of the steps spent warming up", fraction())
+    clip: float = setting(1.0, "largest gradient norm", above(0))
+    weight_decay: float = setting(0.0, "decoupled weight decay", at_least(0))
+    batch_size: int = setting(4, "examples in a forward pass", at_least(1))
+    grad_accum: int = setting(1, "forward passes in an optimizer step", at_least(1))
+    epochs: float = setting(1.0, "passes over the data", above(0))
+    max_steps: int | None = setting(None, "optimizer steps; wins over --epochs", at_least(1))
+    gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
+
+
+@dataclass(frozen=True)
+class EvalConfig(_Checked):
+    """When the run looks at held-out data, and what it keeps."""
+
+    eval_steps: int | None = setting(None, "evaluate every so many steps; unset: at the end of each epoch", at_least(1))
+    exact_match: int | None = setting(None, "answer so many held-out prompts before and after, and count exact matches",
+                                      at_least(1))
+    early_stopping: int | None = setting(None, "stop after so many evaluations without a better loss", at_least(1))
+    keep_best: bool = setting(True, "end with the adapter of the best evaluation, not the last")
+    save_steps: int | None = setting(None, "checkpoint every so many steps; unset: at each evaluation or epoch", at_least(1))
+    keep_checkpoints: int = setting(2, "checkpoints to keep (the best one besides)", at_least(1))
+
+
+@dataclass(frozen=True)
+class RunConfig(_Checked):
+    """One training run: every setting there is."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = setting(42, "seed of the factors, the data order and random weights", at_least(0))
+    out: str | None = setting(None, "run folder; unset: runs/<model>-<time>")
+    overwrite: bool = setting(False, "replace an existing run folder")
+    resume: str | None = setting(None, "continue from a run folder or one of its checkpoints")
+    report_to: tuple[str, ...] = setting((), "also log to tensorboard, wandb (comma-separated)",
+                                         Rule("must be among tensorboard, wandb",
+                                              lambda v: set(v) <= {"tensorboard", "wandb"}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as nested plain values, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, object]) -> RunConfig:
+        """Build from `{setting name: text or value}`; raises one `UserError` with every fault."""
+        return _build(flat)
+
+
+GROUPS: dict[str, type[_Checked]] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)  # type: ignore[misc]
+                                     if isinstance(f.default_factory, type)}
+
+
+def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every setting: the name of its group ('' for the run's own), its field, and its resolved type."""
+    for group, cls in [*GROUPS.items(), ("", RunConfig)]:
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if f.name not in GROUPS:
+                yield group, f, hints[f.name]
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """The default of a setting."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def convert(value: object, hint: Any) -> Any:
+    """`value` (text from a flag, or what YAML or JSON gave) as type `hint`; raises `ValueError` with the rule."""
+    options = [h for h in typing.get_args(hint) if h is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+    if value is None and len(options) < 1 + (isinstance(hint, types.UnionType)):
+        pass
+    if value is None:
+        if isinstance(hint, types.UnionType):
+            return None
+        raise ValueError("must have a value")
+    kind = options[0]
+    if kind is bool:
+        return _as_bool(value)
+    if kind is int or kind is float:
+        return _as_number(value, kind)
+    if kind is str:
+        return str(value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(value.split(",")) if isinstance(value, str) and value else tuple(value or ())  # type: ignore[arg-type]
+    if typing.get_origin(kind) is dict:
+        return _as_mapping(value)
+    raise AssertionError(f"no conversion to {kind}")
+
+
+def _as_bool(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        return str(value).lower() in ("true", "yes", "on", "1")
+    raise ValueError("must be true or false")
+
+
+def _as_number(value: object, kind: type) -> Any:
+    try:
+        number = float(str(value))  # YAML reads 2e-4 as text
+    except ValueError:
+        number = float("nan")
+    if isinstance(value, bool) or number != number or (kind is int and not number.is_integer()):
+        raise ValueError("must be a whole number" if kind is int else "must be a number")
+    return kind(number)
+
+
+def _as_mapping(value: object) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {str(k): str(v) for k, v in value.items()}
+    pairs = [part.split("=", 1) for part in str(value).split(",") if part]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise ValueError("must look like name=column,name=column")
+    return {name.strip(): column.strip() for name, column in pairs}
+
+
+def _build(flat: Mapping[str, object]) -> RunConfig:
+    known = {f.name: (group, hint) for group, f, hint in settings()}
+    faults: list[Fault] = []
+    values: dict[str, dict[str, Any]] = {group: {} for group in ["", *GROUPS]}
+    for name, value in flat.items():
+        if name not in known:
+            faults.append(_unknown(name, value, list(known)))
+            continue
+        group, hint = known[name]
+        try:
+            values[group][name] = convert(value, hint)
+        except ValueError as error:
+            faults.append(Fault(flag(name), value, str(error), "See --help."))
+    built: dict[str, Any] = {}
+    for group, cls in [*GROUPS.items(), ("", RunConfig)]:
+        try:
+            built[group] = cls(**values[group], **(built if cls is RunConfig else {}))
+        except UserError as error:
+            faults.extend(error.faults)
+            built.pop(group, None)
+    if faults:
+        raise UserError(faults)
+    config = built[""]
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _unknown(name: str, value: object, known: list[str]) -> Fault:
+    near = difflib.get_close_matches(name, known, n=1)
+    remedy = f"Did you mean {flag(near[0])}?" if near else "See --help for all settings."
+    return Fault(flag(name), value, "is not a setting", remedy)
+
+
+def read_settings_file(path: Path) -> dict[str, object]:
+    """The settings in a YAML or JSON file, flat; a run's `run.json` gives those that repeat the run.
+
+    Raises `UserError` where the file is missing or is not a mapping of settings.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError.of("--config", str(path), f"cannot be read ({error.strerror})", "Give a YAML or JSON file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError.of("--config", str(path), f"is neither YAML nor JSON ({error})", "Mend the file.") from None
+    if not isinstance(content, dict):
+        raise UserError.of("--config", str(path), "must be a mapping of settings", "For example: {r: 16, lr: 2e-4}.")
+    if isinstance(content.get("settings"), dict):  # a run.json
+        content = {k: v for k, v in content["settings"].items() if k not in PER_CALL}
+    flat: dict[str, object] = {}
+    for key, value in content.items():
+        if key in GROUPS and isinstance(value, dict):
+            flat.update({str(k): v for k, v in value.items()})
+        else:
+            flat[str(key).replace("-", "_")] = value
+    return flat
