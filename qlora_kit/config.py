@@ -34,18 +34,22 @@ class Rule:
 
 
 def one_of(*choices: object) -> Rule:
+    """One of `choices`."""
     return Rule("must be one of " + ", ".join(str(c) for c in choices), lambda v: v in choices)
 
 
 def at_least(low: float) -> Rule:
+    """No less than `low`."""
     return Rule(f"must be at least {low:g}", lambda v: v >= low)
 
 
 def above(low: float) -> Rule:
+    """More than `low`."""
     return Rule(f"must be greater than {low:g}", lambda v: v > low)
 
 
 def fraction() -> Rule:
+    """A share: from 0, and less than 1."""
     return Rule("must be at least 0 and less than 1", lambda v: 0 <= v < 1)
 
 
@@ -90,10 +94,15 @@ def _example(f: dataclasses.Field[Any]) -> object:
 class BaseConfig(_Checked):
     """The frozen base model."""
 
-    model: str = setting("demo", "local folder, hub id, 'demo', or with --weights random an architecture or config.json")
+    model: str = setting(
+        "demo", "local folder, hub id, 'demo', or with --weights random an architecture or config.json"
+    )
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
-    weights: str = setting("pretrained", "pretrained | random (seeded, nothing downloaded: for memory and speed work)",
-                           one_of("pretrained", "random"))
+    weights: str = setting(
+        "pretrained",
+        "pretrained | random (seeded, nothing downloaded: for memory and speed work)",
+        one_of("pretrained", "random"),
+    )
     bits: int = setting(4, "4 (NF4) | 8 (LLM.int8) | 16 (plain LoRA) | 32 (debugging)", one_of(4, 8, 16, 32))
     quant_type: str = setting("nf4", "4-bit data type: nf4 | fp4", one_of("nf4", "fp4"))
     double_quant: bool = setting(True, "quantize the quantization constants too (4 bits)")
@@ -114,7 +123,9 @@ class AdapterConfig(_Checked):
     r: int = setting(16, "rank of the LoRA factors", at_least(1))
     alpha: float | None = setting(None, "LoRA scaling numerator; unset: 2 r", above(0))
     dropout: float = setting(0.0, "dropout on the adapter's input", fraction())
-    targets: tuple[str, ...] | None = setting(None, "comma-separated layer names; unset: every linear layer in the blocks")
+    targets: tuple[str, ...] | None = setting(
+        None, "comma-separated layer names; unset: every linear layer in the blocks"
+    )
     adapter_dtype: str = setting("bf16", "dtype of the factors: bf16 | fp32", one_of("bf16", "fp32"))
     rslora: bool = setting(False, "scale by alpha / sqrt(r) (rsLoRA)")
     dora: bool = setting(False, "weight-decomposed adapters (DoRA)")
@@ -131,9 +142,15 @@ class DataConfig(_Checked):
     data: str = setting("demo", "'demo', a file (jsonl json csv tsv parquet txt), a folder, or a hub data set")
     eval_data: str | None = setting(None, "held-out data, in the same forms; unset: 'demo' brings its own")
     eval_fraction: float = setting(0.0, "share of the training data to hold out instead", fraction())
-    columns: dict[str, str] = setting({}, "map columns by hand, e.g. prompt=a,completion=b")
-    train_on: str = setting("answer", "supervise the answer only, or all of the text: answer | all", one_of("answer", "all"))
-    seq_len: int | None = setting(None, "tokens an example may have; unset: the model's positions, 1024 at most", at_least(2))
+    columns: dict[str, str] = setting(  # noqa: RUF009  (it returns a field with a factory)
+        {}, "map columns by hand, e.g. prompt=a,completion=b"
+    )
+    train_on: str = setting(
+        "answer", "supervise the answer only, or all of the text: answer | all", one_of("answer", "all")
+    )
+    seq_len: int | None = setting(
+        None, "tokens an example may have; unset: the model's positions, 1024 at most", at_least(2)
+    )
     pack: bool = setting(False, "put several examples in one row, without attention or loss across them")
 
     def extra_faults(self) -> Iterator[Fault]:
@@ -145,8 +162,9 @@ class DataConfig(_Checked):
 class OptimConfig(_Checked):
     """How the factors are trained."""
 
-    optim: str | None = setting(None, " | ".join(Optim) + "; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw",
-                                one_of(*Optim))
+    optim: str | None = setting(
+        None, " | ".join(Optim) + "; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw", one_of(*Optim)
+    )
     lr: float = setting(2e-4, "peak learning rate", above(0))
     schedule: str = setting("cosine", " | ".join(Schedule), one_of(*Schedule))
     warmup: float = setting(0.03, "share of the steps spent warming up", fraction())
@@ -164,11 +182,14 @@ class EvalConfig(_Checked):
     """When the run looks at held-out data, and what it keeps."""
 
     eval_steps: int | None = setting(None, "evaluate every so many steps; unset: at the end of each epoch", at_least(1))
-    exact_match: int | None = setting(None, "answer so many held-out prompts before and after, and count exact matches",
-                                      at_least(1))
+    exact_match: int | None = setting(
+        None, "answer so many held-out prompts before and after, and count exact matches", at_least(1)
+    )
     early_stopping: int | None = setting(None, "stop after so many evaluations without a better loss", at_least(1))
     keep_best: bool = setting(True, "end with the adapter of the best evaluation, not the last")
-    save_steps: int | None = setting(None, "checkpoint every so many steps; unset: at each evaluation or epoch", at_least(1))
+    save_steps: int | None = setting(
+        None, "checkpoint every so many steps; unset: at each evaluation or epoch", at_least(1)
+    )
     keep_checkpoints: int = setting(2, "checkpoints to keep (the best one besides)", at_least(1))
 
 
@@ -185,9 +206,11 @@ class RunConfig(_Checked):
     out: str | None = setting(None, "run folder; unset: runs/<model>-<time>")
     overwrite: bool = setting(False, "replace an existing run folder")
     resume: str | None = setting(None, "continue from a run folder or one of its checkpoints")
-    report_to: tuple[str, ...] = setting((), "also log to tensorboard, wandb (comma-separated)",
-                                         Rule("must be among tensorboard, wandb",
-                                              lambda v: set(v) <= {"tensorboard", "wandb"}))
+    report_to: tuple[str, ...] = setting(
+        (),
+        "also log to tensorboard, wandb (comma-separated)",
+        Rule("must be among tensorboard, wandb", lambda v: set(v) <= {"tensorboard", "wandb"}),
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as nested plain values, ready for JSON."""
@@ -199,8 +222,13 @@ class RunConfig(_Checked):
         return _build(flat)
 
 
-GROUPS: dict[str, type[_Checked]] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)  # type: ignore[misc]
-                                     if isinstance(f.default_factory, type)}
+GROUPS: dict[str, type[_Checked]] = {
+    "base": BaseConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "evaluation": EvalConfig,
+}
 
 
 def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
@@ -208,20 +236,20 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
     for group, cls in [*GROUPS.items(), ("", RunConfig)]:
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if f.name not in GROUPS:
+            if cls is not RunConfig or f.name not in GROUPS:
                 yield group, f, hints[f.name]
 
 
 def default_of(f: dataclasses.Field[Any]) -> Any:
     """The default of a setting."""
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
 
 
 def convert(value: object, hint: Any) -> Any:
     """`value` (text from a flag, or what YAML or JSON gave) as type `hint`; raises `ValueError` with the rule."""
     options = [h for h in typing.get_args(hint) if h is not type(None)] if isinstance(hint, types.UnionType) else [hint]
-    if value is None and len(options) < 1 + (isinstance(hint, types.UnionType)):
-        pass
     if value is None:
         if isinstance(hint, types.UnionType):
             return None
@@ -281,16 +309,17 @@ def _build(flat: Mapping[str, object]) -> RunConfig:
         except ValueError as error:
             faults.append(Fault(flag(name), value, str(error), "See --help."))
     built: dict[str, Any] = {}
-    for group, cls in [*GROUPS.items(), ("", RunConfig)]:
+    for group, cls in GROUPS.items():
         try:
-            built[group] = cls(**values[group], **(built if cls is RunConfig else {}))
+            built[group] = cls(**values[group])
         except UserError as error:
             faults.extend(error.faults)
-            built.pop(group, None)
+    try:
+        config = RunConfig(**values[""], **built)
+    except UserError as error:
+        faults.extend(error.faults)
     if faults:
         raise UserError(faults)
-    config = built[""]
-    assert isinstance(config, RunConfig)
     return config
 
 
@@ -308,7 +337,9 @@ def read_settings_file(path: Path) -> dict[str, object]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError.of("--config", str(path), f"cannot be read ({error.strerror})", "Give a YAML or JSON file.") from None
+        raise UserError.of(
+            "--config", str(path), f"cannot be read ({error.strerror})", "Give a YAML or JSON file."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError.of("--config", str(path), f"is neither YAML nor JSON ({error})", "Mend the file.") from None
     if not isinstance(content, dict):

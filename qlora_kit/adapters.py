@@ -1,0 +1,191 @@
+"""The LoRA factors on the base: where they go, put on, saved, checked, and loaded again.
+
+PEFT injects, saves and loads; its files are the format that every other tool reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import AdapterConfig
+from qlora_kit.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear layer inside the blocks by its full name, whatever its class; the head is not among them."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and any(p.isdigit() for p in name.split("."))
+    }
+
+
+def choose_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> list[str]:
+    """The names to give PEFT: `wanted`, or by default all of `linear_layers`, by their shortest unambiguous names.
+
+    Raises `UserError` where one of `wanted` matches no linear layer.
+    """
+    layers = linear_layers(model)
+    short = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    if wanted is None:
+        everywhere = [name for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in short]
+        return short if set(everywhere) == set(layers) else sorted(layers)
+    missing = [t for t in wanted if not any(_matches(name, t) for name in layers)]
+    if missing:
+        remedy = f"This model has: {', '.join(short)}."
+        raise UserError(Fault("--targets", target, "matches no linear layer", remedy) for target in missing)
+    return list(wanted)
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
+    """Put trainable factors on the frozen `model`; A is random by torch's seed, B zero, both in `adapter_dtype`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    targets = choose_targets(model, config.targets)
+    chosen = [m for name, m in linear_layers(model).items() if any(_matches(name, t) for t in targets)]
+    settings = LoraConfig(
+        r=config.r,
+        lora_alpha=config.resolved_alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen),  # unquantized GPT-2 stores in × out
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else torch.float32
+    for _, parameter in trainable(peft_model):
+        parameter.data = parameter.data.to(dtype)
+    return peft_model
+
+
+def trainable(model: nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that train, with their names."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def check_first_gradients(named: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    """Check the gradients of the first step: all there and finite, and those of every B non-zero.
+
+    (Those of A are zero while B is.) Raises `UserError` naming the factors at fault.
+    """
+    faults = []
+    for name, parameter in named:
+        if parameter.grad is None:
+            faults.append((name, "gets no gradient"))
+        elif not bool(parameter.grad.isfinite().all()):
+            faults.append((name, "gets a gradient that is not finite"))
+        elif "lora_B" in name and not bool(parameter.grad.any()):
+            faults.append((name, "gets a gradient of zero"))
+    if faults:
+        remedy = "Look at the data with `qlora-kit preview`, and try --adapter-dtype fp32 or another --targets."
+        raise UserError(Fault(name, "gradient at step 1", rule, remedy) for name, rule in faults)
+
+
+def save_adapter(model: PeftModel, folder: Path, trained: bool = True) -> None:
+    """Save in PEFT's format, then reopen the files and check them against the live factors.
+
+    Raises `RuntimeError` where the files differ from the factors or (once trained) a factor is all zero.
+    """
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; the run writes its own card
+    check_saved(model, folder, trained)
+
+
+def check_saved(model: PeftModel, folder: Path, trained: bool = True) -> None:
+    """Check that the files in `folder` hold exactly the factors of `model`; raises `RuntimeError` with all faults."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved = load_file(folder / WEIGHTS_FILE)
+    faults = [f"{key}: missing from the file" for key in live.keys() - saved.keys()]
+    faults += [f"{key}: in the file only" for key in saved.keys() - live.keys()]
+    for key in live.keys() & saved.keys():
+        faults += [f"{key}: {what}" for what in _differences(live[key], saved[key], trained)]
+    if faults:
+        raise RuntimeError(f"the adapter saved in {folder} is not right:\n  " + "\n  ".join(sorted(faults)))
+
+
+def _differences(live: torch.Tensor, saved: torch.Tensor, trained: bool) -> list[str]:
+    import torch
+
+    if live.shape != saved.shape or live.dtype != saved.dtype:
+        return [f"{tuple(saved.shape)} {saved.dtype} for {tuple(live.shape)} {live.dtype}"]
+    if not torch.equal(live.detach().cpu(), saved):
+        return ["its values differ (or are not numbers)"]
+    return ["all zero after training"] if trained and not saved.any() else []
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
+    """The adapter in `folder` on the base `model`, its dtypes as saved.
+
+    Raises `UserError` where the folder holds no adapter, or one for another model.
+    """
+    from peft import PeftModel
+
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise UserError.of("--adapter", str(folder), f"has no {name}", "Give the adapter/ folder of a run.")
+    try:
+        peft_model = PeftModel.from_pretrained(
+            model, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError.of(
+            "--adapter",
+            str(folder),
+            f"does not fit this base ({str(error).splitlines()[0]})",
+            "Give the base it was trained on.",
+        ) from None
+    load_factors(peft_model, folder)
+    return peft_model
+
+
+def load_factors(model: PeftModel, folder: Path) -> None:
+    """Give the live factors of `model` the values and dtypes of the file, exactly.
+
+    PEFT's own loading casts 16-bit factors to fp32, which would change a resumed run.
+    Raises `RuntimeError` where keys or shapes differ.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / WEIGHTS_FILE)
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = sorted(
+        k for k in live.keys() | saved.keys() if k not in live or k not in saved or live[k].shape != saved[k].shape
+    )
+    if wrong:
+        raise RuntimeError(f"{folder / WEIGHTS_FILE} does not fit the adapter: {', '.join(wrong)}")
+    dtype = next(iter(saved.values())).dtype
+    for _, parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(dtype)
+    set_peft_model_state_dict(model, saved)
+
+
+def adapter_parameters(model: PeftModel) -> list[tuple[str, Any]]:
+    """Every parameter of the adapter, trainable or not, with its name."""
+    return [(name, p) for name, p in model.named_parameters() if "lora_" in name]

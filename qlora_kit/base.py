@@ -1,0 +1,355 @@
+"""The frozen base: found, loaded in 4, 8, 16 or 32 bits, and counted.
+
+`load_base` is the only place that builds a model, so that the trainer, the benchmarks and the planner
+all see the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit import demo, hub
+from qlora_kit.config import BaseConfig
+from qlora_kit.errors import Fault, UserError
+from qlora_kit.shapes import config_from
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """True numbers of parameters: a packed 4-bit weight counts each of the two that share a byte."""
+
+    total: int
+    trainable: int
+
+    @property
+    def trainable_share(self) -> float:
+        return self.trainable / self.total
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device to run on; `auto` takes CUDA where there is one. Raises `UserError` for CUDA without one."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError.of("--device", device, "this machine has no usable CUDA device", "Use --device cpu or auto.")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0)
+
+
+def compute_dtype(config: BaseConfig, device: torch.device) -> torch.dtype:
+    """The dtype of every unquantized weight and of the arithmetic: bf16, or fp16 where CUDA lacks it."""
+    import torch
+
+    if config.bits == 32:
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def model_source(config: BaseConfig) -> str:
+    """The folder or hub id that `config.model` stands for."""
+    return str(demo.base_folder()) if config.model == "demo" else config.model
+
+
+def load_model_config(config: BaseConfig) -> PretrainedConfig:
+    """The model's architecture, from the embedded table, a local folder, or the hub.
+
+    Raises `UserError` where it is not found, is not for causal language models, or lacks weights.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    source = model_source(config)
+    if config.weights == "random":
+        architecture = config_from(source)
+    else:
+        folder = Path(source)
+        if folder.exists():
+            _check_folder(config, folder)
+        else:
+            hub.fetch_model_file(source, "config.json", config.revision)
+        try:
+            architecture = AutoConfig.from_pretrained(
+                source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError.of(
+                "--model",
+                config.model,
+                f"its config.json cannot be used ({_first_line(error)})",
+                "Give a model that the installed transformers knows.",
+            ) from None
+    if not config.trust_remote_code and architecture.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError.of(
+            "--model",
+            config.model,
+            f"a {architecture.model_type} model generates no text",
+            "Give a causal language model.",
+        )
+    return architecture
+
+
+def _check_folder(config: BaseConfig, folder: Path) -> None:
+    faults = []
+    if not (folder / "config.json").is_file():
+        faults.append(
+            Fault("--model", config.model, "the folder has no config.json", "Give a transformers model folder.")
+        )
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        if any(folder.glob("*.bin")):
+            rule = "its weights are pickle files (.bin), which can run code when opened"
+            remedy = "Convert them to safetensors first."
+        else:
+            rule, remedy = "the folder has no model.safetensors", "Complete it, or use --weights random."
+        faults.append(Fault("--model", config.model, rule, remedy))
+    if config.tokenizer is None and not _has_tokenizer(folder):
+        faults.append(Fault("--tokenizer", None, f"{config.model} has no tokenizer.json", "Give --tokenizer FOLDER."))
+    if faults:
+        raise UserError(faults)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.tokenizer`, or the model's own; random weights without one take the demo's.
+
+    Raises `UserError` where there is none or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source, setting = _tokenizer_source(config)
+    folder = Path(source)
+    if folder.is_dir() and not _has_tokenizer(folder):
+        raise UserError.of(setting, source, "the folder has no tokenizer.json", "Give a folder that has one.")
+    if not folder.is_dir():
+        hub.fetch_model_file(source, "tokenizer_config.json", config.revision, setting)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError.of(
+            setting,
+            source,
+            f"its tokenizer cannot be read ({_first_line(error)})",
+            "Give a folder with tokenizer.json and tokenizer_config.json.",
+        ) from None
+
+
+def _tokenizer_source(config: BaseConfig) -> tuple[str, str]:
+    """The folder or hub id of the tokenizer, and the setting that it comes from."""
+    if config.tokenizer is not None:
+        return (str(demo.base_folder()) if config.tokenizer == "demo" else config.tokenizer), "--tokenizer"
+    folder = Path(model_source(config))
+    if config.weights == "random" and not (folder.is_dir() and _has_tokenizer(folder)):
+        return str(demo.base_folder()), "--model"  # any text will do
+    return str(folder), "--model"
+
+
+def max_positions(architecture: PretrainedConfig) -> int | None:
+    """The longest sequence that the model has positions for; None where it has no limit."""
+    return getattr(architecture, "max_position_embeddings", None)
+
+
+def load_base(config: BaseConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """The base model on `device`, quantized as told, every weight frozen unless `config.full`.
+
+    Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `compute_dtype`.
+    Raises `UserError` where it is not found or cannot be read.
+    """
+    architecture = load_model_config(config)
+    if config.weights == "random":
+        model = _build_random(architecture, config, device, seed)
+    else:
+        model = _load_pretrained(architecture, config, device)
+    _keep_weights_plain(model)
+    model.requires_grad_(config.full)
+    model.config.use_cache = False  # no cache in training; generation asks for its own
+    return model
+
+
+def quantization(config: BaseConfig, device: torch.device) -> Any:
+    """The quantization settings for `config.bits`, or None for 16 and 32."""
+    from transformers import BitsAndBytesConfig
+
+    if config.bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quant_type,
+            bnb_4bit_use_double_quant=config.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype(config, device),
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if config.bits == 8 else None
+
+
+def _load_pretrained(architecture: PretrainedConfig, config: BaseConfig, device: torch.device) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_source(config),
+            config=architecture,
+            revision=config.revision,
+            dtype=compute_dtype(config, device),
+            quantization_config=quantization(config, device),
+            device_map={"": str(device)},
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise UserError.of(
+            "--model",
+            config.model,
+            f"its weights cannot be read ({_first_line(error)})",
+            "Fetch or convert the model again.",
+        ) from None
+
+
+def _build_random(
+    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, seed: int
+) -> PreTrainedModel:
+    """Seeded weights of true shapes, made and quantized one layer at a time so that 16-bit copies never add up."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    dtype = compute_dtype(config, device)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    originals = {
+        name: module
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    settings = quantization(config, device)
+    if settings is not None:
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
+        model.is_quantized, model.quantization_method = True, settings.quant_method
+        model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+        setattr(model, f"is_loaded_in_{config.bits}bit", True)
+        model.config.quantization_config = settings
+    for name, original in originals.items():
+        _materialize(model, name, original, dtype, device, seed)
+    for buffer_owner in model.modules():
+        for key, buffer in list(buffer_owner._buffers.items()):
+            if buffer is not None:
+                buffer_owner._buffers[key] = buffer.to(device)
+    model.tie_weights()
+    model.name_or_path = config.model
+    return model.eval()
+
+
+def _materialize(
+    model: PreTrainedModel, name: str, original: nn.Module, dtype: torch.dtype, device: torch.device, seed: int
+) -> None:
+    """Give the module `name` of `model` the seeded weights of `original`, quantized where it is a 4- or 8-bit layer.
+
+    The seed is the layer's own, so that its weights are the same at every number of bits.
+    """
+    import torch
+    from torch import nn
+
+    layer_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+    original.to_empty(device=device, recurse=False)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(layer_seed)
+        for parameter in original.parameters(recurse=False):
+            parameter.zero_()
+        model._init_weights(original)
+    module = model.get_submodule(name)
+    for key, parameter in original.named_parameters(recurse=False):
+        value = parameter.detach().to(dtype)
+        if key == "weight" and module is not original:
+            if isinstance(original, nn.Linear) is False:  # Conv1D stores in × out
+                value = value.T.contiguous()
+            kind = type(module.weight)
+            module.weight = kind(value, requires_grad=False, **module.weight.__dict__).to(device)
+        else:
+            module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+
+
+def _keep_weights_plain(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking weights at the first evaluation on CPUs with AVX512-BF16.
+
+    A repacked weight dequantizes to garbage and its product has no gradient, so that training or merging after
+    an evaluation would be silently wrong.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count parameters; a 4-bit weight counts as many as its original shape holds."""
+    sizes = [(true_numel(p), p.requires_grad) for p in model.parameters()]
+    return ParameterCount(sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains))
+
+
+def true_numel(parameter: torch.nn.Parameter) -> int:
+    """Number of weights that `parameter` stands for (4-bit packing halves `numel()`)."""
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else parameter.numel()
+
+
+def hash_base(config: BaseConfig, seed: int) -> str:
+    """A content hash of the base: the same weights give the same hash, wherever they lie."""
+    source = Path(model_source(config))
+    digest = hashlib.sha256()
+    if config.weights == "random":
+        digest.update(json.dumps([load_model_config(config).to_json_string(use_diff=False), seed]).encode())
+        return f"random:{digest.hexdigest()}"
+    for file in _weight_files(source, config):
+        digest.update(file.name.encode())
+        digest.update(_file_digest(file))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _weight_files(source: Path, config: BaseConfig) -> Iterator[Path]:
+    if not source.is_dir():
+        source = hub.fetch_model_file(str(source), "config.json", config.revision).parent
+    yield source / "config.json"
+    yield from sorted(source.glob("*.safetensors"))
+
+
+def _file_digest(file: Path) -> bytes:
+    blob = file.resolve().name  # the hub's cache names each large file by its sha256
+    if file.is_symlink() and len(blob) == 64:
+        return bytes.fromhex(blob)
+    with file.open("rb") as stream:
+        return (
+            hashlib.file_digest(stream, "sha256").digest()
+            if hasattr(hashlib, "file_digest")
+            else _digest_chunks(stream)
+        )
+
+
+def _digest_chunks(stream: Any) -> bytes:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.digest()

@@ -1,0 +1,76 @@
+"""What a run shows while it goes: a bar with loss, tokens/s and peak memory, or plain lines in a pipe."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    import torch
+
+LINE_EVERY_S = 10.0  # how often a plain line is printed where there is no terminal
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory used so far: allocated by torch on CUDA, resident in this process on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss if sys.platform == "darwin" else rss * 1024
+
+
+def human_bytes(count: float) -> str:
+    """`count` bytes in MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+class TrainingProgress:
+    """A progress bar over the optimizer steps of a run, on standard error."""
+
+    def __init__(self, device: torch.device, console: Console) -> None:
+        self.device = device
+        self.console = console
+        self.bar: Progress | None = None
+        self.last_line_s = 0.0
+        self.text = ""
+
+    def start(self, step: int, steps: int) -> None:
+        """Begin at `step` of `steps`."""
+        self.steps = steps
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=steps, completed=step)
+            self.bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Show the state after optimizer step `step`."""
+        self.text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  peak {human_bytes(peak_bytes(self.device))}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=self.text)
+        elif time.monotonic() - self.last_line_s > LINE_EVERY_S or step == self.steps:
+            self.last_line_s = time.monotonic()
+            self.say(f"step {step}/{self.steps}  {self.text}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Take the bar down."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

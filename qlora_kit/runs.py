@@ -1,0 +1,233 @@
+"""The run folder: written beside its final place and renamed when whole, so that it is complete or not there.
+
+runs/x/            run.json, adapter/ (or model/ after --full), metrics.jsonl, checkpoints/, README.md
+runs/x.partial/    the same while the run goes on; an interrupted run is resumed from here
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.errors import UserError
+
+RUN_FILE, METRICS_FILE, CARD_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "README.md", "checkpoints"
+PARTIAL = ".partial"
+LIBRARIES = ("qlora_kit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a sibling temporary, then a rename."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink()
+            raise
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree on PYTHONPATH
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run is written (`working`) and where it will be when whole (`final`)."""
+
+    final: Path
+    working: Path
+
+    @classmethod
+    def at(cls, final: Path) -> RunFolder:
+        """The run folder that will be at `final`; nothing is made yet."""
+        return cls(final, final.with_name(final.name + PARTIAL))
+
+    @classmethod
+    def create(cls, out: str | None, name: str, overwrite: bool) -> RunFolder:
+        """Make the working folder of a new run. Raises `UserError` where it may not or cannot be made."""
+        final = Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = cls.at(final)
+        folder.check_free(overwrite)
+        try:
+            if folder.working.exists():
+                shutil.rmtree(folder.working)
+            (folder.working / CHECKPOINTS).mkdir(parents=True)
+        except OSError as error:
+            raise unwritable(str(final), error) from None
+        return folder
+
+    def check_free(self, overwrite: bool) -> None:
+        """Check that nothing would be overwritten unasked. Raises `UserError`."""
+        if overwrite:
+            return
+        if self.final.exists():
+            raise UserError.of("--out", str(self.final), "already exists", "Choose another folder, or add --overwrite.")
+        if self.working.exists():
+            remedy = f"Continue it with --resume {self.final}, or add --overwrite."
+            raise UserError.of("--out", str(self.final), f"an unfinished run is in {self.working}", remedy)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer writes its checkpoints."""
+        return self.working / CHECKPOINTS
+
+    def finish(self) -> None:
+        """Put the whole folder in its final place."""
+        if self.final.exists():
+            old = self.final.with_name(self.final.name + ".old")
+            self.final.rename(old)
+            self.working.rename(self.final)
+            shutil.rmtree(old)
+        else:
+            self.working.rename(self.final)
+
+    def discard_if_empty(self) -> bool:
+        """Remove the working folder unless a checkpoint in it can be resumed; returns whether it was removed."""
+        if not self.working.exists() or complete_checkpoints(self.working):
+            return False
+        shutil.rmtree(self.working)
+        return True
+
+
+def unwritable(out: str, error: OSError) -> UserError:
+    """What to tell a user whose output folder cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError.of("--out", out, "the disk is full", "Free some space, or choose another disk.")
+    return UserError.of("--out", out, f"cannot be written ({error.strerror})", "Choose a folder that you may write to.")
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise unwritable(str(out), error) from error
+        raise
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Check that the disk has room for `needed_bytes`. Raises `UserError`."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        rule = f"the run needs {needed_bytes / 2**20:.0f} MiB, and the disk has {free_bytes / 2**20:.0f} MiB free"
+        raise UserError.of("--out", str(folder), rule, "Free some space, or choose another disk.")
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that are whole, oldest first: the Trainer writes their state file last."""
+    found = [p for p in (run / CHECKPOINTS).glob("checkpoint-*") if _step(p) is not None and _is_complete(p)]
+    return sorted(found, key=lambda p: _step(p) or 0)
+
+
+def _step(checkpoint: Path) -> int | None:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on: a whole checkpoint, the run it belongs to, and whether that run is unfinished."""
+
+    checkpoint: Path
+    run: Path
+    unfinished: bool
+
+    @property
+    def step(self) -> int:
+        return _step(self.checkpoint) or 0
+
+    @property
+    def settings_file(self) -> Path:
+        return self.run / RUN_FILE
+
+
+def find_resume_point(path: str) -> ResumePoint:
+    """The newest whole checkpoint of the run folder `path`, or `path` itself where it is a checkpoint.
+
+    Raises `UserError` where there is none.
+    """
+    given = Path(path)
+    if given.name.startswith("checkpoint-") and given.is_dir():
+        if not _is_complete(given):
+            raise UserError.of("--resume", path, "the checkpoint is not whole", "Give an older one, or the run folder.")
+        run = given.absolute().parent.parent
+        return ResumePoint(given, run, run.name.endswith(PARTIAL))
+    for run in (given, given.with_name(given.name + PARTIAL)):
+        whole = complete_checkpoints(run)
+        if whole:
+            return ResumePoint(whole[-1], run, run.name.endswith(PARTIAL))
+    raise UserError.of(
+        "--resume", path, "holds no whole checkpoint", "Give a run folder, or runs/x/checkpoints/checkpoint-N."
+    )
+
+
+def continue_run(point: ResumePoint, out: str | None, name: str, overwrite: bool) -> RunFolder:
+    """The folder of a resumed run: the unfinished run itself unless `out` says otherwise, else a new one.
+
+    Later checkpoints and metrics than the resumed one are dropped; earlier metrics come along.
+    """
+    final = Path(str(point.run).removesuffix(PARTIAL))
+    if point.unfinished and (out is None or Path(out).absolute() == final.absolute()):
+        folder = RunFolder(final, point.run)
+        if not overwrite and final.exists():
+            raise UserError.of("--out", str(final), "already exists", "Choose another folder, or add --overwrite.")
+        for checkpoint in folder.checkpoints.glob("checkpoint-*"):
+            if not _is_complete(checkpoint) or (_step(checkpoint) or 0) > point.step:
+                shutil.rmtree(checkpoint)
+    else:
+        folder = RunFolder.create(out, name, overwrite)
+    _carry_metrics(point, folder)
+    return folder
+
+
+def _carry_metrics(point: ResumePoint, folder: RunFolder) -> None:
+    source = point.run / METRICS_FILE
+    lines = source.read_text(encoding="utf-8").splitlines() if source.is_file() else []
+    kept = [line for line in lines if line.strip() and json.loads(line).get("step", 0) <= point.step]
+    write_text(folder.working / METRICS_FILE, "".join(line + "\n" for line in kept))
+
+
+def append_metrics(folder: RunFolder, metrics: Mapping[str, Any]) -> None:
+    """Add one line to `metrics.jsonl`."""
+    with (folder.working / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics, ensure_ascii=False) + "\n")

@@ -1,0 +1,274 @@
+"""transformers' Trainer with four things mended: evaluation without a trace, exact saving and loading of the
+factors, the check of the first gradients, and no pickled settings in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from qlora_kit import adapters
+from qlora_kit.config import RunConfig
+from qlora_kit.errors import UserError
+from qlora_kit.progress import TrainingProgress
+from qlora_kit.runs import RunFolder, append_metrics
+from qlora_kit.scoring import mean_loss, undisturbed
+
+Sampler = Callable[[], dict[str, str]]  # gives one generated answer: prompt, expected, generated
+OPTIMIZERS = {  # ours → transformers'
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "lion_8bit": "lion_8bit",
+    "sgd": "sgd",
+}
+
+
+def resolve_optim(config: RunConfig, device: torch.device) -> str:
+    """The optimizer: as told, or by default paged 8-bit AdamW at 4 bits on CUDA, else torch's AdamW.
+
+    On a CPU bitsandbytes' 8-bit kernels compile for seconds at every new shape and nothing pages.
+    """
+    if config.optim.optim is not None:
+        return config.optim.optim
+    return "paged_adamw_8bit" if config.base.bits == 4 and device.type == "cuda" else "adamw"
+
+
+def training_arguments(
+    config: RunConfig, folder: RunFolder, device: torch.device, evaluates: bool
+) -> TrainingArguments:
+    """The Trainer's settings for `config`; checkpoints go into the run folder."""
+    optim, evaluation = config.optim, config.evaluation
+    every = evaluation.eval_steps or evaluation.save_steps
+    strategy = "steps" if every else "epoch"
+    steps: dict[str, Any] = {"save_steps": evaluation.save_steps or every} if every else {}
+    if every and evaluates:
+        steps["eval_steps"] = every
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        per_device_train_batch_size=optim.batch_size,
+        per_device_eval_batch_size=optim.batch_size,
+        gradient_accumulation_steps=optim.grad_accum,
+        num_train_epochs=optim.epochs,
+        max_steps=-1 if optim.max_steps is None else optim.max_steps,
+        optim=OPTIMIZERS[resolve_optim(config, device)],
+        learning_rate=optim.lr,
+        lr_scheduler_type=optim.schedule,
+        warmup_steps=optim.warmup,  # below 1: a share of the steps
+        max_grad_norm=optim.clip,
+        weight_decay=optim.weight_decay,
+        seed=config.seed,
+        use_cpu=device.type == "cpu",
+        eval_strategy=strategy if evaluates else "no",
+        save_strategy=strategy,
+        save_total_limit=evaluation.keep_checkpoints,
+        load_best_model_at_end=evaluates and evaluation.keep_best,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        logging_steps=1,  # metrics.jsonl holds the whole curve
+        logging_nan_inf_filter=False,  # a loss that is no number must show
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[name for name in config.report_to if name != "tensorboard"],
+        **steps,
+    )
+
+
+class AdapterTrainer(Trainer):
+    """Trains the factors of a PEFT model (or every weight of a plain one) and keeps the run folder's promises."""
+
+    control: TrainerControl
+    tokens_seen: Any = 0  # a count, or a tensor of one on the device
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass; counts the tokens without waiting for the device."""
+        mask = inputs.get("attention_mask")
+        counted = mask.sum() if mask is not None and mask.dim() == 2 else inputs["input_ids"].numel()
+        self.tokens_seen = self.tokens_seen + counted
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The loss over every held-out token (the same whatever the batch size); the run is not disturbed."""
+        start_s = time.monotonic()
+        with undisturbed(self.model):  # the loader, too, draws from the random state
+            batches = (self._prepare_inputs(batch) for batch in self.get_eval_dataloader(eval_dataset))
+            loss = mean_loss(self.model, batches)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss.mean,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss.mean, 700)),
+            f"{metric_key_prefix}_tokens": loss.tokens,
+            f"{metric_key_prefix}_s": round(time.monotonic() - start_s, 3),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None, "the run always says where"
+        if self._is_adapter:
+            adapters.save_adapter(self.model, Path(output_dir))
+        else:
+            self.model.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._is_adapter:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            adapters.load_factors(self.model, Path(resume_from_checkpoint))
+        except (RuntimeError, OSError) as error:
+            raise UserError.of(
+                "--resume",
+                resume_from_checkpoint,
+                f"does not fit these settings ({error})",
+                "Resume with the run's own --model, --r, --targets and --adapter-dtype.",
+            ) from None
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None, "called only with a best checkpoint"
+        if self._is_adapter:
+            adapters.load_factors(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    @property
+    def _is_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+
+class RunCallback(TrainerCallback):
+    """Ties the Trainer to the run: progress, metrics, the check of the first gradients, best checkpoints that moved."""
+
+    def __init__(
+        self, folder: RunFolder, progress: TrainingProgress, resumed_from: Path | None, sample: Sampler | None
+    ) -> None:
+        self.folder = folder
+        self.sample = sample
+        self.progress = progress
+        self.resumed_from = resumed_from
+        self.trainer: AdapterTrainer | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock and the bar; find the best checkpoint again where the run folder was renamed."""
+        if self.resumed_from is not None and state.best_model_checkpoint is not None:
+            best = self.resumed_from.parent / Path(state.best_model_checkpoint).name
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+        self.start_s, self.step_s = time.monotonic(), 0.0
+        self.first_step = state.global_step
+        self.progress.start(state.global_step, state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note when the step began, so that evaluations do not count as training time."""
+        self.began_s = time.monotonic()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check the gradients of the run's very first step."""
+        if state.global_step == 0:
+            adapters.check_first_gradients(adapters.trainable(model))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the step to the time spent training."""
+        self.step_s += time.monotonic() - self.began_s
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the metrics and move the bar. Raises `UserError` for a loss that is no number."""
+        assert self.trainer is not None, "the trainer is set before training"
+        line = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            line["tokens_per_s"] = round(self.tokens_per_s, 1)
+            self.progress.update(state.global_step, logs["loss"], self.tokens_per_s)
+        append_metrics(self.folder, line)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError.of(
+                "loss",
+                logs["loss"],
+                f"is no number at step {state.global_step}",
+                "Lower --lr, or use --adapter-dtype fp32; the last checkpoint can be resumed.",
+            )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Say how the evaluation went, with one generated answer."""
+        loss, perplexity = metrics["eval_loss"], metrics["eval_perplexity"]
+        self.progress.say(f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        if self.sample is not None:
+            sample = self.sample()
+            append_metrics(self.folder, {"step": state.global_step, "sample": sample})
+            for name, text in sample.items():
+                self.progress.say(f"  {name:<9} {text!r}")
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens (without padding) trained on in each second of training, evaluations left out."""
+        assert self.trainer is not None, "the trainer is set before training"
+        return float(self.trainer.tokens_seen) / max(self.step_s, 1e-9)
+
+
+def build_trainer(
+    config: RunConfig,
+    folder: RunFolder,
+    device: torch.device,
+    model: Any,
+    data: tuple[Any, Any],
+    collator: Any,
+    progress: TrainingProgress,
+    resumed_from: Path | None,
+    sample: Sampler | None,
+) -> tuple[AdapterTrainer, RunCallback]:
+    """The Trainer for `model` on `data` (training set, held-out set or None), and its callback."""
+    train_set, eval_set = data
+    callback = RunCallback(folder, progress, resumed_from, sample)
+    callbacks: list[TrainerCallback] = [callback]
+    if config.evaluation.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(config.evaluation.early_stopping))
+    if "tensorboard" in config.report_to:
+        callbacks.append(_tensorboard(folder))
+    arguments = training_arguments(config, folder, device, eval_set is not None)
+    trainer = AdapterTrainer(model, arguments, collator, train_set, eval_set, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    callback.trainer = trainer
+    return trainer, callback
+
+
+def final_eval_loss(trainer: AdapterTrainer) -> float:
+    """The held-out loss of the weights as they are after training: the best one's, the last one's, or a fresh one."""
+    if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
+        return trainer.state.best_metric
+    last: dict[str, Any] = next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
+    if last.get("step") == trainer.state.global_step:
+        return float(last["eval_loss"])
+    return trainer.evaluate()["eval_loss"]
+
+
+def _tensorboard(folder: RunFolder) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder.working / "tensorboard")))
