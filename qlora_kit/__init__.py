@@ -12,7 +12,7 @@ from qlora_kit.config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, 
 from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_kit.train import RunResult, train
+    from qlora_kit.training import RunResult, train
 
 __all__ = [
     "AdapterConfig",
@@ -32,5 +32,5 @@ def __getattr__(name: str) -> Any:
     if name in ("train", "RunResult"):
         import importlib
 
-        return getattr(importlib.import_module("qlora_kit.train"), name)
+        return getattr(importlib.import_module("qlora_kit.training"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

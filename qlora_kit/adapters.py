@@ -57,11 +57,17 @@ def _matches(name: str, target: str) -> bool:
 
 
 def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
-    """Put trainable factors on the frozen `model`; A is random by torch's seed, B zero, both in `adapter_dtype`."""
+    """Put trainable factors on the frozen `model`; A is random by torch's seed, B zero, both in `adapter_dtype`.
+
+    Raises `UserError` for targets that match nothing and for combinations that the libraries cannot train.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    if config.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
+        rule = "does not work on 8-bit layers on a CPU (PEFT's DoRA loses their scales at the second step)"
+        raise UserError.of("--dora", True, rule, "Use --bits 4 or 16, or a CUDA device.")
     targets = choose_targets(model, config.targets)
     chosen = [m for name, m in linear_layers(model).items() if any(_matches(name, t) for t in targets)]
     settings = LoraConfig(

@@ -69,7 +69,6 @@ def training_arguments(
         optim=OPTIMIZERS[resolve_optim(config, device)],
         learning_rate=optim.lr,
         lr_scheduler_type=optim.schedule,
-        warmup_steps=optim.warmup,  # below 1: a share of the steps
         max_grad_norm=optim.clip,
         weight_decay=optim.weight_decay,
         seed=config.seed,
@@ -94,6 +93,7 @@ class AdapterTrainer(Trainer):
     """Trains the factors of a PEFT model (or every weight of a plain one) and keeps the run folder's promises."""
 
     control: TrainerControl
+    warmup: float = 0.0  # share of the steps
     tokens_seen: Any = 0  # a count, or a tensor of one on the device
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -124,7 +124,7 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None, "the run always says where"
         if self._is_adapter:
-            adapters.save_adapter(self.model, Path(output_dir))
+            adapters.save_adapter(self.model, Path(output_dir), self.has_learned)
         else:
             self.model.save_pretrained(output_dir)
 
@@ -147,6 +147,16 @@ class AdapterTrainer(Trainer):
             adapters.load_factors(self.model, Path(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether any step so far had a learning rate above zero (the first of a warm-up has not)."""
+        return any(line.get("learning_rate", 0) > 0 for line in self.state.log_history)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm up for whole steps only: rounding up would give a short run no learning at all."""
+        self.args.warmup_steps = int(self.warmup * num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     @property
     def _is_adapter(self) -> bool:
@@ -203,13 +213,10 @@ class RunCallback(TrainerCallback):
             line["tokens_per_s"] = round(self.tokens_per_s, 1)
             self.progress.update(state.global_step, logs["loss"], self.tokens_per_s)
         append_metrics(self.folder, line)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError.of(
-                "loss",
-                logs["loss"],
-                f"is no number at step {state.global_step}",
-                "Lower --lr, or use --adapter-dtype fp32; the last checkpoint can be resumed.",
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                rule = f"is not finite at step {state.global_step}: the training diverged"
+                raise UserError.of(name, logs[name], rule, "Lower --lr, or use --adapter-dtype fp32.")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
@@ -253,6 +260,7 @@ def build_trainer(
     trainer = AdapterTrainer(model, arguments, collator, train_set, eval_set, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.warmup = config.optim.warmup
     callback.trainer = trainer
     return trainer, callback
 

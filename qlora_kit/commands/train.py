@@ -7,6 +7,6 @@ from qlora_kit.config import RunConfig
 
 def run(config: RunConfig) -> None:
     """Train as `config` says."""
-    from qlora_kit.train import train
+    from qlora_kit.training import train
 
     train(config)

@@ -1,0 +1,35 @@
+"""What the model is fed: read any common file, lay it out, mark what is learned, cut, pack and batch it."""
+
+from qlora_kit.data.audit import AuditReport
+from qlora_kit.data.collate import Collator, packed_mask_dtype
+from qlora_kit.data.columns import Example, Message
+from qlora_kit.data.encode import (
+    Encoded,
+    EncodedSet,
+    encode_example,
+    encode_prompt,
+    encode_set,
+    resolve_seq_len,
+)
+from qlora_kit.data.load import read_examples, split_examples
+from qlora_kit.data.pack import PackedSet, pack
+from qlora_kit.data.tokenizer import prepare_tokenizer
+
+__all__ = [
+    "AuditReport",
+    "Collator",
+    "Encoded",
+    "EncodedSet",
+    "Example",
+    "Message",
+    "PackedSet",
+    "encode_example",
+    "encode_prompt",
+    "encode_set",
+    "pack",
+    "packed_mask_dtype",
+    "prepare_tokenizer",
+    "read_examples",
+    "resolve_seq_len",
+    "split_examples",
+]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_kit.trainer import AdapterTrainer
+
 SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
 MAX_ANSWER_TOKENS = 256  # longest answer that exact match lets a model give
 
@@ -223,7 +225,7 @@ def _run(
     runs.write_json(folder.working / runs.RUN_FILE, record)
     _print_overview(record, say)
     progress = TrainingProgress(device, say)
-    collator = data.Collator(inputs.tokenizer.pad_token_id, packed=config.data.pack)
+    collator = _collator(config, model, inputs)
     sample = (lambda: _sample(model, inputs)) if inputs.held_out else None
     trainer, callback = build_trainer(
         config,
@@ -256,9 +258,19 @@ def _run(
         peak_bytes(device),
         callback.tokens_per_s,
     )
-    _save(folder, model, inputs, record, result)
+    _save(folder, trainer, inputs, record, result)
     _print_result(result, say)
     return result
+
+
+def _collator(config: RunConfig, model: Any, inputs: Inputs) -> data.Collator:
+    """Pads rows, or lays packed ones out so that no example sees another. Raises `UserError` where it cannot."""
+    pad = inputs.tokenizer.pad_token_id
+    packed = [rows for rows in (inputs.train, inputs.evaluation) if isinstance(rows, data.PackedSet)]
+    if not packed:
+        return data.Collator(pad, max_tokens=inputs.seq_len)
+    mask_dtype = data.packed_mask_dtype(model.config, max(rows.longest_tokens for rows in packed))
+    return data.Collator(pad, packed=True, max_tokens=inputs.seq_len, mask_dtype=mask_dtype)
 
 
 def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs, optim: str) -> dict[str, Any]:
@@ -325,13 +337,12 @@ def _sample(model: Any, inputs: Inputs) -> dict[str, str]:
     return {"prompt": inputs.tokenizer.decode(prompt), "expected": example.completion, "generated": generated}
 
 
-def _save(folder: runs.RunFolder, model: Any, inputs: Inputs, record: dict[str, Any], result: RunResult) -> None:
+def _save(
+    folder: runs.RunFolder, trainer: AdapterTrainer, inputs: Inputs, record: dict[str, Any], result: RunResult
+) -> None:
     """Write the trained weights with their tokenizer and cards, and put the folder in its place."""
     target = folder.working / result.adapter.name
-    if record["settings"]["base"]["full"]:
-        model.save_pretrained(str(target))
-    else:
-        adapters.save_adapter(model, target)
+    trainer.save_model(str(target))
     inputs.tokenizer.save_pretrained(str(target))
     results = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "adapter")}
     finished = {**record, "steps": result.steps, "results": results, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

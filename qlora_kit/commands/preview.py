@@ -1,0 +1,129 @@
+"""`qlora-kit preview`: what the model will be fed, token by token, and an audit of the whole set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_kit.config import RunConfig
+from qlora_kit.data import (
+    AuditReport,
+    EncodedSet,
+    Example,
+    encode_example,
+    encode_set,
+    pack,
+    prepare_tokenizer,
+    read_examples,
+    resolve_seq_len,
+)
+from qlora_kit.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+from qlora_kit.data.encode import Encoded
+
+VISIBLE = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "·"}
+
+
+def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
+    """Print the examples numbered `rows` (from 1) token by token, then the audit of all the data.
+
+    Raises `UserError` for "--rows" outside the data, and for whatever is wrong with the data or the tokenizer.
+    """
+    from qlora_kit.base import load_model_config, load_tokenizer, max_positions
+
+    console = Console(highlight=False)
+    tokenizer = prepare_tokenizer(load_tokenizer(config.base))
+    positions = max_positions(load_model_config(config.base))
+    seq_len = resolve_seq_len(config.data.seq_len, tokenizer, positions)
+    examples = read_examples(config.data.data, config.data.columns, "--data")
+    _check_rows(rows, len(examples))
+    _print_examples(console, examples, rows, tokenizer, seq_len, config.data.train_on)
+    sets = {"--data": examples}
+    if config.data.eval_data is not None:
+        sets["--eval-data"] = read_examples(config.data.eval_data, config.data.columns, "--eval-data")
+    for setting, members in sets.items():
+        encoded = encode_set(members, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
+        console.print(_audit_table(setting, encoded, seq_len, config.data.pack))
+
+
+def _check_rows(rows: Sequence[int], count: int) -> None:
+    wanted = [row for row in rows if not 1 <= row <= count] if tuple(rows) != (1, 2, 3) else []
+    if wanted:
+        rule = f"must be numbers from 1 to {count}, as many examples as there are"
+        raise UserError([Fault("--rows", row, rule, "For example --rows 1.") for row in wanted])
+
+
+def _print_examples(
+    console: Console,
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    train_on: str,
+) -> None:
+    console.print("Supervised tokens stand in «angle quotes», the others between bars.\n")
+    for row in rows:
+        if row <= len(examples):
+            encoded = encode_example(examples[row - 1], tokenizer, seq_len, train_on)
+            console.print(_title(row, encoded), soft_wrap=True)
+            console.print(tokens_text(encoded, tokenizer), soft_wrap=True)
+            console.print()
+
+
+def _title(row: int, encoded: Encoded) -> Text:
+    tokens, supervised = len(encoded.input_ids), sum(encoded.supervised)
+    cut = f", cut from {encoded.full_tokens}" if encoded.truncated else ""
+    return Text(f"Example {row} ({encoded.origin}): {tokens} tokens{cut}, {supervised} supervised", style="bold")
+
+
+def tokens_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The tokens of an example: supervised ones green and in «», the others dim and ended by |, white space visible."""
+    text = Text()
+    for token, supervised in zip(encoded.input_ids, encoded.supervised, strict=True):
+        shown = _shown(token, tokenizer)
+        text.append(f"«{shown}»" if supervised else f"{shown}|", style="bold green" if supervised else "dim")
+    return text
+
+
+def _shown(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token as text; one that is only part of a character is shown as the tokenizer writes it."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    text = tokenizer.decode([token])
+    if "\N{LOWER ONE EIGHTH BLOCK}" in piece:  # SentencePiece's space, which decoding drops at the start of a text
+        text = piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+    elif "\N{REPLACEMENT CHARACTER}" in text:
+        text = piece
+    return "".join(VISIBLE.get(character, character) for character in text)
+
+
+def _audit_table(setting: str, encoded: EncodedSet, seq_len: int, packed: bool) -> Table:
+    table = Table(title=f"Audit of {setting}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in _audit_lines(encoded.report, seq_len):
+        table.add_row(name, value)
+    if packed:
+        rows = pack(encoded, seq_len)
+        table.add_row("packed rows", f"{len(rows)} ({rows.fill:.1%} full)")
+    return table
+
+
+def _audit_lines(report: AuditReport, seq_len: int) -> list[tuple[str, str]]:
+    lengths = (report.length_min, report.length_median, report.length_p95, report.length_max)
+    share = report.supervised_tokens / report.input_tokens
+    return [
+        ("examples", f"{report.examples}"),
+        ("tokens: min / median / p95 / max", " / ".join(f"{length:g}" for length in lengths)),
+        (f"truncated to {seq_len} tokens", f"{report.truncated}"),
+        ("empty answers", f"{report.empty}"),
+        ("nothing supervised (dropped)", f"{report.unsupervised}"),
+        ("duplicates", f"{report.duplicates}"),
+        ("supervised tokens", f"{report.supervised_tokens} of {report.input_tokens} ({share:.1%})"),
+    ]

@@ -1,0 +1,66 @@
+"""Counts what a user should know about a data set before the model sees it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_kit.data.columns import Example
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """A data set in numbers; lengths are in tokens, before anything is cut off.
+
+    `unsupervised` counts the examples that were dropped since no token of them is supervised; `truncated`, `empty`
+    (no answer but white space) and `duplicates` (of an earlier example, word for word) are counted but kept.
+    `input_tokens` and `supervised_tokens` are what a pass over the kept examples feeds and learns.
+    """
+
+    examples: int
+    kept: int
+    length_min: int
+    length_median: float
+    length_p95: int
+    length_max: int
+    truncated: int
+    empty: int
+    unsupervised: int
+    duplicates: int
+    input_tokens: int
+    supervised_tokens: int
+
+
+def audit(
+    examples: Sequence[Example], lengths: Sequence[int], cut: Sequence[bool], supervised: Sequence[int], seq_len: int
+) -> AuditReport:
+    """The report on `examples`, given for each its length in tokens, whether it is cut, and its supervised tokens."""
+    assert examples, "an empty data set is refused before its audit"
+    in_order = sorted(lengths)
+    kept = [index for index, count in enumerate(supervised) if count]
+    return AuditReport(
+        examples=len(examples),
+        kept=len(kept),
+        length_min=in_order[0],
+        length_median=statistics.median(in_order),
+        length_p95=in_order[math.ceil(0.95 * len(in_order)) - 1],
+        length_max=in_order[-1],
+        truncated=sum(cut),
+        empty=sum(_is_empty(example) for example in examples),
+        unsupervised=len(examples) - len(kept),
+        duplicates=len(examples) - len({_content(example) for example in examples}),
+        input_tokens=sum(min(lengths[index], seq_len) for index in kept),
+        supervised_tokens=sum(supervised),
+    )
+
+
+def _is_empty(example: Example) -> bool:
+    if example.messages is None:
+        return not example.completion.strip()
+    return not any(message.content.strip() for message in example.messages if message.role == "assistant")
+
+
+def _content(example: Example) -> tuple[object, ...]:
+    return example.prompt, example.completion, example.messages

@@ -1,0 +1,105 @@
+"""Makes a batch of tensors. In the shapes, B is rows, T positions; padding is on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qlora_kit.data.encode import IGNORED
+from qlora_kit.errors import UserError
+
+Feature = Mapping[str, Sequence[int]]
+
+
+class Collator:
+    """Pads rows to a common length and masks the padding by its position, whatever token it is made of.
+
+    Called with features of `{"input_ids", "labels"}` it returns `input_ids`, `labels` (-100 in the padding) and
+    `attention_mask` (0 in the padding), each int64 of shape (B, T).
+
+    With `packed` the features also have `segment_lengths`. Then `position_ids` (B, T) restart at 0 with each
+    example, and `attention_mask` is (B, 1, T, T): causal within an example, shut between examples. In
+    `mask_dtype` bool it is true where attention is open (for sdpa); in a floating dtype it is added to the scores
+    (for eager attention, which would take a bool for 0 and 1). Padding attends to itself, so no row of scores is
+    empty and none gives NaN.
+
+    T is the longest row, rounded up to `pad_to_multiple_of` but never above `max_tokens` (the model's positions).
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None = 8,
+        packed: bool = False,
+        *,
+        max_tokens: int | None = None,
+        mask_dtype: torch.dtype = torch.bool,
+    ) -> None:
+        self._pad_token_id = pad_token_id
+        self._pad_to_multiple_of = pad_to_multiple_of
+        self._packed = packed
+        self._max_tokens = max_tokens
+        self._mask_dtype = mask_dtype
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
+        """The batch of `features`; see the class for its tensors and their shapes."""
+        length = self._padded_length(max(len(feature["input_ids"]) for feature in features))
+        batch = {
+            "input_ids": _padded([feature["input_ids"] for feature in features], length, self._pad_token_id),
+            "labels": _padded([feature["labels"] for feature in features], length, IGNORED),
+        }
+        if self._packed:
+            segments, positions = _segments_and_positions([f["segment_lengths"] for f in features], length)
+            batch["position_ids"] = positions
+            batch["attention_mask"] = _block_causal_mask(segments, self._mask_dtype)
+        else:
+            ones = [[1] * len(feature["input_ids"]) for feature in features]
+            batch["attention_mask"] = _padded(ones, length, 0)
+        return batch
+
+    def _padded_length(self, longest: int) -> int:
+        multiple = self._pad_to_multiple_of or 1
+        rounded = -(-longest // multiple) * multiple
+        return rounded if self._max_tokens is None else max(longest, min(rounded, self._max_tokens))
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.int64)
+
+
+def _segments_and_positions(lengths_by_row: Sequence[Sequence[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each position its example's number and its place in it, (B, T); padding counts as one more example."""
+    segments, positions = [], []
+    for lengths in lengths_by_row:
+        with_padding = [*lengths, length - sum(lengths)]
+        segments.append([number for number, tokens in enumerate(with_padding) for _ in range(tokens)])
+        positions.append([place for tokens in with_padding for place in range(tokens)])
+    return torch.tensor(segments, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+
+
+def _block_causal_mask(segments_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T): open from a query to the keys of its own example that do not come after it."""
+    length = segments_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
+    is_open = (segments_BT[:, None, :, None] == segments_BT[:, None, None, :]) & causal_TT
+    if dtype == torch.bool:
+        return is_open
+    return torch.zeros(is_open.shape, dtype=dtype).masked_fill(~is_open, torch.finfo(dtype).min)
+
+
+def packed_mask_dtype(model_config: Any, longest_tokens: int) -> torch.dtype:
+    """The `mask_dtype` of the collator for a model with this (transformers) config: bool for sdpa, float for eager.
+
+    Raises `UserError` for "--pack" where the model's attention cannot take the mask: another implementation, or a
+    sliding window shorter than the longest example, which the mask would undo.
+    """
+    implementation = getattr(model_config, "_attn_implementation", None)
+    window = getattr(model_config, "sliding_window", None)
+    if implementation not in ("sdpa", "eager"):
+        raise UserError.of("--pack", True, f"cannot go with {implementation} attention", "Drop --pack.")
+    if window is not None and longest_tokens > window:
+        rule = f"cannot go with examples of {longest_tokens} tokens on a model whose attention sees {window}"
+        raise UserError.of("--pack", True, rule, f"Drop --pack, or give --seq-len {window}.")
+    return torch.bool if implementation == "sdpa" else torch.float32

@@ -1,0 +1,275 @@
+"""Turns records into examples: recognises the shape of a data set by its columns, or maps them by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from qlora_kit.data.problems import Problems
+from qlora_kit.data.read import Record
+from qlora_kit.errors import Fault, UserError
+
+TARGETS = ("text", "prompt", "completion", "messages", "system")
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; the role is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One normalised example.
+
+    Plain text has only a `completion`. A prompt with its completion has both. A conversation has `messages`;
+    its `completion` is then its first answer, and its `prompt` what was said before it.
+    `origin` is where it stands, e.g. "train.jsonl:17".
+    """
+
+    prompt: str | None
+    completion: str
+    messages: tuple[Message, ...] | None
+    origin: str
+
+
+class _BadValueError(ValueError):
+    """A record does not fit its shape; says which rule it breaks."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A way to lay out examples in columns: the columns that must be there, those that may, and how to read one."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[Shape, Record], Iterator[Example]]
+
+    def __str__(self) -> str:
+        return "/".join(self.required) + "".join(f"[/{column}]" for column in self.optional)
+
+
+# ------------------------------------------------------------------------------------------- reading one record
+
+
+def _text(record: Record, column: str) -> str:
+    """The text in a column; a number is taken as it is written."""
+    if column not in record.values:
+        raise _BadValueError(f"has no column {column!r}")
+    return _as_text(record.values[column], f"column {column!r}")
+
+
+def _optional_text(record: Record, column: str | None) -> str:
+    if column is None or record.values.get(column) is None:
+        return ""
+    return _text(record, column)
+
+
+def _as_text(value: object, what: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise _BadValueError(f"{what} must be text, not {'null' if value is None else type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _BadValueError(f"{what} holds half a surrogate pair, which is no text") from None
+    return value
+
+
+def _read_text(shape: Shape, record: Record) -> Iterator[Example]:
+    yield Example(None, _text(record, shape.required[0]), None, record.origin)
+
+
+def _read_pair(shape: Shape, record: Record) -> Iterator[Example]:
+    """A prompt, its completion, and maybe a system text and an input that belongs to the prompt."""
+    prompt, completion = (_text(record, column) for column in shape.required)
+    input_column = next((column for column in shape.optional if column != "system"), None)
+    prompt = _with_input(prompt, _optional_text(record, input_column))
+    yield _pair(_optional_text(record, "system"), prompt, completion, record.origin)
+
+
+def _with_input(instruction: str, given: str) -> str:
+    return f"{instruction}\n\n{given}" if given.strip() else instruction
+
+
+def _pair(system: str, prompt: str, completion: str, origin: str) -> Example:
+    messages = None
+    if system.strip():
+        messages = (Message("system", system), Message("user", prompt), Message("assistant", completion))
+    return Example(prompt, completion, messages, origin)
+
+
+def _read_instances(shape: Shape, record: Record) -> Iterator[Example]:
+    """The self-instruct layout: one instruction with several pairs of input and output."""
+    instruction, instances = _text(record, "instruction"), record.values.get("instances")
+    if not isinstance(instances, list) or not instances:
+        raise _BadValueError("column 'instances' must be a list with at least one {input, output}")
+    for number, values in enumerate(instances, start=1):
+        if not isinstance(values, dict):
+            raise _BadValueError(f"instance {number} must be an object with an output")
+        origin = record.origin if len(instances) == 1 else f"{record.origin} instance {number}"
+        nested = Record(record.file, origin, values)
+        prompt = _with_input(instruction, _optional_text(nested, "input"))
+        yield Example(prompt, _text(nested, "output"), None, origin)
+
+
+def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
+    turns = record.values.get(shape.required[0])
+    if not isinstance(turns, list) or not turns:
+        raise _BadValueError(f"column {shape.required[0]!r} must be a list with at least one message")
+    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    system = _optional_text(record, "system")
+    if system.strip() and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    if messages[0].role == "assistant":
+        raise _BadValueError("the conversation begins with the assistant, so nothing says what it answers")
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    first = answers[0] if answers else len(messages)
+    prompt = "\n".join(message.content for message in messages[:first])
+    yield Example(prompt, messages[first].content if answers else "", tuple(messages), record.origin)
+
+
+def _message(turn: object, number: int) -> Message:
+    if not isinstance(turn, dict):
+        raise _BadValueError(f"message {number} must be an object with role and content")
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
+    if role not in ROLES:
+        raise _BadValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+    if isinstance(content, list):  # the parts of a multimodal message
+        content = _joined_parts(content, number)
+    return Message(ROLES[role], _as_text(content, f"the content of message {number}"))
+
+
+def _joined_parts(parts: list[Any], number: int) -> str:
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise _BadValueError(f"message {number} has parts that are not text")
+    return "".join(part["text"] for part in parts)
+
+
+# -------------------------------------------------------------------------------------------- choosing the shape
+
+TEXT = Shape(("text",), (), _read_text)
+PROMPT = Shape(("prompt", "completion"), ("system",), _read_pair)
+MESSAGES = Shape(("messages",), ("system",), _read_chat)
+SHAPES = (  # the first one that fits is taken: a data set with both an answer and a rendered text has its answer read
+    MESSAGES,
+    Shape(("conversations",), ("system",), _read_chat),
+    PROMPT,
+    Shape(("prompt", "response"), ("system",), _read_pair),
+    Shape(("instruction", "output"), ("input", "system"), _read_pair),
+    Shape(("instruction", "response"), ("context", "system"), _read_pair),
+    Shape(("instruction", "instances"), (), _read_instances),
+    Shape(("question", "answer"), ("system",), _read_pair),
+    Shape(("question", "response"), ("system",), _read_pair),
+    TEXT,
+)
+
+
+def examples_from(records: list[Record], columns: Mapping[str, str], source: str, setting: str) -> list[Example]:
+    """The examples in `records`, each file recognised by its own columns, or mapped by `columns`.
+
+    Raises `UserError` where the columns fit no shape, where `columns` names a target or a column that is not
+    there, and where a record does not fit (each with file and line).
+    """
+    _check_targets(columns)
+    problems = Problems(setting, source, "Mend or remove it.")
+    examples: list[Example] = []
+    for file, group in groupby(records, key=lambda record: record.file):
+        in_file = list(group)
+        there = list(dict.fromkeys(column for record in in_file for column in record.values))
+        if columns:
+            shape = _mapped_shape(columns, there, file)
+            in_file = [_renamed(record, columns) for record in in_file]
+        else:
+            shape = _recognised_shape(there, file, setting)
+        examples.extend(_read_all(shape, in_file, problems))
+    problems.raise_if_any()
+    return examples
+
+
+def _read_all(shape: Shape, records: list[Record], problems: Problems) -> Iterator[Example]:
+    for record in records:
+        try:
+            yield from shape.read(shape, record)
+        except _BadValueError as error:
+            problems.add(record.origin, str(error))
+
+
+def _recognised_shape(there: list[str], file: str, setting: str) -> Shape:
+    for shape in SHAPES:
+        if set(shape.required) <= set(there):
+            return shape
+    rule = f"has the columns {_listed(there)}, and no known shape has these"
+    known = ", ".join(str(shape) for shape in SHAPES)
+    remedy = f"Say which is which, e.g. --columns prompt=NAME,completion=NAME. Known shapes: {known}."
+    raise UserError.of(setting, file, rule, remedy)
+
+
+def _listed(columns: list[str]) -> str:
+    """Column names, shortened: a file without a header has its first line as names."""
+    return ", ".join(repr(column if len(column) <= 40 else column[:37] + "...") for column in columns)
+
+
+def _check_targets(columns: Mapping[str, str]) -> None:
+    given = ",".join(f"{target}={column}" for target, column in columns.items())
+    faults = [
+        Fault(
+            "--columns",
+            f"{target}={column}",
+            f"maps {target!r}, which is none of {', '.join(TARGETS)}",
+            "For example --columns prompt=NAME,completion=NAME.",
+        )
+        for target, column in columns.items()
+        if target not in TARGETS
+    ]
+    kinds = [kind for kind in (("text",), ("messages",), ("prompt", "completion")) if set(kind) & set(columns)]
+    if len(kinds) > 1 or set(columns) == {"system"} or {"text", "system"} <= set(columns):
+        faults.append(
+            Fault(
+                "--columns",
+                given,
+                "must map text alone, or messages, or prompt and completion (each maybe with system)",
+                "Drop the others.",
+            )
+        )
+    if faults:
+        raise UserError(faults)
+
+
+def _mapped_shape(columns: Mapping[str, str], there: list[str], file: str) -> Shape:
+    shape = TEXT if "text" in columns else MESSAGES if "messages" in columns else PROMPT
+    needed = {target: columns.get(target, target) for target in shape.required} | dict(columns)
+    faults = [
+        Fault(
+            "--columns",
+            f"{target}={column}",
+            f"names a column that {file} does not have",
+            f"Its columns are {_listed(there)}.",
+        )
+        for target, column in needed.items()
+        if column not in there
+    ]
+    if faults:
+        raise UserError(faults)
+    return shape
+
+
+def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
+    others = {column: value for column, value in record.values.items() if column not in columns}
+    renamed = {target: record.values[column] for target, column in columns.items() if column in record.values}
+    return Record(record.file, record.origin, {**others, **renamed})

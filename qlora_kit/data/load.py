@@ -1,0 +1,37 @@
+"""From a `--data` value to examples, and from those to a held-out share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from qlora_kit.data.columns import Example, examples_from
+from qlora_kit.data.read import read_records
+from qlora_kit.errors import UserError
+
+
+def read_examples(source: str, columns: Mapping[str, str], setting: str = "--data") -> list[Example]:
+    """Every example of `source` ('demo', a file, a folder or a hub data set), in the order of the source.
+
+    `columns` maps text, prompt, completion, messages or system to a column; empty: recognised by the names.
+    `setting` is the one that errors name; "--eval-data" also selects the held-out part of a source that has one.
+
+    Raises `UserError` for a source that is missing, empty, unreadable (file and line) or in no known shape.
+    """
+    return examples_from(read_records(source, setting), columns, source, setting)
+
+
+def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """The examples to train on and the share `fraction` of them to hold out, at least one; both keep their order.
+
+    Drawn by `seed` alone, so the same data gives the same split. Raises `UserError` if nothing is left to train on.
+    """
+    if not fraction:
+        return list(examples), []
+    held_out_count = max(1, round(fraction * len(examples)))
+    if held_out_count >= len(examples):
+        rule = f"leaves nothing to train on of {len(examples)} examples"
+        raise UserError.of("--eval-fraction", fraction, rule, "Give more data or a smaller share.")
+    held_out = set(random.Random(seed).sample(range(len(examples)), held_out_count))  # noqa: S311  # not a secret
+    kept = [example for index, example in enumerate(examples) if index not in held_out]
+    return kept, [examples[index] for index in sorted(held_out)]

@@ -1,0 +1,99 @@
+"""Lays out an example as text and says which parts of it the model is to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from qlora_kit.data.columns import Example, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Every text as it is: a newline after one that does not end in white space, the end-of-text token after an answer.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}"
+    "{% elif message['content'][-1:] not in [' ', '\\n', '\\t'] %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of text, and whether the model learns to write it."""
+
+    text: str
+    is_answer: bool
+
+
+class TemplateError(ValueError):
+    """The tokenizer's chat template cannot lay out a conversation; says why."""
+
+
+def segments_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The text of `example` in order, cut where answers begin and end; an end-of-turn mark belongs to its answer.
+
+    Raises `TemplateError` where the chat template refuses the conversation or rewrites its earlier turns.
+    """
+    if example.prompt is None and example.messages is None:
+        return [Segment(example.completion, is_answer=True)]
+    messages = example.messages or (Message("user", example.prompt or ""), Message("assistant", example.completion))
+    whole = _render(tokenizer, messages)
+    segments, position = [], 0
+    for index, message in enumerate(messages):
+        if message.role == "assistant":
+            start, end = _answer_span(tokenizer, messages, index, whole)
+            segments += [Segment(whole[position:start], is_answer=False), Segment(whole[start:end], is_answer=True)]
+            position = end
+    if whole[position:].strip():  # white space after the last answer teaches nothing
+        segments.append(Segment(whole[position:], is_answer=False))
+    return [segment for segment in segments if segment.text]
+
+
+def opening_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that a conversation without an answer opens with, up to where the answer would begin."""
+    assert example.messages is not None
+    return _render(tokenizer, example.messages, add_generation_prompt=True)
+
+
+def _answer_span(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int, whole: str
+) -> tuple[int, int]:
+    """From where generation would begin to the end-of-turn mark, white space after it left out."""
+    before = _render(tokenizer, messages[:index], add_generation_prompt=True)
+    if not whole.startswith(before):
+        raise TemplateError(
+            f"the chat template lays out what precedes message {index + 1} differently once the answer is known"
+        )
+    is_last = index + 1 == len(messages)
+    through = whole if is_last else _render(tokenizer, messages[: index + 1])
+    if whole.startswith(through.rstrip()):
+        return len(before), max(len(before), len(through.rstrip()))
+    return len(before), _end_by_content(messages[index].content.strip(), through, whole, len(before))
+
+
+def _end_by_content(content: str, through: str, whole: str, start: int) -> int:
+    """The end of an answer that the template changes once the conversation goes on (Qwen3 drops empty thoughts).
+
+    Its content and the mark behind it must still stand there: `through` ends with both.
+    """
+    _, found, mark = through.rpartition(content)
+    ending = content + mark.rstrip()
+    position = whole.find(ending, start)
+    if not found or position < 0:
+        raise TemplateError("the chat template rewrites an earlier answer once the conversation goes on")
+    return position + len(ending)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:  # whatever a template's own code may raise
+        raise TemplateError(f"the chat template refuses it ({error})") from error
+    return text

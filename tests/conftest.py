@@ -1,0 +1,32 @@
+"""What every test module shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_kit.quiet import quiet_libraries, quiet_progress_bars
+
+quiet_libraries()
+quiet_progress_bars()
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data sets; a test that uses them is skipped where they are absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real data sets are not at ../shared/data")
+    return SHARED_DATA
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

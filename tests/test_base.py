@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from families import FAMILIES, save_tiny, tiny_model
+
+from qlora_kit.base import (
+    compute_dtype,
+    count_parameters,
+    hash_base,
+    load_base,
+    load_tokenizer,
+    max_positions,
+    resolve_device,
+    true_numel,
+)
+from qlora_kit.config import BaseConfig
+from qlora_kit.errors import UserError
+
+CPU = torch.device("cpu")
+HAS_AVX512BF16 = bnb.functional.has_avx512bf16() if hasattr(bnb.functional, "has_avx512bf16") else False
+
+
+def load(folder, bits, **kwargs):
+    return load_base(BaseConfig(model=str(folder), bits=bits, **kwargs), CPU)
+
+
+def quantized_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, (Linear4bit, Linear8bitLt))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_bits_quantizes_the_blocks_and_keeps_the_rest_in_bf16(tmp_path, family):
+    model = load(save_tiny(tmp_path, family), 4)
+    layers = quantized_layers(model)
+    assert layers
+    assert all(".layers." in name or ".h." in name for name in layers)
+    assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+    packed = {m.weight for m in layers.values()}
+    assert {p.dtype for p in model.parameters() if p not in packed} == {torch.bfloat16}  # no fp32 copies (trap 4)
+    assert {m.weight.quant_state.dtype for m in layers.values()} == {torch.bfloat16}  # trap 5
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_count_of_parameters_is_the_true_one_at_any_bits(tmp_path, family):
+    folder = save_tiny(tmp_path, family)
+    counts = {bits: count_parameters(load(folder, bits)) for bits in (4, 8, 16, 32)}
+    assert len({c.total for c in counts.values()}) == 1
+    assert counts[32].total == sum(p.numel() for p in tiny_model(family).parameters())
+
+
+def test_four_bit_packing_hides_parameters_from_numel(tmp_path):
+    model = load(save_tiny(tmp_path, "llama"), 4)
+    assert sum(p.numel() for p in model.parameters()) < count_parameters(model).total  # trap 7
+    weight = next(iter(quantized_layers(model).values())).weight
+    assert true_numel(weight) == 2 * weight.numel()
+
+
+def relative_error(weight, original):
+    return float((weight.float() - original.float()).norm() / original.float().norm())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_dequantized_weights_are_near_the_original_also_after_an_evaluation(tmp_path, family):
+    """Trap 1: without the guard bitsandbytes repacks a weight at the first evaluation on CPUs with AVX512-BF16."""
+    model = load(save_tiny(tmp_path, family), 4)
+    original = dict(load(tmp_path, 32).named_parameters())
+    with torch.no_grad():
+        model.eval()(torch.arange(20)[None])
+    for name, layer in quantized_layers(model).items():
+        dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        wanted = original[f"{name}.weight"]
+        if family == "gpt2":  # trap 2: Conv1D stores in × out
+            wanted = wanted.T
+        assert relative_error(dense, wanted) < 0.15
+
+
+@pytest.mark.skipif(not HAS_AVX512BF16, reason="only CPUs with AVX512-BF16 repack")
+def test_the_guard_against_repacking_is_needed(tmp_path):
+    model = load(save_tiny(tmp_path, "llama"), 4)
+    layer = next(iter(quantized_layers(model).values()))
+    before = layer.weight.data.clone()
+    layer.support_avx512bf16_for_cpu = True
+    with torch.no_grad():
+        model.eval()(torch.arange(20)[None])
+    assert layer.weight.data.shape != before.shape or not torch.equal(layer.weight.data, before)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox"])
+def test_random_weights_equal_the_saved_and_reloaded_ones(tmp_path, family, bits):
+    """A random base is built by other code than a pretrained one; both must give the same model."""
+    config = FAMILIES[family]()
+    config.save_pretrained(tmp_path / "shape")
+    random = lambda b: load_base(  # noqa: E731
+        BaseConfig(model=str(tmp_path / "shape" / "config.json"), weights="random", bits=b), CPU, seed=3
+    )
+    random(32).save_pretrained(tmp_path / "saved")
+    shutil.copy(save_tiny(tmp_path / "tok", family) / "tokenizer.json", tmp_path / "saved")
+    reloaded, built = load(tmp_path / "saved", bits).eval(), random(bits)
+    ids = torch.arange(24)[None] % 250
+    with torch.no_grad():
+        ours, theirs = built(ids).logits, reloaded(ids).logits
+    assert torch.equal(ours, theirs)
+    assert float(ours.float().std()) > 0.01
+    assert {n: (p.dtype, p.shape) for n, p in built.named_parameters()} == {
+        n: (p.dtype, p.shape) for n, p in reloaded.named_parameters()
+    }
+
+
+def test_random_weights_depend_on_the_seed_only():
+    build = lambda seed: (
+        load_base(  # noqa: E731
+            BaseConfig(model="pythia-70m", weights="random", bits=16), CPU, seed
+        )
+        .gpt_neox.layers[0]
+        .attention.dense.weight
+    )
+    assert torch.equal(build(1), build(1))
+    assert not torch.equal(build(1), build(2))
+
+
+def test_fp4_and_single_quantization_are_honoured(tmp_path):
+    folder = save_tiny(tmp_path, "llama")
+    state = next(iter(quantized_layers(load(folder, 4)).values())).weight.quant_state
+    other = next(
+        iter(quantized_layers(load(folder, 4, quant_type="fp4", double_quant=False)).values())
+    ).weight.quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+    assert (other.quant_type, other.nested) == ("fp4", False)
+
+
+def test_full_fine_tuning_trains_everything(tmp_path):
+    count = count_parameters(load(save_tiny(tmp_path, "gpt2"), 32, full=True))
+    assert count.trainable == count.total
+
+
+def test_positions_and_dtype(tmp_path):
+    assert max_positions(FAMILIES["gpt2"]()) == 128
+    assert compute_dtype(BaseConfig(bits=32), CPU) == torch.float32
+    assert compute_dtype(BaseConfig(bits=4), CPU) == torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_asked_for_and_absent_is_an_error_and_auto_is_the_cpu():
+    with pytest.raises(UserError, match="--device = 'cuda'"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == CPU
+
+
+def test_a_hub_name_without_a_hub_is_answered_within_ten_seconds(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    start_s = time.monotonic()
+    with pytest.raises(UserError, match="--weights random"):
+        load_base(BaseConfig(model="nobody/nothing"), CPU)
+    assert time.monotonic() - start_s < 10
+
+
+def test_a_model_that_is_no_possible_name_is_an_error():
+    with pytest.raises(UserError, match="--model"):
+        load_base(BaseConfig(model="no/such/folder/here"), CPU)
+
+
+def test_a_folder_without_anything_reports_all_faults(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, 4)
+    assert len(caught.value.faults) == 3
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = save_tiny(tmp_path, "gpt2")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickle"):
+        load(folder, 4)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not safetensors", "bad config", "unknown type"])
+def test_damaged_folders_are_one_clear_error(tmp_path, damage):
+    folder = save_tiny(tmp_path, "llama")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "not safetensors":
+        weights.write_text("hello")
+    elif damage == "bad config":
+        config.write_text("{")
+    else:
+        config.write_text(json.dumps({"model_type": "nonesuch"}))
+    with pytest.raises(UserError, match="--model"):
+        load(folder, 4)
+
+
+def test_a_model_that_generates_no_text_is_refused(tmp_path):
+    folder = save_tiny(tmp_path, "llama")
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(UserError, match="causal"):
+        load(folder, 4)
+
+
+def test_the_tokenizer_is_the_models_or_the_one_named(tmp_path):
+    folder = save_tiny(tmp_path / "a", "gpt2")
+    assert len(load_tokenizer(BaseConfig(model=str(folder)))) == 257
+    assert len(load_tokenizer(BaseConfig(model="gpt2", weights="random", tokenizer=str(folder)))) == 257
+    assert load_tokenizer(BaseConfig(model="gpt2", weights="random")).get_vocab()  # the demo's
+    with pytest.raises(UserError, match="--tokenizer"):
+        load_tokenizer(BaseConfig(model=str(folder), tokenizer=str(tmp_path)))
+
+
+def test_the_hash_follows_the_content_and_not_the_place(tmp_path):
+    first, second = save_tiny(tmp_path / "a", "gpt2"), save_tiny(tmp_path / "b", "gpt2")
+    digest = lambda folder: hash_base(BaseConfig(model=str(folder)), 0)  # noqa: E731
+    assert digest(first) == digest(second)
+    content = bytearray((second / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (second / "model.safetensors").write_bytes(content)
+    assert digest(first) != digest(second)
+
+
+def test_the_hash_of_random_weights_follows_the_seed():
+    config = BaseConfig(model="gpt2", weights="random")
+    assert hash_base(config, 0) == hash_base(config, 0) != hash_base(config, 1)

@@ -1,0 +1,157 @@
+"""The command line: what a user types, and what a mistake costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from families import save_tiny
+
+from qlora_kit.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+NOISE = (
+    "Failed to load CPU gemm",
+    "loss_type=None",
+    "use_cache",
+    "FutureWarning",
+    "UserWarning",
+    "Loading weights",
+    "it/s]",
+)
+
+
+def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd, env=env, check=False)
+
+
+def fails(capsys, *args: str) -> str:
+    """Run in this process; returns what a failing command prints on standard error."""
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert not out
+    return err
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"question": f"{i}?", "answer": f"{i}!"}) for i in range(8)))
+    return str(save_tiny(folder / "base", "gpt2")), str(data)
+
+
+def test_help_needs_no_torch_and_is_quick():
+    script = str(ROOT / "scripts" / "train.py")
+    run(script, "--help")  # compile once
+    times_s = []
+    for _ in range(3):
+        start_s = time.monotonic()
+        done = run(script, "--help")
+        times_s.append(time.monotonic() - start_s)
+    assert done.returncode == 0
+    for option in ("--model", "--data", "--bits", "--no-double-quant", "--config", "--resume"):
+        assert option in done.stdout
+    assert min(times_s) < 0.5
+    loaded = run("-X", "importtime", script, "--help").stderr
+    assert "| torch\n" not in loaded.replace("  ", "")
+    assert "import 'torch'" not in loaded
+    assert not any(line.split("|")[-1].strip() == "torch" for line in loaded.splitlines())
+
+
+def test_no_command_and_help_list_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "train" in capsys.readouterr().out
+    assert "is not a command" in fails(capsys, "trian")
+
+
+def test_the_script_and_the_command_do_the_same(tmp_path, inputs):
+    model, data = inputs
+    flags = ["--model", model, "--data", data, "--max-steps", "2", "--seq-len", "32", "--r", "4"]
+    script = run(str(ROOT / "scripts" / "train.py"), *flags, "--out", "a", cwd=tmp_path)
+    command = run("-m", "qlora_kit", "train", *flags, "--out", "b", cwd=tmp_path)
+    assert script.returncode == command.returncode == 0, script.stderr + command.stderr
+    weights = [(tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes() for out in "ab"]
+    assert weights[0] == weights[1]
+    for noise in NOISE:  # trap 8: what the libraries say and nobody can mend
+        assert noise not in script.stderr
+    for said in ("CPU", "parameters at 4 bits", "loss", "tokens/s", "peak", "adapter: a/adapter"):
+        assert said in script.stderr
+
+
+def test_flags_win_over_the_file(tmp_path, inputs, capsys):
+    model, data = inputs
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"model: {model}\ndata: {data}\nmax_steps: 3\nr: 4\nseq_len: 32\nout: {tmp_path / 'x'}\n")
+    main(["train", "--config", str(file), "--max-steps", "1"])
+    record = json.loads((tmp_path / "x" / "run.json").read_text())
+    assert (record["steps"], record["settings"]["adapter"]["r"]) == (1, 4)
+    capsys.readouterr()
+    assert "already exists" in fails(capsys, "train", "--config", str(file))
+    main(["train", "--config", str(tmp_path / "x" / "run.json"), "--out", str(tmp_path / "y")])
+    first, again = (json.loads((tmp_path / out / "run.json").read_text()) for out in "xy")
+    assert first["results"]["train_loss"] == again["results"]["train_loss"]
+
+
+def test_preview_shows_what_is_supervised_and_audits(inputs, capsys):
+    model, data = inputs
+    main(["preview", "--model", model, "--data", data, "--rows", "1,3"])
+    out = capsys.readouterr().out
+    assert "«" in out
+    assert "duplicates" in out.lower()
+    assert "--rows" in fails(capsys, "preview", "--model", model, "--data", data, "--rows", "x")
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--bits", "5", "--r", "0"], ["--bits = 5", "4, 8, 16, 32", "--r = 0", "at least 1"]),
+        (["--model", "no/such/folder/anywhere"], ["--model", "--weights random"]),
+        (["--targets", "q_porj"], ["q_porj", "c_attn"]),
+        (["--data", "none.jsonl"], ["--data", "none.jsonl"]),
+        (["--seq-len", "100000"], ["--seq-len", "128"]),
+        (["--columns", "prompt=nope,completion=answer"], ["--columns", "nope", "question"]),
+        (["--config", "none.yaml"], ["--config", "none.yaml"]),
+        (["--out", "/proc/x"], ["--out", "/proc/x"]),
+        (["--lr", "fast"], ["--lr", "number"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_two(tmp_path, inputs, capsys, flags, messages):
+    model, data = inputs
+    out = tmp_path / "run"
+    err = fails(capsys, "train", "--model", model, "--data", data, "--out", str(out), "--max-steps", "1", *flags)
+    for message in messages:
+        assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_flag_suggests_the_nearest(capsys):
+    assert "--batch-size" in fails(capsys, "train", "--batchsize", "3")
+
+
+@pytest.mark.parametrize(
+    ("content", "messages"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', ["data.jsonl", "2"]),
+        ("", ["data.jsonl"]),
+        ('{"x": 1}\n', ["x"]),
+    ],
+)
+def test_bad_data_names_the_file_and_line(tmp_path, inputs, capsys, content, messages):
+    file = tmp_path / "data.jsonl"
+    file.write_text(content)
+    err = fails(capsys, "train", "--model", inputs[0], "--data", str(file), "--out", str(tmp_path / "run"))
+    for message in messages:
+        assert message in err
+    assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl"}
