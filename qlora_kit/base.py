@@ -251,8 +251,8 @@ def _build_random(
         model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
         setattr(model, f"is_loaded_in_{config.bits}bit", True)
         model.config.quantization_config = settings
-    for name, original in originals.items():
-        _materialize(model, name, original, dtype, device, seed)
+    for name in list(originals):
+        _materialize(model, name, originals.pop(name), dtype, device, seed)
     for buffer_owner in model.modules():
         for key, buffer in list(buffer_owner._buffers.items()):
             if buffer is not None:

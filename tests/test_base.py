@@ -116,13 +116,10 @@ def test_random_weights_equal_the_saved_and_reloaded_ones(tmp_path, family, bits
 
 
 def test_random_weights_depend_on_the_seed_only():
-    build = lambda seed: (
-        load_base(  # noqa: E731
-            BaseConfig(model="pythia-70m", weights="random", bits=16), CPU, seed
-        )
-        .gpt_neox.layers[0]
-        .attention.dense.weight
-    )
+    def build(seed):
+        model = load_base(BaseConfig(model="pythia-70m", weights="random", bits=16), CPU, seed)
+        return model.gpt_neox.layers[0].attention.dense.weight
+
     assert torch.equal(build(1), build(1))
     assert not torch.equal(build(1), build(2))
 

@@ -15,7 +15,7 @@ TEXTS = ["abc", "the quick brown fox", "x" * 40, "hello"]
 
 def rows():
     """Rows of different lengths, the first third of each unsupervised."""
-    ids = [list(text.encode()) + [EOS_ID] for text in TEXTS]
+    ids = [[*text.encode(), EOS_ID] for text in TEXTS]
     return [{"input_ids": i, "labels": [-100] * (len(i) // 3) + i[len(i) // 3 :]} for i in ids]
 
 
