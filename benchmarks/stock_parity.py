@@ -50,19 +50,21 @@ def encoded(args: argparse.Namespace, tokenizer: Any, source: str, limit: int | 
     return data.encode_set(examples, tokenizer, seq_len=args.seq_len, train_on="answer")
 
 
-def train_ours(args: argparse.Namespace, out: str) -> Any:
-    """Train with qlora_kit; returns a freshly loaded base with the adapter."""
+def train_ours(args: argparse.Namespace, out: str) -> tuple[Any, list[float]]:
+    """Train with qlora_kit; returns a freshly loaded base with the adapter, and the loss of every step."""
     from qlora_kit import train
     from qlora_kit.adapters import load_adapter
     from qlora_kit.base import load_base, resolve_device
 
     config = run_config(args, out)
     result = train(config)
-    return load_adapter(load_base(config.base, resolve_device("auto")), result.adapter)
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    model = load_adapter(load_base(config.base, resolve_device("auto")), result.adapter)
+    return model, [line["loss"] for line in lines if "loss" in line]
 
 
-def train_stock(args: argparse.Namespace, out: str, tokenizer: Any) -> Any:
-    """Train with transformers, PEFT and bitsandbytes alone."""
+def train_stock(args: argparse.Namespace, out: str, tokenizer: Any) -> tuple[Any, list[float]]:
+    """Train with transformers, PEFT and bitsandbytes alone; returns the model and the loss of every step."""
     import torch
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model
@@ -102,8 +104,9 @@ def train_stock(args: argparse.Namespace, out: str, tokenizer: Any) -> Any:
         disable_tqdm=True,
     )
     collator = Collator(tokenizer.pad_token_id, max_tokens=args.seq_len)
-    Trainer(model, arguments, collator, encoded(args, tokenizer, args.data)).train()
-    return model
+    trainer = Trainer(model, arguments, collator, encoded(args, tokenizer, args.data))
+    trainer.train()
+    return model, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
 def score(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[float, int]:
@@ -134,10 +137,12 @@ def contend(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         start_s = time.monotonic()
         out = str(Path(folder) / "run")
-        model = train_ours(args, out) if args.contender == "ours" else train_stock(args, out, tokenizer)
+        ours = args.contender == "ours"
+        model, losses = train_ours(args, out) if ours else train_stock(args, out, tokenizer)
         train_s = time.monotonic() - start_s
         loss, tokens = score(args, model, tokenizer)
-    print(json.dumps({"contender": args.contender, "eval_loss": loss, "eval_tokens": tokens, "train_s": train_s}))
+    row = {"eval_loss": loss, "eval_tokens": tokens, "train_s": round(train_s, 1), "losses": losses}
+    print(json.dumps(row))
 
 
 def main() -> int:
