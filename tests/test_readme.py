@@ -1,0 +1,45 @@
+"""The README keeps its word: its example runs, its commands exist, its figures are those of the committed results."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_kit.cli import COMMANDS
+from qlora_kit.config import flag, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "runs/from-python/adapter" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "from-python" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_figures_are_those_of_the_committed_results():
+    script = ROOT / "benchmarks" / "readme.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr or "run `python benchmarks/readme.py`"
+
+
+def test_every_command_flag_and_file_that_it_names_exists():
+    flags = {flag(field.name) for _, field, _ in settings()} | {"--config", "--rows", "--check", "--help"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named <= flags
+    assert set(re.findall(r"qlora-kit ([a-z]+)", README)) <= set(COMMANDS)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+def test_make_knows_its_targets(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
