@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import RESULTS
 
 from qlora_kit.runs import write_text
 
+ROOT = RESULTS.parents[1]
 METHOD_NAMES = {
     "full": "full fine-tuning",
     "lora16": "LoRA, 16 bits",
@@ -90,7 +90,7 @@ def draw_parity(file: Path) -> None:
     curve.plot(
         steps, rows["stock"]["losses"], color="#d95f02", linewidth=3, alpha=0.5, label="PEFT + Trainer, fp32 factors"
     )
-    curve.plot(steps, rows["ours"]["losses"], color="#1b6ca8", linewidth=1.2, label="qlora_kit, bf16 factors")
+    curve.plot(steps, rows["ours"]["losses"], color="#1b6ca8", linewidth=1.2, label="qlora_kit")
     curve.set_ylabel("training loss")
     curve.set_title("GSM8K answers, small GPT-2 in NF4, r = 16: the same curve as the stock libraries")
     curve.legend(frameon=False)
