@@ -20,6 +20,7 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora_kit import (
     AdapterConfig,
@@ -251,22 +252,24 @@ def test_random_weights_need_nothing_and_say_what_they_are(config, tmp_path):
 
 def test_checkpointing_recomputes_without_reentrance(config, monkeypatch):
     """Trap 12: the reentrant kind never stops the recomputation early, and needs inputs with gradients."""
-    seen = []
-    original = torch.utils.checkpoint.checkpoint
+    calls = []
+    original = LlamaMLP.forward
 
-    def spy(function, *args, use_reentrant=None, **kwargs):
-        seen.append(use_reentrant)
-        return original(function, *args, use_reentrant=use_reentrant, **kwargs)
+    def counted(self, x):
+        calls.append(torch.is_grad_enabled())
+        return original(self, x)
 
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", spy)
-    with_it = train(changed(config, optim={"max_steps": 1}), QUIET)
-    assert seen
-    assert not any(seen)
-    seen.clear()
-    without = train(
-        changed(config, optim={"max_steps": 1, "gradient_checkpointing": False}, out=config.out + "2"), QUIET
-    )
-    assert not seen
+    def reentrant(*_):
+        raise AssertionError("the reentrant checkpoint was used")
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    monkeypatch.setattr(torch.utils.checkpoint.CheckpointFunction, "forward", staticmethod(reentrant))
+    config = changed(config, data={"eval_data": None}, evaluation={"eval_steps": None}, optim={"max_steps": 1})
+    with_it = train(config, QUIET)
+    assert len(calls) == 4  # two blocks, each run twice
+    calls.clear()
+    without = train(changed(config, optim={"gradient_checkpointing": False}, out=config.out + "2"), QUIET)
+    assert len(calls) == 2
     assert same(factors(with_it.adapter), factors(without.adapter))
 
 
