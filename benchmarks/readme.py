@@ -71,7 +71,7 @@ def parity() -> str:
     stock, ours = (result["rows"][name]["eval_loss"] for name in ("stock", "ours"))
     settings = result["settings"]
     return (
-        f"On GSM8K with a small pretrained GPT-2 ({settings['max_steps']} steps of {settings['batch_size']} examples, "
+        f"On GSM8K with a small pretrained GPT-2 ({settings['max_steps']} steps of {settings['batch_size']}, "
         f"r = {settings['r']}, one seed), the held-out loss is {ours:.4f}, and {stock:.4f} with stock PEFT, Trainer and "
         f"`Linear4bit` at equal settings: a difference of {result['difference']:+.3%}.\nMeasured on {place(result)}."
     )
@@ -87,9 +87,7 @@ def draw_parity(file: Path) -> None:
     rows = read("stock_parity_cpu")["rows"]
     figure, (curve, gap) = plt.subplots(2, 1, figsize=(8, 5), height_ratios=(3, 1), sharex=True, layout="constrained")
     steps = range(1, len(rows["ours"]["losses"]) + 1)
-    curve.plot(
-        steps, rows["stock"]["losses"], color="#d95f02", linewidth=3, alpha=0.5, label="PEFT + Trainer, fp32 factors"
-    )
+    curve.plot(steps, rows["stock"]["losses"], color="#d95f02", linewidth=3, alpha=0.5, label="PEFT + Trainer")
     curve.plot(steps, rows["ours"]["losses"], color="#1b6ca8", linewidth=1.2, label="qlora_kit")
     curve.set_ylabel("training loss")
     curve.set_title("GSM8K answers, small GPT-2 in NF4, r = 16: the same curve as the stock libraries")

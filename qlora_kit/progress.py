@@ -65,6 +65,11 @@ class TrainingProgress:
             self.last_line_s = time.monotonic()
             self.say(f"step {step}/{self.steps}  {self.text}")
 
+    def note(self, text: str) -> None:
+        """Show for the moment what else is going on, where there is a bar."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=text)
+
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

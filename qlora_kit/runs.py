@@ -77,7 +77,7 @@ class RunFolder:
         """Make the working folder of a new run. Raises `UserError` where it may not or cannot be made."""
         final = Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = cls.at(final)
-        folder.check_free(overwrite)
+        folder.check_place(overwrite)
         try:
             if folder.working.exists():
                 shutil.rmtree(folder.working)
@@ -86,8 +86,12 @@ class RunFolder:
             raise unwritable(str(final), error) from None
         return folder
 
-    def check_free(self, overwrite: bool) -> None:
-        """Check that nothing would be overwritten unasked. Raises `UserError`."""
+    def check_place(self, overwrite: bool) -> None:
+        """Check that the place can be written and nothing would be overwritten unasked. Raises `UserError`."""
+        parent = next(p for p in self.final.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            reason = OSError(errno.EACCES, f"{parent} is not a folder that you may write to")
+            raise unwritable(str(self.final), reason)
         if overwrite:
             return
         if self.final.exists():

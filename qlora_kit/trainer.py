@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qlora_kit import adapters
+from qlora_kit.base import compute_dtype
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.progress import TrainingProgress
@@ -59,7 +60,7 @@ def training_arguments(
     steps: dict[str, Any] = {"save_steps": evaluation.save_steps or every} if every else {}
     if every and evaluates:
         steps["eval_steps"] = every
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=optim.batch_size,
         per_device_eval_batch_size=optim.batch_size,
@@ -85,8 +86,11 @@ def training_arguments(
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[name for name in config.report_to if name != "tensorboard"],
+        fp16=compute_dtype(config.base, device) == torch.float16,
         **steps,
     )
+    arguments._n_gpu = 1  # one GPU even where there are more: DataParallel cannot copy quantized layers
+    return arguments
 
 
 class AdapterTrainer(Trainer):
@@ -109,8 +113,7 @@ class AdapterTrainer(Trainer):
         """The loss over every held-out token (the same whatever the batch size); the run is not disturbed."""
         start_s = time.monotonic()
         with undisturbed(self.model):  # the loader, too, draws from the random state
-            batches = (self._prepare_inputs(batch) for batch in self.get_eval_dataloader(eval_dataset))
-            loss = mean_loss(self.model, batches)
+            loss = mean_loss(self.model, self._held_out(eval_dataset))
         metrics = {
             f"{metric_key_prefix}_loss": loss.mean,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss.mean, 700)),
@@ -120,6 +123,11 @@ class AdapterTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _held_out(self, eval_dataset: Any) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self.get_eval_dataloader(eval_dataset):
+            yield self._prepare_inputs(batch)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None, "the run always says where"
@@ -174,6 +182,7 @@ class RunCallback(TrainerCallback):
         self.progress = progress
         self.resumed_from = resumed_from
         self.trainer: AdapterTrainer | None = None
+        self.evaluated = 0  # batches of the evaluation in progress
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -196,7 +205,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Check the gradients of the run's very first step."""
-        if state.global_step == 0:
+        if state.global_step == 0 and not args.fp16:  # fp16's scaler skips overflowing steps by itself
             adapters.check_first_gradients(adapters.trainable(model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -214,14 +223,22 @@ class RunCallback(TrainerCallback):
             self.progress.update(state.global_step, logs["loss"], self.tokens_per_s)
         append_metrics(self.folder, line)
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
+            if not math.isfinite(logs.get(name, 0.0)) and not args.fp16:
                 rule = f"is not finite at step {state.global_step}: the training diverged"
                 raise UserError.of(name, logs[name], rule, "Lower --lr, or use --adapter-dtype fp32.")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show how far the evaluation is."""
+        self.evaluated += 1
+        self.progress.note(f"evaluating, batch {self.evaluated}")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Say how the evaluation went, with one generated answer."""
+        self.evaluated = 0
         loss, perplexity = metrics["eval_loss"], metrics["eval_perplexity"]
         self.progress.say(f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
         if self.sample is not None:

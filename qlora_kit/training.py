@@ -16,11 +16,12 @@ from rich.console import Console
 from qlora_kit import adapters, base, cards, data, quiet, runs, scoring
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.inputs import Inputs, check_vocabulary, make_collator, read_inputs
+from qlora_kit.model import build_model
 from qlora_kit.progress import TrainingProgress, human_bytes, peak_bytes
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.trainer import AdapterTrainer
 
@@ -43,17 +44,6 @@ class RunResult:
     tokens_per_s: float
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is fed to the run: encoded sets, the held-out examples themselves, and the tokenizer."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: data.EncodedSet | data.PackedSet
-    evaluation: data.EncodedSet | data.PackedSet | None
-    held_out: list[data.Example]
-    seq_len: int
-
-
 def train(config: RunConfig, console: Console | None = None) -> RunResult:
     """Run the training that `config` describes and return where it is and how it went.
 
@@ -66,12 +56,13 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     point = runs.find_resume_point(config.resume) if config.resume else None
     device = base.resolve_device(config.base.device)
     if point is None and config.out is not None:
-        runs.RunFolder.at(Path(config.out)).check_free(config.overwrite)
+        runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)
     quiet.quiet_progress_bars()
-    inputs = _read_inputs(config)
+    inputs = read_inputs(config)
     _announce(config, device, say)
-    model = _build_model(config, device)
-    _check_vocabulary(inputs.tokenizer, model)
+    with say.status(f"loading {config.base.model}"):
+        model = build_model(config, device)
+    check_vocabulary(inputs.tokenizer, model)
     name = Path(config.base.model.rstrip("/")).name
     if point is None:
         folder = runs.RunFolder.create(config.out, name, config.overwrite)
@@ -127,30 +118,6 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _read_inputs(config: RunConfig) -> Inputs:
-    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base))
-    positions = base.max_positions(base.load_model_config(config.base))
-    seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
-    examples = data.read_examples(config.data.data, config.data.columns)
-    eval_source = config.data.eval_data or (
-        "demo" if config.data.data == "demo" and not config.data.eval_fraction else None
-    )
-    if eval_source is not None:
-        held_out = data.read_examples(eval_source, config.data.columns, "--eval-data")
-    else:
-        examples, held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)
-    train_set = _encode(config, examples, tokenizer, seq_len, "--data")
-    eval_set = _encode(config, held_out, tokenizer, seq_len, "--eval-data") if held_out else None
-    return Inputs(tokenizer, train_set, eval_set, held_out, seq_len)
-
-
-def _encode(
-    config: RunConfig, examples: list[data.Example], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
-) -> data.EncodedSet | data.PackedSet:
-    encoded = data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
-    return data.pack(encoded, seq_len) if config.data.pack else encoded
-
-
 def _announce(config: RunConfig, device: torch.device, say: Console) -> None:
     import torch
 
@@ -160,36 +127,6 @@ def _announce(config: RunConfig, device: torch.device, say: Console) -> None:
         say.print(f"device: CPU ({torch.get_num_threads()} threads); no CUDA device is used", highlight=False)
     if config.base.weights == "random":
         say.print("the base has random weights: for memory and speed work, its output means nothing", highlight=False)
-
-
-def _build_model(config: RunConfig, device: torch.device) -> Any:
-    """The base with its factors, ready to train; the factors are drawn by `config.seed`."""
-    from transformers import set_seed
-
-    model: Any = base.load_base(config.base, device, seed=config.seed)
-    set_seed(config.seed)
-    if not config.base.full:
-        model = adapters.inject(model, config.adapter)
-    if config.optim.gradient_checkpointing:
-        _enable_checkpointing(model)
-    return model
-
-
-def _enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass, without reentrance so that frozen inputs need no gradient."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        rule = f"has token ids up to {largest}, and the model's vocabulary ends at {rows - 1}"
-        raise UserError.of("--tokenizer", tokenizer.name_or_path, rule, "Give the tokenizer that belongs to the model.")
 
 
 def _needed_bytes(config: RunConfig, model: Any) -> int:
@@ -221,11 +158,12 @@ def _run(
 ) -> RunResult:
     from qlora_kit.trainer import build_trainer, final_eval_loss, resolve_optim
 
-    record = _record(config, device, model, inputs, resolve_optim(config, device))
+    with say.status("hashing the base"):
+        record = _record(config, device, model, inputs, resolve_optim(config, device))
     runs.write_json(folder.working / runs.RUN_FILE, record)
     _print_overview(record, say)
     progress = TrainingProgress(device, say)
-    collator = _collator(config, model, inputs)
+    collator = make_collator(config, model, inputs)
     sample = (lambda: _sample(model, inputs)) if inputs.held_out else None
     trainer, callback = build_trainer(
         config,
@@ -261,16 +199,6 @@ def _run(
     _save(folder, trainer, inputs, record, result)
     _print_result(result, say)
     return result
-
-
-def _collator(config: RunConfig, model: Any, inputs: Inputs) -> data.Collator:
-    """Pads rows, or lays packed ones out so that no example sees another. Raises `UserError` where it cannot."""
-    pad = inputs.tokenizer.pad_token_id
-    packed = [rows for rows in (inputs.train, inputs.evaluation) if isinstance(rows, data.PackedSet)]
-    if not packed:
-        return data.Collator(pad, max_tokens=inputs.seq_len)
-    mask_dtype = data.packed_mask_dtype(model.config, max(rows.longest_tokens for rows in packed))
-    return data.Collator(pad, packed=True, max_tokens=inputs.seq_len, mask_dtype=mask_dtype)
 
 
 def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs, optim: str) -> dict[str, Any]:

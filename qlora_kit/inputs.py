@@ -1,0 +1,68 @@
+"""What a run is fed: the tokenizer, the encoded training and held-out sets, and how they are batched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit import base, data
+from qlora_kit.config import RunConfig
+from qlora_kit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is fed to the run: encoded sets, the held-out examples themselves, and the tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: data.EncodedSet | data.PackedSet
+    evaluation: data.EncodedSet | data.PackedSet | None
+    held_out: list[data.Example]
+    seq_len: int
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Read and encode the data that `config` names. Raises `UserError` for whatever is wrong with it."""
+    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base))
+    positions = base.max_positions(base.load_model_config(config.base))
+    seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
+    examples = data.read_examples(config.data.data, config.data.columns)
+    eval_source = config.data.eval_data or (
+        "demo" if config.data.data == "demo" and not config.data.eval_fraction else None
+    )
+    if eval_source is not None:
+        held_out = data.read_examples(eval_source, config.data.columns, "--eval-data")
+    else:
+        examples, held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)
+    train_set = _encode(config, examples, tokenizer, seq_len, "--data")
+    eval_set = _encode(config, held_out, tokenizer, seq_len, "--eval-data") if held_out else None
+    return Inputs(tokenizer, train_set, eval_set, held_out, seq_len)
+
+
+def _encode(
+    config: RunConfig, examples: list[data.Example], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
+) -> data.EncodedSet | data.PackedSet:
+    encoded = data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
+    return data.pack(encoded, seq_len) if config.data.pack else encoded
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Check that the model has an embedding for every token. Raises `UserError`."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        rule = f"has token ids up to {largest}, and the model's vocabulary ends at {rows - 1}"
+        raise UserError.of("--tokenizer", tokenizer.name_or_path, rule, "Give the tokenizer that belongs to the model.")
+
+
+def make_collator(config: RunConfig, model: Any, inputs: Inputs) -> data.Collator:
+    """Pads rows, or lays packed ones out so that no example sees another. Raises `UserError` where it cannot."""
+    pad = inputs.tokenizer.pad_token_id
+    packed = [rows for rows in (inputs.train, inputs.evaluation) if isinstance(rows, data.PackedSet)]
+    if not packed:
+        return data.Collator(pad, max_tokens=inputs.seq_len)
+    mask_dtype = data.packed_mask_dtype(model.config, max(rows.longest_tokens for rows in packed))
+    return data.Collator(pad, packed=True, max_tokens=inputs.seq_len, mask_dtype=mask_dtype)

@@ -1,0 +1,40 @@
+"""The model that trains: the base, its factors, and gradient checkpointing. The trainer and the planner share it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit import adapters, base
+from qlora_kit.config import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build_model(config: RunConfig, device: torch.device) -> Any:
+    """The base with its factors, ready to train; the factors are drawn by `config.seed`.
+
+    Where CUDA has no bf16 the factors are fp32, for fp16 training scales their gradients. Raises `UserError`.
+    """
+    import torch
+    from transformers import set_seed
+
+    model: Any = base.load_base(config.base, device, seed=config.seed)
+    set_seed(config.seed)
+    if not config.base.full:
+        in_fp16 = base.compute_dtype(config.base, device) == torch.float16
+        settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
+        model = adapters.inject(model, settings)
+    if config.optim.gradient_checkpointing:
+        _enable_checkpointing(model)
+    return model
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass, without reentrance so that frozen inputs need no gradient."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
