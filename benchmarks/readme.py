@@ -73,7 +73,7 @@ def parity() -> str:
     return (
         f"On GSM8K with a small pretrained GPT-2 ({settings['max_steps']} steps of {settings['batch_size']}, "
         f"r = {settings['r']}, one seed), the held-out loss is {ours:.4f}, and {stock:.4f} with stock PEFT, Trainer "
-        f"and `Linear4bit` at equal settings: a difference of {result['difference']:+.3%}.\nMeasured on {place(result)}."
+        f"and `Linear4bit` at equal settings: {result['difference']:+.3%}.\nMeasured on {place(result)}."
     )
 
 
