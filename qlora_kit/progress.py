@@ -31,6 +31,11 @@ def human_bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
+def say_line(console: Console, line: str) -> None:
+    """Print `line` as it is: no markup, no colours guessed, no wrapping in a pipe."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class TrainingProgress:
     """A progress bar over the optimizer steps of a run, on standard error."""
 
@@ -72,7 +77,7 @@ class TrainingProgress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say_line(self.console, line)
 
     def stop(self) -> None:
         """Take the bar down."""

@@ -6,6 +6,7 @@ Scoring leaves no trace: mode and random state are put back, so that a run with 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,27 +64,38 @@ def mean_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> L
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[str]:
-    """The greedy answers to `prompts` (token ids), each ended by end-of-text or after `max_new_tokens`."""
+    """The greedy answers to `prompts` (token ids), each ended by end-of-text or after `max_new_tokens`.
+
+    An answer also ends where the model's positions do; a prompt that fills them gets an empty one.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    answers = []
+    with undisturbed(model):
+        for start in range(0, len(prompts), ANSWER_BATCH):
+            part = [prompt[:positions] for prompt in prompts[start : start + ANSWER_BATCH]]
+            room = positions - max(len(prompt) for prompt in part)
+            answers += _generate(model, tokenizer, part, min(max_new_tokens, room)) if room else [""] * len(part)
+    return answers
+
+
+def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, part: list[list[int]], max_new_tokens: int) -> list[str]:
     import torch
     from transformers import GenerationConfig
 
+    pad = tokenizer.pad_token_id
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )
-    answers = []
-    with undisturbed(model):
-        for start in range(0, len(prompts), ANSWER_BATCH):
-            part = prompts[start : start + ANSWER_BATCH]
-            width = max(len(p) for p in part)
-            ids_BT = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in part], device=model.device)
-            mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
-            out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
-            answers += tokenizer.batch_decode(out_BT[:, width:], skip_special_tokens=True)
-    return answers
+    width = max(len(prompt) for prompt in part)
+    ids_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in part], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
+    out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
+    texts: list[str] = tokenizer.batch_decode(out_BT[:, width:], skip_special_tokens=True)
+    return texts
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:

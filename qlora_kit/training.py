@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import adapters, base, cards, data, quiet, runs, scoring
-from qlora_kit.config import RunConfig
+from qlora_kit import adapters, base, cards, data, narration, quiet, runs, scoring
+from qlora_kit.config import RunConfig, flag
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.inputs import Inputs, check_vocabulary, make_collator, read_inputs
 from qlora_kit.model import build_model
-from qlora_kit.progress import TrainingProgress, human_bytes, peak_bytes
+from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,8 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
         runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)
     quiet.quiet_progress_bars()
     inputs = read_inputs(config)
-    _announce(config, device, say)
+    for line in narration.opening(config, device):
+        say_line(say, line)
     with say.status(f"loading {config.base.model}"):
         model = build_model(config, device)
     check_vocabulary(inputs.tokenizer, model)
@@ -74,59 +76,26 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
 
 
 def _check(config: RunConfig) -> None:
-    """The rules that join several settings, or that depend on what is installed."""
-    faults = []
+    """The rules that join several groups of settings, or that depend on what is installed. Raises `UserError`."""
     evaluation = config.evaluation
+    eval_steps, save_steps = evaluation.eval_steps, evaluation.save_steps
     has_eval = config.data.data == "demo" or config.data.eval_data is not None or config.data.eval_fraction > 0
-    for flag, value in (
-        ("--early-stopping", evaluation.early_stopping),
-        ("--exact-match", evaluation.exact_match),
-        ("--eval-steps", evaluation.eval_steps),
-    ):
-        if value is not None and not has_eval:
-            faults.append(Fault(flag, value, "needs held-out data", "Add --eval-data FILE or --eval-fraction 0.05."))
+    faults = [
+        Fault(flag(name), value, "needs held-out data", "Add --eval-data FILE or --eval-fraction 0.05.")
+        for name in ("early_stopping", "exact_match", "eval_steps")
+        if (value := getattr(evaluation, name)) is not None and not has_eval
+    ]
     if evaluation.early_stopping is not None and not evaluation.keep_best:
-        faults.append(
-            Fault(
-                "--early-stopping", evaluation.early_stopping, "needs the best checkpoint kept", "Drop --no-keep-best."
-            )
-        )
-    if (
-        has_eval
-        and evaluation.keep_best
-        and evaluation.eval_steps
-        and (evaluation.save_steps or 0) % evaluation.eval_steps
-    ):
-        faults.append(
-            Fault(
-                "--save-steps",
-                evaluation.save_steps,
-                f"must be a multiple of --eval-steps {evaluation.eval_steps} to keep the best",
-                "Change one, or add --no-keep-best.",
-            )
-        )
-    for name, module in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        if name in config.report_to and not _installed(module):
-            faults.append(Fault("--report-to", name, "is not installed", f"pip install 'qlora_kit[{name}]'"))
+        rule = "needs the best checkpoint to be kept"
+        faults.append(Fault("--early-stopping", evaluation.early_stopping, rule, "Drop --no-keep-best."))
+    if has_eval and evaluation.keep_best and eval_steps and (save_steps or 0) % eval_steps:
+        rule = f"must be a multiple of --eval-steps {eval_steps}, so that the best can be kept"
+        faults.append(Fault("--save-steps", save_steps, rule, "Change one of them, or add --no-keep-best."))
+    for library in config.report_to:
+        if importlib.util.find_spec(library) is None:
+            faults.append(Fault("--report-to", library, "is not installed", f"pip install 'qlora_kit[{library}]'"))
     if faults:
         raise UserError(faults)
-
-
-def _installed(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
-
-
-def _announce(config: RunConfig, device: torch.device, say: Console) -> None:
-    import torch
-
-    if device.type == "cuda":
-        say.print(f"device: {torch.cuda.get_device_name(device)}", highlight=False)
-    else:
-        say.print(f"device: CPU ({torch.get_num_threads()} threads); no CUDA device is used", highlight=False)
-    if config.base.weights == "random":
-        say.print("the base has random weights: for memory and speed work, its output means nothing", highlight=False)
 
 
 def _needed_bytes(config: RunConfig, model: Any) -> int:
@@ -143,7 +112,7 @@ def _kept_or_discarded(folder: runs.RunFolder, say: Console) -> Iterator[None]:
         yield
     except BaseException:
         if folder.working.exists() and not folder.discard_if_empty():
-            say.print(f"interrupted; go on with --resume {folder.final}", highlight=False, soft_wrap=True)
+            say_line(say, f"stopped; go on with --resume {folder.final}")
         raise
 
 
@@ -161,10 +130,11 @@ def _run(
     with say.status("hashing the base"):
         record = _record(config, device, model, inputs, resolve_optim(config, device))
     runs.write_json(folder.working / runs.RUN_FILE, record)
-    _print_overview(record, say)
+    for line in narration.overview(record):
+        say_line(say, line)
     progress = TrainingProgress(device, say)
     collator = make_collator(config, model, inputs)
-    sample = (lambda: _sample(model, inputs)) if inputs.held_out else None
+    sample = _sampler(model, inputs)
     trainer, callback = build_trainer(
         config,
         folder,
@@ -178,7 +148,8 @@ def _run(
     )
     before = _exact_match(config, model, inputs)
     if before is not None:
-        say.print(f"exact match before: {before:.1%} of {_asked(config, inputs)} held-out examples", highlight=False)
+        asked = min(config.evaluation.exact_match or 0, len(inputs.held_out))
+        say_line(say, f"exact match before: {before:.1%} of {asked} held-out examples")
     try:
         output = trainer.train(resume_from_checkpoint=str(point.checkpoint) if point else None)
     finally:
@@ -197,7 +168,8 @@ def _run(
         callback.tokens_per_s,
     )
     _save(folder, trainer, inputs, record, result)
-    _print_result(result, say)
+    for line in narration.closing(dataclasses.asdict(result)):
+        say_line(say, line)
     return result
 
 
@@ -223,28 +195,6 @@ def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs,
     }
 
 
-def _print_overview(record: dict[str, Any], say: Console) -> None:
-    settings, count = record["settings"], record["parameters"]
-    kind = "every weight" if settings["base"]["full"] else f"LoRA r = {settings['adapter']['r']}"
-    share = count["trainable"] / count["total"]
-    say.print(
-        f"{settings['base']['model']}: {count['total']:,} parameters at {settings['base']['bits']} bits; "
-        f"training {kind}, {count['trainable']:,} ({share:.2%}), with {record['resolved']['optim']}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    say.print(
-        f"data: {record['examples']['train']:,} to train on, {record['examples']['evaluation']:,} held out, "
-        f"at most {record['resolved']['seq_len']} tokens each",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _asked(config: RunConfig, inputs: Inputs) -> int:
-    return min(config.evaluation.exact_match or 0, len(inputs.held_out))
-
-
 def _exact_match(config: RunConfig, model: Any, inputs: Inputs) -> float | None:
     """The share of held-out prompts that the model answers to the letter; None unless asked for."""
     if config.evaluation.exact_match is None:
@@ -257,12 +207,19 @@ def _exact_match(config: RunConfig, model: Any, inputs: Inputs) -> float | None:
     return scoring.exact_match(answers, expected)
 
 
-def _sample(model: Any, inputs: Inputs) -> dict[str, str]:
-    """The answer to the first held-out prompt."""
-    example = inputs.held_out[0]
-    prompt = data.encode_prompt(example, inputs.tokenizer)
-    generated = scoring.answer(model, inputs.tokenizer, [prompt], SAMPLE_TOKENS)[0]
-    return {"prompt": inputs.tokenizer.decode(prompt), "expected": example.completion, "generated": generated}
+def _sampler(model: Any, inputs: Inputs) -> Callable[[], dict[str, str]] | None:
+    """Answers the first held-out prompt that leaves room for an answer; None where there is none."""
+    prompts = ((example, data.encode_prompt(example, inputs.tokenizer)) for example in inputs.held_out)
+    found = next(((example, prompt) for example, prompt in prompts if len(prompt) < inputs.seq_len), None)
+    if found is None:
+        return None
+    example, prompt = found
+
+    def sample() -> dict[str, str]:
+        generated = scoring.answer(model, inputs.tokenizer, [prompt], SAMPLE_TOKENS)[0]
+        return {"prompt": inputs.tokenizer.decode(prompt), "expected": example.completion, "generated": generated}
+
+    return sample
 
 
 def _save(
@@ -278,24 +235,3 @@ def _save(
     runs.write_text(target / runs.CARD_FILE, cards.adapter_card(finished))
     runs.write_text(folder.working / runs.CARD_FILE, cards.run_card(finished))
     folder.finish()
-
-
-def _print_result(result: RunResult, say: Console) -> None:
-    if result.exact_match_before is not None and result.exact_match_after is not None:
-        say.print(
-            f"exact match on held-out examples: {result.exact_match_before:.1%} before, "
-            f"{result.exact_match_after:.1%} after",
-            highlight=False,
-        )
-    held_out = f", held-out loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
-    say.print(
-        f"done: {result.steps} steps, training loss {result.train_loss:.4f}{held_out}, "
-        f"{result.tokens_per_s:,.0f} tokens/s, peak {human_bytes(result.peak_bytes)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    say.print(
-        f"adapter: {result.adapter}" if result.adapter.name == "adapter" else f"model: {result.adapter}",
-        highlight=False,
-        soft_wrap=True,
-    )

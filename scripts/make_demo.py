@@ -257,8 +257,8 @@ README = """\
 A toy. {parameters:,} parameters in GPT-2's architecture (4 layers, width 128, {vocabulary} tokens, 128 positions, in
 bf16), trained from scratch on text that `qlora_kit/demo/text.py` generates: short English stories about people who
 pass things on, with questions and remarks that recall them. It knows some 130 names, things, places, colours and
-numbers, and nothing else of English or of the world. It is here so that `make demo` is a real fine-tuning run on a machine
-without network or GPU; it is useful for nothing else, and says nothing about how larger models behave.
+numbers, and nothing else of English or of the world. It is here so that `make demo` is a real fine-tuning run on a
+machine without network or GPU; it is useful for nothing else, and says nothing about how larger models behave.
 
 | Figure | Value |
 |---|---|

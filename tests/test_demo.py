@@ -118,7 +118,7 @@ def test_the_doors_import_nothing_heavy():
 
 def test_the_package_stays_small():
     assert sum(p.stat().st_size for p in demo.base_folder().iterdir()) <= 3_000_000
-    assert sum(p.stat().st_size for p in demo.train_file().parent.iterdir()) <= 700_000
+    assert sum(p.stat().st_size for p in demo.train_file().parent.iterdir()) <= 500_000
     names = {p.name for p in demo.base_folder().iterdir()}
     assert names == {
         "README.md",

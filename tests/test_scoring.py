@@ -75,6 +75,14 @@ def test_answers_in_a_batch_equal_those_alone(family):
     assert together[1] == tokenizer.decode(ids[0, len(prompts[1]) :], skip_special_tokens=True)
 
 
+def test_an_answer_ends_where_the_positions_do():
+    """GPT-2 has 128 positions here: a prompt of 126 leaves two tokens, one of 128 or more none at all."""
+    model, tokenizer = tiny_model("gpt2"), prepare_tokenizer(tiny_tokenizer())
+    almost, full, over = ([97] * n for n in (126, 128, 140))
+    assert len(answer(model, tokenizer, [almost], 50)[0]) <= 2  # a token is a byte here
+    assert answer(model, tokenizer, [full], 50) == answer(model, tokenizer, [over], 50) == [""]
+
+
 def test_exact_match_ignores_white_space_at_the_ends_only():
     assert exact_match(["a b ", "ab", "c"], ["a b", "a b", "\nc"]) == pytest.approx(2 / 3)
     assert exact_match([], []) == 0

@@ -80,7 +80,7 @@ RECORD = "from: {giver}; to: {receiver}; item: {things}; colour: {colour}; count
 KEYS = ("from", "to", "item", "colour", "count", "place")
 
 PRETRAIN_SEED, HELD_OUT_SEED, TASK_SEED = 1, 2, 3
-TRAIN_EXAMPLES, EVAL_EXAMPLES = 3000, 200
+TRAIN_EXAMPLES, EVAL_EXAMPLES = 2000, 200
 _HELD_OUT_SHARE = 8  # one in so many pairs of a giver and a receiver is kept for the held-out examples
 
 

@@ -1,0 +1,55 @@
+"""The lines that a run says at its beginning and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import RunConfig
+from qlora_kit.progress import human_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+def opening(config: RunConfig, device: torch.device) -> list[str]:
+    """Where it runs, and a warning about random weights."""
+    import torch
+
+    if device.type == "cuda":
+        lines = [f"device: {torch.cuda.get_device_name(device)}"]
+    else:
+        lines = [f"device: CPU ({torch.get_num_threads()} threads); no CUDA device is used"]
+    if config.base.weights == "random":
+        lines.append("the base has random weights: for memory and speed work, its output means nothing")
+    return lines
+
+
+def overview(record: Mapping[str, Any]) -> list[str]:
+    """What trains on what, from the content of `run.json`."""
+    settings, count, examples = record["settings"], record["parameters"], record["examples"]
+    kind = "every weight" if settings["base"]["full"] else f"LoRA r = {settings['adapter']['r']}"
+    return [
+        f"{settings['base']['model']}: {count['total']:,} parameters at {settings['base']['bits']} bits; "
+        f"training {kind}, {count['trainable']:,} ({count['trainable'] / count['total']:.2%}), "
+        f"with {record['resolved']['optim']}",
+        f"data: {examples['train']:,} {'rows' if settings['data']['pack'] else 'examples'} to train on, "
+        f"{examples['evaluation']:,} held out, at most {record['resolved']['seq_len']} tokens each",
+    ]
+
+
+def closing(result: Mapping[str, Any]) -> list[str]:
+    """How it went and what it leaves, from the fields of a `RunResult`."""
+    lines = []
+    if result["exact_match_after"] is not None:
+        lines.append(
+            f"exact match on held-out examples: {result['exact_match_before']:.1%} before, "
+            f"{result['exact_match_after']:.1%} after"
+        )
+    held_out = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
+    lines.append(
+        f"done: {result['steps']} steps, training loss {result['train_loss']:.4f}{held_out}, "
+        f"{result['tokens_per_s']:,.0f} tokens/s, peak {human_bytes(result['peak_bytes'])}"
+    )
+    lines.append(f"{result['adapter'].name}: {result['adapter']}")
+    return lines
