@@ -6,8 +6,10 @@ all see the same one.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +183,7 @@ def load_base(config: BaseConfig, device: torch.device, seed: int = 0) -> PreTra
     else:
         model = _load_pretrained(architecture, config, device)
     _keep_weights_plain(model)
+    _return_freed_memory()
     model.requires_grad_(config.full)
     model.config.use_cache = False  # no cache in training; generation asks for its own
     return model
@@ -253,6 +256,7 @@ def _build_random(
         model.config.quantization_config = settings
     for name in list(originals):
         _materialize(model, name, originals.pop(name), dtype, device, seed)
+        _return_freed_memory()
     for buffer_owner in model.modules():
         for key, buffer in list(buffer_owner._buffers.items()):
             if buffer is not None:
@@ -289,6 +293,14 @@ def _materialize(
             module.weight = kind(value, requires_grad=False, **module.weight.__dict__).to(device)
         else:
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+
+
+def _return_freed_memory() -> None:
+    """Give the 16-bit layers that were freed back to the system: glibc keeps them, several GB for a large model."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _keep_weights_plain(model: PreTrainedModel) -> None:

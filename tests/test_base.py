@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from families import FAMILIES, save_tiny, tiny_model
+from transformers import GPT2Config
 
 from qlora_kit.base import (
     compute_dtype,
@@ -122,6 +125,24 @@ def test_random_weights_depend_on_the_seed_only():
 
     assert torch.equal(build(1), build(1))
     assert not torch.equal(build(1), build(2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident bytes are read from /proc")
+def test_building_random_weights_returns_the_sixteen_bit_layers(tmp_path):
+    """Freed layers must not stay with the process: at 4 bits it may grow by little more than the 4-bit model."""
+    GPT2Config(n_embd=1024, n_head=16, n_layer=12, vocab_size=512, n_positions=64).to_json_file(
+        tmp_path / "config.json"
+    )
+    before_bytes = resident_bytes()
+    model = load_base(BaseConfig(model=str(tmp_path / "config.json"), weights="random"), CPU)
+    grown_bytes = resident_bytes() - before_bytes
+    held_bytes = sum(p.nbytes for p in model.parameters())
+    assert count_parameters(model).total > 150e6  # 300 MB in 16 bits
+    assert grown_bytes < 1.3 * held_bytes + 40e6
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def test_fp4_and_single_quantization_are_honoured(tmp_path):
