@@ -6,16 +6,14 @@ all see the same one.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import demo, hub
+from qlora_kit import demo, host_memory, hub
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.shapes import config_from
@@ -177,13 +175,14 @@ def load_base(config: BaseConfig, device: torch.device, seed: int = 0) -> PreTra
     Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `compute_dtype`.
     Raises `UserError` where it is not found or cannot be read.
     """
+    if device.type == "cpu":
+        host_memory.return_large_blocks()
     architecture = load_model_config(config)
     if config.weights == "random":
         model = _build_random(architecture, config, device, seed)
     else:
         model = _load_pretrained(architecture, config, device)
     _keep_weights_plain(model)
-    _return_freed_memory()
     model.requires_grad_(config.full)
     model.config.use_cache = False  # no cache in training; generation asks for its own
     return model
@@ -256,7 +255,6 @@ def _build_random(
         model.config.quantization_config = settings
     for name in list(originals):
         _materialize(model, name, originals.pop(name), dtype, device, seed)
-        _return_freed_memory()
     for buffer_owner in model.modules():
         for key, buffer in list(buffer_owner._buffers.items()):
             if buffer is not None:
@@ -293,14 +291,6 @@ def _materialize(
             module.weight = kind(value, requires_grad=False, **module.weight.__dict__).to(device)
         else:
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
-
-
-def _return_freed_memory() -> None:
-    """Give the 16-bit layers that were freed back to the system: glibc keeps them, several GB for a large model."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other C libraries have none
-        if trim is not None:
-            trim(0)
 
 
 def _keep_weights_plain(model: PreTrainedModel) -> None:

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Frees blocks of 2 MiB, each held open by a small one behind it, after a larger free has raised glibc's threshold.
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from qlora_kit.host_memory import return_large_blocks
+if sys.argv[1] == "told":
+    assert return_large_blocks()
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+torch.empty(30 << 20, dtype=torch.uint8)
+before = resident()
+large, small = [], []
+for _ in range(60):
+    large.append(torch.ones(2 << 20, dtype=torch.uint8))
+    small.append(torch.ones(64, dtype=torch.uint8))
+large.clear()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_blocks_go_back_to_the_system_when_told_and_not_otherwise():
+    root = str(Path(__file__).resolve().parents[1])
+    kept = {}
+    for mode in ("told", "untold"):
+        command = [sys.executable, "-c", PROGRAM, mode]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": root})
+        kept[mode] = int(done.stdout)
+    assert kept["told"] < 20 << 20
+    assert kept["untold"] > 100 << 20
