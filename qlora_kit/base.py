@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import demo, host_memory, hub
+from qlora_kit import demo, host_memory, hub, shapes
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.shapes import config_from
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +31,6 @@ class ParameterCount:
 
     total: int
     trainable: int
-
-    @property
-    def trainable_share(self) -> float:
-        return self.trainable / self.total
 
 
 def resolve_device(device: str) -> torch.device:
@@ -70,12 +65,13 @@ def load_model_config(config: BaseConfig) -> PretrainedConfig:
 
     Raises `UserError` where it is not found, is not for causal language models, or lacks weights.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     source = model_source(config)
     if config.weights == "random":
-        architecture = config_from(source)
+        architecture = shapes.config_from(source)
     else:
         folder = Path(source)
         if folder.exists():
@@ -86,7 +82,7 @@ def load_model_config(config: BaseConfig) -> PretrainedConfig:
             architecture = AutoConfig.from_pretrained(
                 source, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
-        except (ValueError, OSError, KeyError) as error:
+        except (*shapes.BAD_CONFIG, StrictDataclassError, OSError) as error:
             raise UserError.of(
                 "--model",
                 config.model,
@@ -144,7 +140,8 @@ def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         hub.fetch_model_file(source, "tokenizer_config.json", config.revision, setting)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        revision = config.revision if source == model_source(config) else None
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError.of(
             setting,
@@ -207,7 +204,7 @@ def _load_pretrained(architecture: PretrainedConfig, config: BaseConfig, device:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             model_source(config),
             config=architecture,
             revision=config.revision,
@@ -216,6 +213,7 @@ def _load_pretrained(architecture: PretrainedConfig, config: BaseConfig, device:
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         if "out of memory" in str(error):
@@ -226,6 +224,16 @@ def _load_pretrained(architecture: PretrainedConfig, config: BaseConfig, device:
             f"its weights cannot be read ({_first_line(error)})",
             "Fetch or convert the model again.",
         ) from None
+    _check_loaded(config, loaded)
+    return model
+
+
+def _check_loaded(config: BaseConfig, loaded: dict[str, Any]) -> None:
+    """Check that every weight came from the files. Raises `UserError` naming those that did not."""
+    wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in loaded.get(key) or ())
+    if wrong:
+        rule = f"its files lack, or have in another shape, {len(wrong)} weights: {', '.join(wrong[:3])}"
+        raise UserError.of("--model", config.model, rule, "Fetch or convert the model again.")
 
 
 def _build_random(

@@ -20,21 +20,11 @@ def adapter_card(record: Mapping[str, Any]) -> str:
         "",
         *_random_note(base),
         f"- base: `{base['model']}`, {_bits(base)}, hash `{record['base_hash']}`",
-        f"- adapter: {_adapter(adapter)}; {record['parameters']['trainable']:,} trainable of "
-        f"{record['parameters']['total']:,} parameters",
+        f"- adapter: {_adapter(adapter)}; {record['parameters']['trainable']:,} trainable parameters",
         f"- data: `{record['settings']['data']['data']}`, {record['examples']['train']:,} examples",
         f"- trained {record['steps']} steps; {_results(record)}",
         "",
-        "Load it with PEFT:",
-        "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM"
-        if not base["full"]
-        else "from transformers import AutoModelForCausalLM",
-        'model = AutoPeftModelForCausalLM.from_pretrained("adapter")'
-        if not base["full"]
-        else 'model = AutoModelForCausalLM.from_pretrained("model")',
-        "```",
+        *_how_to_load(base),
         "",
     ]
     return "\n".join(lines)
@@ -61,6 +51,14 @@ def run_card(record: Mapping[str, Any]) -> str:
 def _title(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
     name = str(base["model"]).rstrip("/").rsplit("/", 1)[-1]
     return f"{name}, every weight trained" if base["full"] else f"LoRA adapter (r = {adapter['r']}) for {name}"
+
+
+def _how_to_load(base: Mapping[str, Any]) -> list[str]:
+    if base["weights"] == "random":
+        return ["It fits no published weights: its base was drawn by the seed in `run.json`."]
+    kind, folder = ("AutoModelForCausalLM", "model") if base["full"] else ("AutoPeftModelForCausalLM", "adapter")
+    library = "transformers" if base["full"] else "peft"
+    return ["```python", f"from {library} import {kind}", "", f'model = {kind}.from_pretrained("{folder}")', "```"]
 
 
 def _random_note(base: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         _print_commands()
         sys.exit(0 if args else EXIT_USER_ERROR)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         _dispatch(args[0], args[1:])
     except UserError as error:
@@ -33,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt  # stop as on Ctrl-C: what can be resumed is kept, the rest removed
 
 
 def _print_commands() -> None:
@@ -62,7 +68,7 @@ def _dispatch(command: str, args: list[str]) -> None:
 def _rows(text: str) -> tuple[int, ...]:
     """`3` or `1,5,17` as numbers. Raises `UserError`."""
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):
         raise UserError.of("--rows", text, "must be numbers of examples", "For example --rows 1,5,17.")
     return tuple(int(part) for part in parts)
 

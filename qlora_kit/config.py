@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from qlora_kit.errors import Fault, UserError
 
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
+DEFAULT_SEQ_LEN = 1024  # tokens an example may have where neither --seq-len nor the model's positions say less
 PER_CALL = ("out", "overwrite", "resume")  # say where one call writes, not what the run is: a repeat drops them
 
 
@@ -70,13 +72,25 @@ class _Checked:
             raise UserError(faults)
 
     def _rule_faults(self) -> Iterator[Fault]:
+        hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value, rule = getattr(self, f.name), f.metadata.get("rule")
-            if rule is not None and value is not None and not rule.holds(value):
+            wrong = _wrong_type(value, hints[f.name]) if "help" in f.metadata else None
+            if wrong is not None:
+                yield Fault(flag(f.name), value, wrong, "See --help.")
+            elif rule is not None and value is not None and not rule.holds(value):
                 yield Fault(flag(f.name), value, rule.text, f"For example {flag(f.name)} {_example(f)}.")
 
     def extra_faults(self) -> Iterator[Fault]:
         yield from ()
+
+
+def _wrong_type(value: object, hint: Any) -> str | None:
+    """The rule that the type of `value` breaks; None where it is as declared."""
+    try:
+        return None if convert(value, hint) == value else "has the wrong type"
+    except ValueError as error:
+        return str(error)
 
 
 def flag(name: str) -> str:
@@ -124,7 +138,9 @@ class AdapterConfig(_Checked):
     alpha: float | None = setting(None, "LoRA scaling numerator; unset: 2 r", above(0))
     dropout: float = setting(0.0, "dropout on the adapter's input", fraction())
     targets: tuple[str, ...] | None = setting(
-        None, "comma-separated layer names; unset: every linear layer in the blocks"
+        None,
+        "comma-separated layer names; unset: every linear layer in the blocks",
+        Rule("must name at least one layer", lambda v: all(v) and len(v) > 0),
     )
     adapter_dtype: str = setting("bf16", "dtype of the factors: bf16 | fp32", one_of("bf16", "fp32"))
     rslora: bool = setting(False, "scale by alpha / sqrt(r) (rsLoRA)")
@@ -152,6 +168,13 @@ class DataConfig(_Checked):
         None, "tokens an example may have; unset: the model's positions, 1024 at most", at_least(2)
     )
     pack: bool = setting(False, "put several examples in one row, without attention or loss across them")
+
+    @property
+    def held_out_source(self) -> str | None:
+        """Where the held-out examples come from; None where they are split off, or there are none."""
+        if self.eval_data is None and self.data == "demo" and not self.eval_fraction:
+            return "demo"  # it brings its own
+        return self.eval_data
 
     def extra_faults(self) -> Iterator[Fault]:
         if self.eval_data is not None and self.eval_fraction:
@@ -181,7 +204,11 @@ class OptimConfig(_Checked):
 class EvalConfig(_Checked):
     """When the run looks at held-out data, and what it keeps."""
 
-    eval_steps: int | None = setting(None, "evaluate every so many steps; unset: at the end of each epoch", at_least(1))
+    eval_steps: int | None = setting(
+        None,
+        "evaluate every so many steps; unset: with --save-steps, else each epoch",
+        at_least(1),
+    )
     exact_match: int | None = setting(
         None, "answer so many held-out prompts before and after, and count exact matches", at_least(1)
     )
@@ -202,7 +229,11 @@ class RunConfig(_Checked):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
-    seed: int = setting(42, "seed of the factors, the data order and random weights", at_least(0))
+    seed: int = setting(
+        42,
+        "seed of the factors, the data order and random weights",
+        Rule(f"must be from 0 to {2**32 - 1}", lambda v: 0 <= v < 2**32),
+    )
     out: str | None = setting(None, "run folder; unset: runs/<model>-<time>")
     overwrite: bool = setting(False, "replace an existing run folder")
     resume: str | None = setting(None, "continue from a run folder or one of its checkpoints")
@@ -262,7 +293,7 @@ def convert(value: object, hint: Any) -> Any:
     if kind is str:
         return str(value)
     if typing.get_origin(kind) is tuple:
-        return tuple(value.split(",")) if isinstance(value, str) and value else tuple(value or ())  # type: ignore[arg-type]
+        return _as_names(value)
     if typing.get_origin(kind) is dict:
         return _as_mapping(value)
     raise AssertionError(f"no conversion to {kind}")
@@ -281,9 +312,17 @@ def _as_number(value: object, kind: type) -> Any:
         number = float(str(value))  # YAML reads 2e-4 as text
     except ValueError:
         number = float("nan")
-    if isinstance(value, bool) or number != number or (kind is int and not number.is_integer()):
+    if isinstance(value, bool) or not math.isfinite(number) or (kind is int and not number.is_integer()):
         raise ValueError("must be a whole number" if kind is int else "must be a number")
     return kind(number)
+
+
+def _as_names(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",")) if value else ()
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return tuple(value)
+    raise ValueError("must be names, separated by commas")
 
 
 def _as_mapping(value: object) -> dict[str, str]:
@@ -335,7 +374,7 @@ def read_settings_file(path: Path) -> dict[str, object]:
     Raises `UserError` where the file is missing or is not a mapping of settings.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError.of(
             "--config", str(path), f"cannot be read ({error.strerror})", "Give a YAML or JSON file."
@@ -344,8 +383,25 @@ def read_settings_file(path: Path) -> dict[str, object]:
         raise UserError.of("--config", str(path), f"is neither YAML nor JSON ({error})", "Mend the file.") from None
     if not isinstance(content, dict):
         raise UserError.of("--config", str(path), "must be a mapping of settings", "For example: {r: 16, lr: 2e-4}.")
-    if isinstance(content.get("settings"), dict):  # a run.json
+    return read_settings(content)
+
+
+def read_settings(content: Mapping[object, Any]) -> dict[str, object]:
+    """Settings by name from a mapping that may group them; those of a `run.json` are the ones that repeat it."""
+    if isinstance(content.get("settings"), dict):
         content = {k: v for k, v in content["settings"].items() if k not in PER_CALL}
+    return _flat(content)
+
+
+def _parsed(text: str) -> object:
+    """JSON, or YAML (which forbids the tabs that JSON may be indented with)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return yaml.safe_load(text)
+
+
+def _flat(content: Mapping[object, object]) -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in content.items():
         if key in GROUPS and isinstance(value, dict):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,23 @@ class UserError(Exception):
     def of(cls, setting: str, value: object, rule: str, remedy: str) -> UserError:
         """The error of a single fault."""
         return cls([Fault(setting, value, rule, remedy)])
+
+
+class Faults:
+    """Gathers the mistakes of several steps, so that the user hears of all at once."""
+
+    def __init__(self) -> None:
+        self._found: list[Fault] = []
+
+    def collect(self, step: Callable[[], T]) -> T | None:
+        """The result of `step`; None where it raised a `UserError`, whose faults are kept."""
+        try:
+            return step()
+        except UserError as error:
+            self._found += [fault for fault in error.faults if fault not in self._found]
+            return None
+
+    def raise_if_any(self) -> None:
+        """Raise one `UserError` with every fault found."""
+        if self._found:
+            raise UserError(self._found)

@@ -39,6 +39,7 @@ def fetch_model_file(model: str, filename: str, revision: str | None, setting: s
         EntryNotFoundError,
         GatedRepoError,
         HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -64,5 +65,7 @@ def fetch_model_file(model: str, filename: str, revision: str | None, setting: s
         ) from None
     except RevisionNotFoundError:
         raise UserError.of("--revision", revision, f"is no revision of {model}", "Check the name on the hub.") from None
+    except LocalEntryNotFoundError:
+        raise UserError.of(setting, model, "is no local folder, and the hub does not answer", OFFLINE_REMEDY) from None
     except EntryNotFoundError:
         raise UserError.of(setting, model, f"has no {filename} on the hub", "Choose a transformers model.") from None

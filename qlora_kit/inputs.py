@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import base, data
 from qlora_kit.config import RunConfig
-from qlora_kit.errors import UserError
+from qlora_kit.errors import Faults, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,31 +22,44 @@ class Inputs:
     evaluation: data.EncodedSet | data.PackedSet | None
     held_out: list[data.Example]
     seq_len: int
+    report: data.AuditReport  # on the training examples
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Read and encode the data that `config` names. Raises `UserError` for whatever is wrong with it."""
-    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base))
-    positions = base.max_positions(base.load_model_config(config.base))
-    seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
-    examples = data.read_examples(config.data.data, config.data.columns)
-    eval_source = config.data.eval_data or (
-        "demo" if config.data.data == "demo" and not config.data.eval_fraction else None
-    )
-    if eval_source is not None:
-        held_out = data.read_examples(eval_source, config.data.columns, "--eval-data")
-    else:
+    """Read and encode the data that `config` names. Raises one `UserError` for all that is wrong with it."""
+    faults = Faults()
+    architecture = faults.collect(lambda: base.load_model_config(config.base))
+    tokenizer = faults.collect(lambda: data.prepare_tokenizer(base.load_tokenizer(config.base)))
+    if architecture is not None and tokenizer is not None:
+        positions = base.max_positions(architecture)
+        faults.collect(lambda: data.resolve_seq_len(config.data.seq_len, tokenizer, positions))
+    examples = faults.collect(lambda: data.read_examples(config.data.data, config.data.columns))
+    held_out = faults.collect(lambda: _read_held_out(config))
+    faults.raise_if_any()
+    assert architecture is not None
+    assert tokenizer is not None
+    assert examples is not None
+    assert held_out is not None
+    seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, base.max_positions(architecture))
+    if config.data.eval_fraction:
         examples, held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)
     train_set = _encode(config, examples, tokenizer, seq_len, "--data")
     eval_set = _encode(config, held_out, tokenizer, seq_len, "--eval-data") if held_out else None
-    return Inputs(tokenizer, train_set, eval_set, held_out, seq_len)
+    if not config.data.pack:
+        return Inputs(tokenizer, train_set, eval_set, held_out, seq_len, train_set.report)
+    packed_eval = data.pack(eval_set, seq_len) if eval_set is not None else None
+    return Inputs(tokenizer, data.pack(train_set, seq_len), packed_eval, held_out, seq_len, train_set.report)
+
+
+def _read_held_out(config: RunConfig) -> list[data.Example]:
+    source = config.data.held_out_source
+    return [] if source is None else data.read_examples(source, config.data.columns, "--eval-data")
 
 
 def _encode(
     config: RunConfig, examples: list[data.Example], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
-) -> data.EncodedSet | data.PackedSet:
-    encoded = data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
-    return data.pack(encoded, seq_len) if config.data.pack else encoded
+) -> data.EncodedSet:
+    return data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:

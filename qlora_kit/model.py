@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import adapters, base
 from qlora_kit.config import RunConfig
+from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +21,13 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
     import torch
     from transformers import set_seed
 
+    in_fp16 = base.compute_dtype(config.base, device) == torch.float16
+    if config.base.full and in_fp16:
+        rule = "cannot train 16-bit weights on a device without bf16"
+        raise UserError.of("--full", True, rule, "Use --bits 32, or adapters.")
     model: Any = base.load_base(config.base, device, seed=config.seed)
     set_seed(config.seed)
     if not config.base.full:
-        in_fp16 = base.compute_dtype(config.base, device) == torch.float16
         settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
         model = adapters.inject(model, settings)
     if config.optim.gradient_checkpointing:

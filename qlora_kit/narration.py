@@ -29,13 +29,20 @@ def overview(record: Mapping[str, Any]) -> list[str]:
     """What trains on what, from the content of `run.json`."""
     settings, count, examples = record["settings"], record["parameters"], record["examples"]
     kind = "every weight" if settings["base"]["full"] else f"LoRA r = {settings['adapter']['r']}"
-    return [
-        f"{settings['base']['model']}: {count['total']:,} parameters at {settings['base']['bits']} bits; "
-        f"training {kind}, {count['trainable']:,} ({count['trainable'] / count['total']:.2%}), "
+    base_count = count["total"] - (0 if settings["base"]["full"] else count["trainable"])
+    lines = [
+        f"{settings['base']['model']}: {base_count:,} parameters at {settings['base']['bits']} bits; "
+        f"training {kind}, {count['trainable']:,} ({count['trainable'] / base_count:.2%} of them), "
         f"with {record['resolved']['optim']}",
         f"data: {examples['train']:,} {'rows' if settings['data']['pack'] else 'examples'} to train on, "
         f"{examples['evaluation']:,} held out, at most {record['resolved']['seq_len']} tokens each",
     ]
+    if record["truncated"] or record["dropped"]:
+        lines.append(
+            f"of the training examples {record['truncated']:,} are cut at {record['resolved']['seq_len']} tokens, and "
+            f"{record['dropped']:,} are left out, with nothing to learn in them (see `qlora-kit preview`)"
+        )
+    return lines
 
 
 def closing(result: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,10 @@ LOG_MESSAGES = {
     "bitsandbytes.autograd._functions": ("MatMul8bitLt: inputs will be cast",),
     "transformers.modeling_utils": ("`loss_type=None` was set in the config", "`use_cache=True` is incompatible"),
     "transformers.trainer": ("The tokenizer has new PAD/BOS/EOS tokens", "Could not estimate the number of tokens"),
-    "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens",),
+    "transformers.trainer_utils": (
+        "mtime may not be reliable",
+        "The tokenizer has new PAD/BOS/EOS tokens",
+    ),
     "accelerate.utils.other": ("Detected kernel version",),
 }
 # (category, beginning of the message) of Python warnings that are dropped

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from qlora_kit.errors import UserError
 
 RUN_FILE, METRICS_FILE, CARD_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "README.md", "checkpoints"
@@ -69,7 +71,9 @@ class RunFolder:
 
     @classmethod
     def at(cls, final: Path) -> RunFolder:
-        """The run folder that will be at `final`; nothing is made yet."""
+        """The run folder that will be at `final`; nothing is made yet. Raises `UserError` for no name of its own."""
+        if final.name in ("", ".."):
+            raise UserError.of("--out", str(final), "names no folder of its own", "For example --out runs/x.")
         return cls(final, final.with_name(final.name + PARTIAL))
 
     @classmethod
@@ -92,13 +96,17 @@ class RunFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             reason = OSError(errno.EACCES, f"{parent} is not a folder that you may write to")
             raise unwritable(str(self.final), reason)
-        if overwrite:
-            return
-        if self.final.exists():
+        if self.final.exists() and not _may_be_replaced(self.final):
+            rule = "already exists and is no run folder, so it is never replaced"
+            raise UserError.of("--out", str(self.final), rule, "Choose another folder.")
+        if self.final.exists() and not overwrite:
             raise UserError.of("--out", str(self.final), "already exists", "Choose another folder, or add --overwrite.")
-        if self.working.exists():
-            remedy = f"Continue it with --resume {self.final}, or add --overwrite."
-            raise UserError.of("--out", str(self.final), f"an unfinished run is in {self.working}", remedy)
+        if self.working.exists() and not overwrite:
+            resume = (
+                f"Continue it with --resume {self.working}, or add" if complete_checkpoints(self.working) else "Add"
+            )
+            rule = f"an unfinished run is in {self.working}"
+            raise UserError.of("--out", str(self.final), rule, f"{resume} --overwrite.")
 
     @property
     def checkpoints(self) -> Path:
@@ -108,7 +116,7 @@ class RunFolder:
     def finish(self) -> None:
         """Put the whole folder in its final place."""
         if self.final.exists():
-            old = self.final.with_name(self.final.name + ".old")
+            old = Path(tempfile.mkdtemp(dir=self.final.parent, prefix=f".{self.final.name}.old-"))
             self.final.rename(old)
             self.working.rename(self.final)
             shutil.rmtree(old)
@@ -121,6 +129,11 @@ class RunFolder:
             return False
         shutil.rmtree(self.working)
         return True
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether `folder` is a run, or holds nothing: anything else may be dear to its owner."""
+    return folder.is_dir() and ((folder / RUN_FILE).is_file() or not any(folder.iterdir()))
 
 
 def unwritable(out: str, error: OSError) -> UserError:
@@ -138,6 +151,10 @@ def disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise unwritable(str(out), error) from error
+        raise
+    except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report the same
+        if any(sign in str(error) for sign in ("No space left", "PytorchStreamWriter failed", "unexpected pos")):
+            raise unwritable(str(out), OSError(errno.ENOSPC, "No space left on device")) from error
         raise
 
 
@@ -196,7 +213,7 @@ def find_resume_point(path: str) -> ResumePoint:
             raise UserError.of("--resume", path, "the checkpoint is not whole", "Give an older one, or the run folder.")
         run = given.absolute().parent.parent
         return ResumePoint(given, run, run.name.endswith(PARTIAL))
-    for run in (given, given.with_name(given.name + PARTIAL)):
+    for run in (given.with_name(given.name + PARTIAL), given):  # what was going on last comes first
         whole = complete_checkpoints(run)
         if whole:
             return ResumePoint(whole[-1], run, run.name.endswith(PARTIAL))
@@ -213,7 +230,7 @@ def continue_run(point: ResumePoint, out: str | None, name: str, overwrite: bool
     final = Path(str(point.run).removesuffix(PARTIAL))
     if point.unfinished and (out is None or Path(out).absolute() == final.absolute()):
         folder = RunFolder(final, point.run)
-        if not overwrite and final.exists():
+        if final.exists() and not (overwrite and _may_be_replaced(final)):
             raise UserError.of("--out", str(final), "already exists", "Choose another folder, or add --overwrite.")
         for checkpoint in folder.checkpoints.glob("checkpoint-*"):
             if not _is_complete(checkpoint) or (_step(checkpoint) or 0) > point.step:
@@ -226,9 +243,17 @@ def continue_run(point: ResumePoint, out: str | None, name: str, overwrite: bool
 
 def _carry_metrics(point: ResumePoint, folder: RunFolder) -> None:
     source = point.run / METRICS_FILE
-    lines = source.read_text(encoding="utf-8").splitlines() if source.is_file() else []
-    kept = [line for line in lines if line.strip() and json.loads(line).get("step", 0) <= point.step]
+    lines = source.read_text(encoding="utf-8").split("\n") if source.is_file() else []  # not at U+2028
+    kept = [line for line in lines if (step := _step_of(line)) is not None and step <= point.step]
     write_text(folder.working / METRICS_FILE, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics; None for one that was cut off."""
+    try:
+        return int(json.loads(line).get("step", 0))
+    except json.JSONDecodeError:
+        return None
 
 
 def append_metrics(folder: RunFolder, metrics: Mapping[str, Any]) -> None:

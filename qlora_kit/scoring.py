@@ -36,7 +36,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     was_training = model.training
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), torch.no_grad():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         model.eval()
         try:
             yield
@@ -69,12 +70,17 @@ def answer(
     An answer also ends where the model's positions do; a prompt that fills them gets an empty one.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    answers = []
+    rooms = [max(0, min(max_new_tokens, positions - len(prompt))) for prompt in prompts]
+    answers = [""] * len(prompts)
     with undisturbed(model):
-        for start in range(0, len(prompts), ANSWER_BATCH):
-            part = [prompt[:positions] for prompt in prompts[start : start + ANSWER_BATCH]]
-            room = positions - max(len(prompt) for prompt in part)
-            answers += _generate(model, tokenizer, part, min(max_new_tokens, room)) if room else [""] * len(part)
+        for room in sorted(set(rooms) - {0}):  # prompts with the same room go together, so that none shortens another
+            members = [index for index, own in enumerate(rooms) if own == room]
+            for start in range(0, len(members), ANSWER_BATCH):
+                part = members[start : start + ANSWER_BATCH]
+                for index, text in zip(
+                    part, _generate(model, tokenizer, [prompts[i] for i in part], room), strict=True
+                ):
+                    answers[index] = text
     return answers
 
 

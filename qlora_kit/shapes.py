@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import UserError
 
+# what a configuration class may raise for a field that it cannot use
+BAD_CONFIG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -257,7 +260,7 @@ def _parsed(model: str, path: Path, text: str) -> PretrainedConfig:
         raise UserError.of("--model", model, rule, "Give the config.json of one, such as model_type llama or gpt2.")
     try:
         return _built(fields)
-    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (*BAD_CONFIG, StrictDataclassError) as error:
         what = " ".join(str(error).split())
         raise UserError.of("--model", model, f"is not a valid configuration ({what})", f"Mend {path}.") from None
 

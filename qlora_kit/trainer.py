@@ -98,6 +98,7 @@ class AdapterTrainer(Trainer):
 
     control: TrainerControl
     warmup: float = 0.0  # share of the steps
+    gradients_checked = False  # fp16 checks none: its scaler skips overflowing steps by itself
     tokens_seen: Any = 0  # a count, or a tensor of one on the device
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -105,7 +106,11 @@ class AdapterTrainer(Trainer):
         mask = inputs.get("attention_mask")
         counted = mask.sum() if mask is not None and mask.dim() == 2 else inputs["input_ids"].numel()
         self.tokens_seen = self.tokens_seen + counted
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step == 0 and not self.gradients_checked and not self.args.fp16:
+            adapters.check_first_gradients(adapters.trainable(self.model))  # before clipping, which spreads a NaN
+            self.gradients_checked = True
+        return loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -182,6 +187,7 @@ class RunCallback(TrainerCallback):
         self.progress = progress
         self.resumed_from = resumed_from
         self.trainer: AdapterTrainer | None = None
+        self.step_s = 0.0  # time spent in steps, evaluations left out
         self.evaluated = 0  # batches of the evaluation in progress
 
     def on_train_begin(
@@ -191,8 +197,6 @@ class RunCallback(TrainerCallback):
         if self.resumed_from is not None and state.best_model_checkpoint is not None:
             best = self.resumed_from.parent / Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(best) if best.is_dir() else None
-        self.start_s, self.step_s = time.monotonic(), 0.0
-        self.first_step = state.global_step
         self.progress.start(state.global_step, state.max_steps)
 
     def on_step_begin(
@@ -201,17 +205,6 @@ class RunCallback(TrainerCallback):
         """Note when the step began, so that evaluations do not count as training time."""
         self.began_s = time.monotonic()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Check the gradients of the run's very first step."""
-        if state.global_step == 0 and not args.fp16:  # fp16's scaler skips overflowing steps by itself
-            adapters.check_first_gradients(adapters.trainable(model))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the step to the time spent training."""
-        self.step_s += time.monotonic() - self.began_s
-
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
@@ -219,11 +212,12 @@ class RunCallback(TrainerCallback):
         assert self.trainer is not None, "the trainer is set before training"
         line = {"step": state.global_step, **logs}
         if "loss" in logs:
+            self.step_s += time.monotonic() - self.began_s  # the logged loss has waited for the device
             line["tokens_per_s"] = round(self.tokens_per_s, 1)
             self.progress.update(state.global_step, logs["loss"], self.tokens_per_s)
         append_metrics(self.folder, line)
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)) and not args.fp16:
+            if not math.isfinite(logs.get(name, 0.0)) and not (args.fp16 and name == "grad_norm"):
                 rule = f"is not finite at step {state.global_step}: the training diverged"
                 raise UserError.of(name, logs[name], rule, "Lower --lr, or use --adapter-dtype fp32.")
 
@@ -280,6 +274,31 @@ def build_trainer(
     trainer.warmup = config.optim.warmup
     callback.trainer = trainer
     return trainer, callback
+
+
+def planned_steps(config: RunConfig, rows: int) -> int:
+    """The optimizer steps of a run over `rows` training rows, as the Trainer counts them."""
+    if config.optim.max_steps is not None:
+        return config.optim.max_steps
+    batches = math.ceil(rows / config.optim.batch_size)
+    return math.ceil(config.optim.epochs * math.ceil(batches / config.optim.grad_accum))
+
+
+def take_over(trainer: AdapterTrainer, checkpoint: Path) -> None:
+    """Take weights and state from a checkpoint of the last step: resumed from it, the Trainer would take one more."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        best = checkpoint.parent / Path(trainer.state.best_model_checkpoint).name
+        if best.is_dir():
+            trainer.state.best_model_checkpoint = str(best)
+            trainer._load_best_model()
+
+
+def mean_training_loss(trainer: AdapterTrainer) -> float:
+    """The mean loss over all steps of the run, those before a resumption included."""
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return sum(losses) / max(len(losses), 1)
 
 
 def final_eval_loss(trainer: AdapterTrainer) -> float:

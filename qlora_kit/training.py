@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qlora_kit import adapters, base, cards, data, narration, quiet, runs, scoring
-from qlora_kit.config import RunConfig, flag
+from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.inputs import Inputs, check_vocabulary, make_collator, read_inputs
 from qlora_kit.model import build_model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from qlora_kit.trainer import AdapterTrainer
 
+RESUME_REMEDY = "Leave it as it was, or start a new run."
 SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
 MAX_ANSWER_TOKENS = 256  # longest answer that exact match lets a model give
 
@@ -55,6 +57,8 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     say = console if console is not None else Console(stderr=True)
     _check(config)
     point = runs.find_resume_point(config.resume) if config.resume else None
+    if point is not None:
+        _check_resumable(config, point)
     device = base.resolve_device(config.base.device)
     if point is None and config.out is not None:
         runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)
@@ -79,7 +83,7 @@ def _check(config: RunConfig) -> None:
     """The rules that join several groups of settings, or that depend on what is installed. Raises `UserError`."""
     evaluation = config.evaluation
     eval_steps, save_steps = evaluation.eval_steps, evaluation.save_steps
-    has_eval = config.data.data == "demo" or config.data.eval_data is not None or config.data.eval_fraction > 0
+    has_eval = config.data.held_out_source is not None or config.data.eval_fraction > 0
     faults = [
         Fault(flag(name), value, "needs held-out data", "Add --eval-data FILE or --eval-fraction 0.05.")
         for name in ("early_stopping", "exact_match", "eval_steps")
@@ -94,6 +98,24 @@ def _check(config: RunConfig) -> None:
     for library in config.report_to:
         if importlib.util.find_spec(library) is None:
             faults.append(Fault("--report-to", library, "is not installed", f"pip install 'qlora_kit[{library}]'"))
+    if faults:
+        raise UserError(faults)
+
+
+def _check_resumable(config: RunConfig, point: runs.ResumePoint) -> None:
+    """Check that what the checkpoint depends on is as it was. Raises `UserError` with every difference."""
+    settings = json.loads(point.settings_file.read_text(encoding="utf-8"))["settings"]
+    before, now = RunConfig.from_flat(read_settings({"settings": settings})), config
+    kept = {"base": None, "adapter": None, "data": None, "optim": ("optim", "batch_size", "grad_accum")}
+    faults = [Fault("--seed", now.seed, f"was {before.seed} in the run to resume", RESUME_REMEDY)] * (
+        now.seed != before.seed
+    )
+    for group, names in kept.items():
+        old, new = dataclasses.asdict(getattr(before, group)), dataclasses.asdict(getattr(now, group))
+        for name in names or old:
+            if old[name] != new[name] and name not in ("device", "eval_data"):
+                rule = f"was {old[name]!r} in the run to resume"
+                faults.append(Fault(flag(name), new[name], rule, RESUME_REMEDY))
     if faults:
         raise UserError(faults)
 
@@ -125,7 +147,14 @@ def _run(
     point: runs.ResumePoint | None,
     say: Console,
 ) -> RunResult:
-    from qlora_kit.trainer import build_trainer, final_eval_loss, resolve_optim
+    from qlora_kit.trainer import (
+        build_trainer,
+        final_eval_loss,
+        mean_training_loss,
+        planned_steps,
+        resolve_optim,
+        take_over,
+    )
 
     with say.status("hashing the base"):
         record = _record(config, device, model, inputs, resolve_optim(config, device))
@@ -150,17 +179,20 @@ def _run(
     if before is not None:
         asked = min(config.evaluation.exact_match or 0, len(inputs.held_out))
         say_line(say, f"exact match before: {before:.1%} of {asked} held-out examples")
-    try:
-        output = trainer.train(resume_from_checkpoint=str(point.checkpoint) if point else None)
-    finally:
-        progress.stop()
+    if point is not None and point.step >= planned_steps(config, len(inputs.train)):
+        take_over(trainer, point.checkpoint)
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=str(point.checkpoint) if point else None)
+        finally:
+            progress.stop()
     after = _exact_match(config, model, inputs)
     eval_loss = final_eval_loss(trainer) if inputs.evaluation is not None else None
     result = RunResult(
         folder.final,
         folder.final / ("model" if config.base.full else "adapter"),
         trainer.state.global_step,
-        output.training_loss,
+        mean_training_loss(trainer),
         eval_loss,
         before,
         after,
@@ -189,6 +221,8 @@ def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs,
         "base_hash": base.hash_base(config.base, config.seed),
         "parameters": dataclasses.asdict(count),
         "examples": {"train": len(inputs.train), "evaluation": len(inputs.evaluation) if inputs.evaluation else 0},
+        "truncated": inputs.report.truncated,
+        "dropped": inputs.report.examples - inputs.report.kept,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": runs.versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -199,7 +199,9 @@ def test_pickled_weights_are_refused(tmp_path):
         load(folder, 4)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not safetensors", "bad config", "unknown type"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "not safetensors", "bad config", "unknown type", "a list", "wrong type", "wrong heads"]
+)
 def test_damaged_folders_are_one_clear_error(tmp_path, damage):
     folder = save_tiny(tmp_path, "llama")
     weights, config = folder / "model.safetensors", folder / "config.json"
@@ -209,8 +211,14 @@ def test_damaged_folders_are_one_clear_error(tmp_path, damage):
         weights.write_text("hello")
     elif damage == "bad config":
         config.write_text("{")
-    else:
+    elif damage == "unknown type":
         config.write_text(json.dumps({"model_type": "nonesuch"}))
+    elif damage == "a list":
+        config.write_text("[]")
+    elif damage == "wrong type":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": "many"}))
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "num_attention_heads": 0}))
     with pytest.raises(UserError, match="--model"):
         load(folder, 4)
 

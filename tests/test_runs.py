@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qlora_kit.errors import UserError
 from qlora_kit.runs import (
@@ -65,17 +67,60 @@ def test_a_run_without_a_name_gets_one_of_its_own(tmp_path, monkeypatch):
 
 def test_nothing_is_overwritten_unasked(tmp_path):
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "mine").write_text("precious")
+    (tmp_path / "x" / "run.json").write_text("{}")
     with pytest.raises(UserError, match="already exists"):
         RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
     RunFolder.create(str(tmp_path / "y"), "", overwrite=False)
     with pytest.raises(UserError, match="unfinished run"):
         RunFolder.create(str(tmp_path / "y"), "", overwrite=False)
     folder = RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
-    assert (tmp_path / "x" / "mine").exists()  # until the new one is whole
+    assert (tmp_path / "x" / "run.json").exists()  # until the new one is whole
     folder.finish()
     assert names(tmp_path / "x") == {"checkpoints"}
     assert names(tmp_path) == {"x", "y.partial"}
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_is_no_run_folder_is_never_replaced(tmp_path, overwrite):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("x", "file", ".", "..", "/"):
+        with pytest.raises(UserError, match="--out"):
+            RunFolder.create(str(tmp_path / name) if name not in "./.." else name, "", overwrite=overwrite)
+    assert names(tmp_path) == {"x", "file"}
+    assert (tmp_path / "x" / "thesis.txt").read_text() == "precious"
+
+
+def test_an_unfinished_run_is_offered_for_resuming_only_if_it_can_be(tmp_path):
+    folder = RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
+    with pytest.raises(UserError) as caught:
+        folder.check_place(overwrite=False)
+    assert "--resume" not in str(caught.value)
+    checkpoint(folder, 1)
+    with pytest.raises(UserError, match="--resume"):
+        folder.check_place(overwrite=False)
+
+
+def test_an_interrupted_replacement_is_what_is_resumed(tmp_path):
+    done = RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
+    checkpoint(done, 9)
+    write_json(done.working / "run.json", {})
+    done.finish()
+    again = RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
+    checkpoint(again, 3)
+    assert find_resume_point(str(tmp_path / "x")).checkpoint.parent == again.checkpoints
+
+
+def test_metrics_survive_odd_characters_and_a_line_that_was_cut(tmp_path):
+    folder = RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
+    append_metrics(folder, {"step": 1, "sample": "one\u2028two\u0085three"})
+    checkpoint(folder, 1)
+    with (folder.working / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')
+    continue_run(find_resume_point(str(tmp_path / "x")), None, "", overwrite=False)
+    lines = (folder.working / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["sample"] for line in lines if line] == ["one\u2028two\u0085three"]
 
 
 def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path):
@@ -152,6 +197,10 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
         with pytest.raises(UserError, match="the disk is full"), disk_errors(disk):
             write_text(disk / "a", "x" * 10**6)
         assert names(disk) == set()
+        with pytest.raises(UserError, match="the disk is full"), disk_errors(disk):
+            save_file({"x": torch.zeros(10**6)}, disk / "a.safetensors")
+        with pytest.raises(UserError, match="the disk is full"), disk_errors(disk):
+            torch.save({"x": torch.zeros(10**6)}, disk / "a.pt")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

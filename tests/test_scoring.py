@@ -81,6 +81,8 @@ def test_an_answer_ends_where_the_positions_do():
     almost, full, over = ([97] * n for n in (126, 128, 140))
     assert len(answer(model, tokenizer, [almost], 50)[0]) <= 2  # a token is a byte here
     assert answer(model, tokenizer, [full], 50) == answer(model, tokenizer, [over], 50) == [""]
+    short = [104, 105]
+    assert answer(model, tokenizer, [short, almost, full], 6)[0] == answer(model, tokenizer, [short], 6)[0]
 
 
 def test_exact_match_ignores_white_space_at_the_ends_only():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from qlora_kit.config import DEFAULT_SEQ_LEN
 from qlora_kit.data.audit import AuditReport, audit
 from qlora_kit.data.columns import Example
 from qlora_kit.data.problems import Problems
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that the loss skips
-DEFAULT_SEQ_LEN = 1024
 BATCH_SIZE = 1000  # examples tokenized at once
 TEMPLATE_REMEDY = "Mend the conversation, or give a --tokenizer with another chat template."
 
