@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import adapters, base, cards, data, quiet, runs, scoring
+from qlora_kit import adapters, assembly, base, cards, data, quiet, runs, scoring
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.progress import TrainingProgress, human_bytes, peak_bytes
@@ -70,7 +70,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     quiet.quiet_progress_bars()
     inputs = _read_inputs(config)
     _announce(config, device, say)
-    model = _build_model(config, device)
+    model = assembly.build_model(config, device)
     _check_vocabulary(inputs.tokenizer, model)
     name = Path(config.base.model.rstrip("/")).name
     if point is None:
@@ -160,28 +160,6 @@ def _announce(config: RunConfig, device: torch.device, say: Console) -> None:
         say.print(f"device: CPU ({torch.get_num_threads()} threads); no CUDA device is used", highlight=False)
     if config.base.weights == "random":
         say.print("the base has random weights: for memory and speed work, its output means nothing", highlight=False)
-
-
-def _build_model(config: RunConfig, device: torch.device) -> Any:
-    """The base with its factors, ready to train; the factors are drawn by `config.seed`."""
-    from transformers import set_seed
-
-    model: Any = base.load_base(config.base, device, seed=config.seed)
-    set_seed(config.seed)
-    if not config.base.full:
-        model = adapters.inject(model, config.adapter)
-    if config.optim.gradient_checkpointing:
-        _enable_checkpointing(model)
-    return model
-
-
-def _enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass, without reentrance so that frozen inputs need no gradient."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
