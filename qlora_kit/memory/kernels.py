@@ -7,8 +7,7 @@ allocate, none of their code is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from qlora_kit.memory.track import MemoryTracker, StandIn
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_MAX_HEAD = 256
+FLASH_CAPABILITY = (8, 0)
 
 
 def stand_ins() -> dict[Any, StandIn]:
@@ -150,7 +150,11 @@ def _flash_backward(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kw
 
 
 class CudaChoices(TorchFunctionMode):  # type: ignore[misc]  # torch's class is untyped
-    """Takes on `meta` the ways that torch takes on CUDA: fused attention and fused dropout."""
+    """Takes on `meta` the ways that torch takes on a GPU of `capability`: fused attention and fused dropout."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        super().__init__()
+        self.has_flash = capability >= FLASH_CAPABILITY
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -160,15 +164,8 @@ class CudaChoices(TorchFunctionMode):  # type: ignore[misc]  # torch's class is 
         if func is torch.nn.functional.dropout:
             return _dropout(*args, **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
+            return _attention(self.has_flash, *args, **kwargs)
         return func(*args, **kwargs)
-
-
-@contextmanager
-def as_on_cuda() -> Iterator[None]:
-    """While entered, torch's functions on `meta` make the choices that they make on CUDA."""
-    with CudaChoices():
-        yield
 
 
 def backward(loss: torch.Tensor) -> None:
@@ -187,6 +184,7 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 
 def _attention(
+    has_flash: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -199,7 +197,7 @@ def _attention(
     """Flash attention where CUDA would take it, else memory-efficient attention; (B, H, T, D) each."""
     aten = torch.ops.aten
     fits = query.dtype in FLASH_DTYPES and query.shape[-1] == value.shape[-1] <= FLASH_MAX_HEAD
-    if attn_mask is None and fits:
+    if attn_mask is None and has_flash and fits:
         width = query.shape[-1]
         query, key, value = (_padded(t, 8) for t in (query, key, value))
         scale = scale if scale is not None else width**-0.5

@@ -7,7 +7,7 @@ or "estimate". All sizes are bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from qlora_kit.errors import UserError
 
 MIB = 1 << 20
 
@@ -38,12 +38,48 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Extra:
-    """Bytes that the tracker does not see. `in_peak`: torch's `max_memory_allocated` counts them."""
+    """Bytes beside those that torch counts as allocated. `on_device`: they must fit into the GPU's memory too."""
 
     name: str
     n_bytes: int
-    in_peak: bool
+    on_device: bool
     basis: str
+
+
+_GIB = 1 << 30
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("rtx3060", 12 * _GIB, (8, 6)),
+        Gpu("rtx3080", 10 * _GIB, (8, 6)),
+        Gpu("rtx3090", 24 * _GIB, (8, 6)),
+        Gpu("rtx4060ti", 16 * _GIB, (8, 9)),
+        Gpu("rtx4070", 12 * _GIB, (8, 9)),
+        Gpu("rtx4080", 16 * _GIB, (8, 9)),
+        Gpu("rtx4090", 24 * _GIB, (8, 9)),
+        Gpu("rtx5090", 32 * _GIB, (12, 0)),
+        Gpu("t4", 15 * _GIB, (7, 5)),  # 16 GB, of which a driver with ECC leaves 15 GiB
+        Gpu("v100", 16 * _GIB, (7, 0)),
+        Gpu("a10", 23 * _GIB, (8, 6)),
+        Gpu("l4", 23 * _GIB, (8, 9)),
+        Gpu("a100", 40 * _GIB, (8, 0)),
+        Gpu("a100-80", 80 * _GIB, (8, 0)),
+        Gpu("h100", 80 * _GIB, (9, 0)),
+        Gpu("h200", 141 * _GIB, (9, 0)),
+    )
+}
+"""Nominal sizes: a device at hand tells its own."""
+
+DEFAULT_CAPABILITY = (8, 0)
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU called `name` (in any case, blanks and dashes ignored). Raises `UserError` with the known names."""
+    wanted = name.lower().replace(" ", "").replace("-", "")
+    for gpu in GPUS.values():
+        if gpu.name.replace("-", "") == wanted:
+            return gpu
+    raise UserError.of("--gpu", name, "is not a known GPU", f"Known: {', '.join(GPUS)}.")
 
 
 def flash_backward_bytes(
@@ -77,6 +113,16 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
 
 
+def extras(peak_bytes: int, paged_bytes: int, capability: tuple[int, int]) -> tuple[Extra, ...]:
+    """What comes beside the allocated bytes, each with its basis."""
+    managed = "source: bitsandbytes keeps them in managed memory, which moves to the host when the GPU is full"
+    return (
+        Extra("CUDA context", context_bytes(capability), True, "estimate by compute capability"),
+        Extra("fragmentation", fragmentation_bytes(peak_bytes), True, "estimate: 3 %, at least 20 MiB"),
+        Extra("paged optimizer states", paged_bytes, False, managed),
+    )
+
+
 def context_bytes(capability: tuple[int, int]) -> int:
     """The CUDA context with the kernels loaded: outside torch's counters, but not free memory either. Estimate."""
     return {7: 350, 8: 450, 9: 550}.get(capability[0], 600) * MIB
@@ -85,8 +131,3 @@ def context_bytes(capability: tuple[int, int]) -> int:
 def fragmentation_bytes(peak_bytes: int) -> int:
     """Memory reserved by torch's allocator beyond what is allocated at the peak. Estimate: 3 %, at least 20 MiB."""
     return max(20 * MIB, peak_bytes * 3 // 100)
-
-
-def paged_state_bytes(shape: tuple[int, ...], state_bytes: int) -> int:
-    """The bytes of one state of a paged optimizer in managed memory: 0 where it is too small to be paged."""
-    return prod(shape) * state_bytes if prod(shape) >= PAGED_MIN_ELEMENTS else 0

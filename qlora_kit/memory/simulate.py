@@ -5,8 +5,9 @@ Two, because the optimizer's states are born in the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from qlora_kit import assembly
 from qlora_kit.config import RunConfig
 from qlora_kit.memory import kernels, rules
 from qlora_kit.memory.autocast import MetaAutocast
+from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.track import Event, MemoryTracker
 from qlora_kit.memory.watch import watch
 from qlora_kit.trainer import resolve_optim
@@ -27,17 +29,21 @@ if TYPE_CHECKING:
 META = torch.device("meta")
 STEPS = 2
 
+Autocast = Callable[[bool], AbstractContextManager[Any]]
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What to simulate beside the run's settings.
 
-    `optim` is the resolved optimizer; `autocast`: fp32 weights under bf16 autocast, as Trainer's `bf16=True` does.
+    `optim` is the resolved optimizer; `autocast`: fp32 weights under bf16 autocast, as Trainer's `bf16=True` does;
+    `capability` is that of the GPU.
     """
 
     seq_len: int
     optim: str
     autocast: bool = False
+    capability: tuple[int, int] = rules.DEFAULT_CAPABILITY
 
 
 @dataclass(frozen=True)
@@ -51,23 +57,39 @@ class Record:
     attention: str
 
 
-def simulate(config: RunConfig, recipe: Recipe, architecture: PretrainedConfig | None = None) -> Record:
+def simulate(
+    config: RunConfig,
+    recipe: Recipe,
+    architecture: PretrainedConfig | None = None,
+    *,
+    first_step: bool = True,
+    results: MetaResults | None = None,
+) -> Record:
     """Build the model of `config` on `meta`, train it for two steps, and return what that did to memory.
 
-    Leaves nothing behind in the process. Raises `UserError` for a model that cannot be found or built.
+    Without `first_step` only the optimizer runs in the first one: the states are born, and its forward and backward
+    pass, which need less than the second's, are left out. `results` is shared between simulations to save time. Leaves nothing behind in the process. Raises `UserError` for a model that cannot be found or built.
     """
     from qlora_kit.base import count_parameters
 
-    tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins())
+    results = results if results is not None else MetaResults()
+    tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins(), run=results.run)
     with _nothing_left_behind():
         model = assembly.build_model(config, META, architecture)
         model.train()
         paged: list[torch.Tensor] = []
         optimizer = make_optimizer(model, config, recipe.optim, paged)
         count = count_parameters(model)
-        with watch(tracker, model, optimizer), kernels.as_on_cuda(), tracker:
-            for _ in range(STEPS):
-                run_step(tracker, model, optimizer, config, recipe)
+        with watch(tracker, model, optimizer), kernels.CudaChoices(recipe.capability), tracker:
+            for step in range(STEPS):
+                tracker.begin_step()
+                if step == 0 and not first_step:
+                    _bear_states(tracker, model, optimizer, config.optim.clip)
+                    continue
+                batches = [make_batch(config, recipe.seq_len, model.config) for _ in range(config.optim.grad_accum)]
+                autocast = _meta_autocast if recipe.autocast else None
+                run_step(tracker, model, optimizer, batches, config.optim.clip, autocast)
+                del batches
         tracker.stop()
         attention = str(getattr(model.config, "_attn_implementation", ""))
     paged_bytes = sum(t.nbytes for t in paged)
@@ -75,31 +97,54 @@ def simulate(config: RunConfig, recipe: Recipe, architecture: PretrainedConfig |
 
 
 def run_step(
-    tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer, config: RunConfig, recipe: Recipe
+    tracker: MemoryTracker,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: list[dict[str, torch.Tensor]],
+    clip: float,
+    autocast: Autocast | None = None,
 ) -> None:
-    """One optimizer step, in the order of transformers' Trainer: all its batches are on the device from the start."""
-    tracker.begin_step()
-    batches = [make_batch(config, recipe.seq_len, model.config) for _ in range(config.optim.grad_accum)]
+    """One optimizer step over `batches`, all on the device already, in the order of transformers' Trainer.
+
+    `autocast(recomputes)` gives the context of a forward pass, and of a backward pass, which may recompute one.
+    """
     n_items = sum((batch["labels"] != -100).sum() for batch in batches)
     for batch in batches:
-        loss = _forward(model, batch, n_items, recipe.autocast)
-        with MetaAutocast(caches=False) if recipe.autocast else nullcontext():
+        loss = _forward(model, batch, n_items, autocast)
+        with nullcontext() if autocast is None else autocast(True):
             kernels.backward(loss)
         del loss
+    _optimize(tracker, model, optimizer, clip)
+
+
+def _bear_states(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    """The end of a step: gradients are there, and the optimizer runs."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+            tracker.label(parameter.grad, "gradients")
+    _optimize(tracker, model, optimizer, clip)
+
+
+def _optimize(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer, clip: float) -> None:
     tracker.enter("clip")
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     model.zero_grad(set_to_none=True)
 
 
-def _forward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast: bool) -> torch.Tensor:
+def _forward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast: Autocast | None) -> torch.Tensor:
     """The loss of a batch; the logits die with this call, but for what autograd keeps."""
-    if not autocast:
+    if autocast is None:
         return model(**batch, num_items_in_batch=n_items).loss  # type: ignore[no-any-return]
-    with MetaAutocast():
+    with autocast(False):
         outputs = model(**batch, num_items_in_batch=n_items)
     outputs["logits"] = outputs["logits"].float()  # accelerate gives a user fp32 outputs
     return outputs.loss  # type: ignore[no-any-return]
+
+
+def _meta_autocast(recomputes: bool) -> MetaAutocast:
+    return MetaAutocast(caches=not recomputes)
 
 
 def make_batch(config: RunConfig, seq_len: int, model_config: Any) -> dict[str, torch.Tensor]:
@@ -181,10 +226,14 @@ def _nothing_left_behind() -> Iterator[None]:
     tables = dict(functional.name2qmap)
     manager = GlobalOptimManager.get_instance()
     overrides = dict(manager.pid2config)
+    collects = gc.isenabled()
+    gc.disable()  # a collection takes longer than the step; what dies, dies by its count of references
     with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
+            if collects:
+                gc.enable()
             functional.name2qmap.clear()
             functional.name2qmap.update(tables)
             manager.pid2config = overrides

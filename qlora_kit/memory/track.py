@@ -97,13 +97,18 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
     """Counts the live bytes on devices of `device_type` while it is entered.
 
     `block_bytes` rounds every storage up (512 as on CUDA; 1 for the bytes as they are). `stand_ins` gives, for an
-    operator, what runs in its place: it may allocate the temporaries that the real kernel would.
+    operator, what runs in its place: it may allocate the temporaries that the real kernel would. `run` runs the others.
     """
 
     def __init__(
-        self, device_type: str, block_bytes: int = CUDA_BLOCK_BYTES, stand_ins: Mapping[Any, StandIn] | None = None
+        self,
+        device_type: str,
+        block_bytes: int = CUDA_BLOCK_BYTES,
+        stand_ins: Mapping[Any, StandIn] | None = None,
+        run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
         super().__init__()
+        self.run = run if run is not None else _run
         self.device_type = device_type
         self.block_bytes = block_bytes
         self.stand_ins = dict(stand_ins or {})
@@ -118,7 +123,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
     ) -> Any:
         """Run the operator, or its stand-in, and follow the storages of its results."""
         stand_in = self.stand_ins.get(func)
-        result = func(*args, **(kwargs or {})) if stand_in is None else stand_in(self, func, args, kwargs or {})
+        if stand_in is None:
+            result = self.run(func, args, kwargs or {})
+        else:
+            result = stand_in(self, func, args, kwargs or {})
         if not self._paused:
             self._see(result, str(func))
         return result
@@ -193,6 +201,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
         self.events.append(Event(change_bytes, storage, self.region))
 
 
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 def peaks_by_region(events: Iterable[Event]) -> dict[Region, Peak]:
     """For each region the moment with the most live bytes, in the order in which the regions were first entered."""
     best: dict[Region, tuple[int, int, str]] = {}  # bytes, index of the event, operation
@@ -204,7 +216,8 @@ def peaks_by_region(events: Iterable[Event]) -> dict[Region, Peak]:
         here = max(live_bytes, before) if peak is None else live_bytes  # a region may begin by freeing
         if peak is None or here > peak[0]:
             at = index if here == live_bytes else index - 1
-            best[event.region] = (here, at, event.storage.operation if at == index else "")
+            grows = at == index and event.change_bytes > 0
+            best[event.region] = (here, at, event.storage.operation if grows else "")
     wanted = {index for _, index, _ in best.values()}
     composition = dict(_compositions(events, wanted))
     return {
