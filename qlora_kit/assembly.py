@@ -5,6 +5,7 @@ The trainer and the planner both build it here, so that a change to the one chan
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import adapters, base
@@ -26,7 +27,8 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     if device.type != "meta":  # a plan draws nothing, and leaves the caller's random state alone
         set_seed(config.seed)
     if not config.base.full:
-        model = adapters.inject(model, config.adapter)
+        with device if device.type == "meta" else nullcontext():  # copies of weights that PEFT makes stay there
+            model = adapters.inject(model, config.adapter)
     if config.optim.gradient_checkpointing:
         _enable_checkpointing(model)
     return model
