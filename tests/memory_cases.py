@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from families import FAMILIES
-from transformers import AutoModelForCausalLM  # noqa: F401
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
@@ -93,13 +95,25 @@ def record(config: RunConfig, architecture: Any, autocast: bool = False, block_b
             for tensor in batch.values():
                 tracker.label(tensor, "inputs")
         static_bytes = tracker.live_bytes
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            with tracker:
-                for _ in range(2):
-                    tracker.begin_step()
-                    run_step(tracker, model, optimizer, batches, 1.0, cpu_autocast if autocast else None)
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        with nothing_collected(), profile, tracker:
+            for _ in range(2):
+                tracker.begin_step()
+                run_step(tracker, model, optimizer, batches, 1.0, cpu_autocast if autocast else None)
     tracker.stop()
-    return Recorded(overall_peak(tracker.events).n_bytes, static_bytes + profiled_peak(profile), tracker.events, static_bytes)
+    profiled_bytes = static_bytes + profiled_peak(profile)
+    return Recorded(overall_peak(tracker.events).n_bytes, profiled_bytes, tracker.events, static_bytes)
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Free what earlier tests left before, not meanwhile: the profiler would count it as freed in the step."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def profiled_peak(profile: torch.profiler.profile) -> int:
