@@ -34,7 +34,7 @@ BASELINE_NAMES = {
 }
 
 
-class Profiler(TrainerCallback):
+class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Measures the first optimizer steps of a run; give it to a Trainer, or call its methods around your own steps.
 
     Use it as a context, so that a run that fails leaves neither hooks nor a recording behind:

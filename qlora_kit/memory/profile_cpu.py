@@ -41,7 +41,7 @@ class BatchShape:
     padded: bool = False
 
 
-class CpuTracker(MemoryTracker):
+class CpuTracker(MemoryTracker):  # type: ignore[no-untyped-call]  # torch's class is untyped
     """Follows the real storages, each at its own size, and notes the line of Python that made it."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ def _answer(padded: bool) -> Callable[..., Any]:
     return scalar
 
 
-class _CpuChoices(TorchFunctionMode):  # type: ignore[misc]  # torch's class is untyped
+class _CpuChoices(TorchFunctionMode):
     """Takes on `meta` the attention that torch takes on a CPU: fused where there is no dropout."""
 
     def __torch_function__(

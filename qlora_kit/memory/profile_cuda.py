@@ -47,7 +47,7 @@ class Playback:
     lines: dict[int, str] = field(default_factory=dict)
 
 
-class CudaTracker(MemoryTracker):
+class CudaTracker(MemoryTracker):  # type: ignore[no-untyped-call]  # torch's class is untyped
     """Takes notes for the allocator's record; it is never entered as a dispatch mode, so that the step runs as it is.
 
     At each change of phase it reads and resets the allocator's peaks.

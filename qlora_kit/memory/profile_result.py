@@ -109,7 +109,7 @@ class Measured:
 
     events: list[Event]
     lines: Mapping[int, str] = field(default_factory=dict)
-    counters: Mapping[str, Counter] = field(default_factory=dict)
+    counters: dict[str, Counter] = field(default_factory=dict)
     load_peak_bytes: int | None = None
 
     @cached_property
