@@ -236,9 +236,7 @@ def _largest_batch(
     return Fitting(batch, seq_len, need_bytes, batch == MAX_BATCH)
 
 
-def _longest(
-    planner: Planner, budget: Budget, batches: list[Fitting], positions: int, capacity: int | None
-) -> Fitting:
+def _longest(planner: Planner, budget: Budget, batches: list[Fitting], positions: int, capacity: int | None) -> Fitting:
     """The longest sequence of batch 1, between the longest of `batches` that fits and the next."""
     low = max((f.seq_len for f in batches if f.batch_size), default=0)
     high = min((f.seq_len for f in batches if not f.batch_size), default=positions + 1)

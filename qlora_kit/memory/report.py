@@ -165,7 +165,9 @@ def _table(heading: str, *columns: str) -> Table:
     table = Table(title=Text(heading, style="bold"), title_justify="left", header_style="dim", box=None, pad_edge=False)
     for index, name in enumerate(columns):
         is_text = index == 0 or name.startswith("~")
-        table.add_column(name.removeprefix("~"), justify="left" if is_text else "right", no_wrap=not name.startswith("~"))
+        table.add_column(
+            name.removeprefix("~"), justify="left" if is_text else "right", no_wrap=not name.startswith("~")
+        )
     return table
 
 
@@ -201,21 +203,26 @@ def _phases_table(plan: MemoryPlan) -> Table:
 
 def say_compared(report: PlanReport, console: Console) -> None:
     """Print the run beside the ways to train that it is compared with."""
-    table = _table("\nThe same run otherwise", "run", "peak", "device", "ratio", "saved here", "~recipe")
+    table = _table("\nThe same run otherwise", "run", "peak", "in", "with extras", "ratio", "saved here", "~recipe")
     own = report.plan
-    table.add_row("this run", human_bytes(own.peak_bytes), human_bytes(own.device_bytes), "1.00", "", "", style="bold")
+    sizes = (human_bytes(own.peak_bytes), own.phase, human_bytes(own.device_bytes))
+    table.add_row("this run", *sizes, "1.00", "", method(report.config), style="bold")
     for compared in report.compared:
         saved_bytes = compared.plan.peak_bytes - own.peak_bytes
         table.add_row(
             compared.baseline.name + (" *" if compared.default else ""),
             human_bytes(compared.plan.peak_bytes),
+            compared.plan.phase,
             human_bytes(compared.plan.device_bytes),
             f"{compared.ratio(own):.2f}",
             signed_bytes(saved_bytes),
             compared.recipe,
         )
     if any(compared.default for compared in report.compared):
-        table.caption, table.caption_justify = "* what one would otherwise run, with the run's own checkpointing", "left"
+        table.caption, table.caption_justify = (
+            "* what one would otherwise run, with the run's own checkpointing",
+            "left",
+        )
     console.print(table)
 
 
