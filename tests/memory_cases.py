@@ -26,6 +26,8 @@ def small_config(family: str, layers: int = 2, dropout: float = 0.0) -> Any:
     """A model whose activations outweigh the odd kilobyte: hidden size 128, 640 tokens of vocabulary."""
     config = FAMILIES[family]()
     config.vocab_size, config.num_hidden_layers = 640, layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = (config.layer_types * layers)[:layers]
     if family == "gpt2":
         config.n_embd = 128
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout

@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from families import FAMILIES
-from hypothesis import given
+from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory_cases import cpu_optimizer, nothing_collected, real_batch, small_config
@@ -25,6 +26,7 @@ from qlora_kit.memory.simulate import Recipe, run_step, simulate
 from qlora_kit.memory.track import MemoryTracker, Region, overall_peak, peaks_by_region
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+WINDOW = {"sliding_window": 16, "use_sliding_window": True}
 EVEN = [family for family in FAMILIES if family != "gemma2"]  # its layers alternate
 
 
@@ -81,7 +83,7 @@ def test_extrapolation_is_exact_for_every_switch(tmp_path, changes):
 def test_layers_that_differ_are_run_whole(tmp_path):
     assert plan(run(config_file(tmp_path, "gemma2", 6))).exact
     assert plan(run(config_file(tmp_path, "llama", 4))).exact
-    mixed = config_file(tmp_path, "qwen2", 6, layer_types=["full_attention"] * 5 + ["sliding_attention"])
+    mixed = config_file(tmp_path, "qwen2", 6, layer_types=["full_attention"] * 5 + ["sliding_attention"], **WINDOW)
     assert plan(run(mixed)).exact
 
 
@@ -240,10 +242,11 @@ def test_a_masked_or_unfused_attention_takes_the_memory_efficient_way(tmp_path):
 
 def test_the_dequantized_weight_is_there_in_both_directions(tmp_path):
     config = run(config_file(tmp_path, "llama", 2))
-    peaks = peaks_by_region(simulate(config, Recipe(64, "adamw")).events)
-    largest = 2 * 128 * 384  # bf16, of the feed-forward layers
-    assert any(p.components.get("workspaces", 0) >= largest for r, p in peaks.items() if r.phase == "forward")
-    assert any(p.components.get("workspaces", 0) >= largest for r, p in peaks.items() if r.phase == "backward")
+    born = [e for e in simulate(config, Recipe(64, "adamw")).events if e.change_bytes > 0]
+    weight_bytes = 2 * 128 * 384  # bf16, of a feed-forward layer
+    for region in (Region(2, "forward", 1), Region(2, "backward", 1, True), Region(2, "backward", 1)):
+        sizes = [e.change_bytes for e in born if e.region == region and e.storage.category == "workspaces"]
+        assert sizes.count(weight_bytes) >= 2
 
 
 @pytest.mark.parametrize(
@@ -254,7 +257,7 @@ def test_states_follow_each_optimizers_own_rules(tmp_path, optim, state_bytes):
     config = run(config_file(tmp_path, "llama", 2), optim=optim, r=64, targets="gate_proj")  # 24 576 and 8 192 elements
     record = simulate(config, Recipe(64, optim))
     states = peaks_by_region(record.events)[Region(2, "loss")].components.get("optimizer states", 0)
-    scales = (2 if optim.startswith("adamw_8") else 1) * record.n_trainable // 256 * 4 if "8bit" in optim else 0
+    scales = {"adamw_8bit": 2, "lion_8bit": 1}.get(optim, 0) * 4 * 512  # of four factors, each in a block of its own
     tables = {"adamw_8bit": 2048, "lion_8bit": 1024}.get(optim, 0)
     assert states == record.n_trainable * state_bytes + scales + tables
     assert record.paged_bytes == 0
@@ -268,7 +271,7 @@ def test_small_states_stay_in_fp32_and_large_ones_are_paged(tmp_path):
     large = run(config_file(tmp_path, "llama", 2), bits=16, full=True, optim="paged_adamw_32bit")
     paged = simulate(large, Recipe(64, "paged_adamw_32bit"))
     assert paged.paged_bytes == 0  # 81 920 elements at most
-    wider = json.loads(open(config_file(tmp_path, "llama", 2)).read())
+    wider = json.loads(Path(config_file(tmp_path, "llama", 2)).read_text())
     (tmp_path / "wide.json").write_text(json.dumps({**wider, "intermediate_size": 1024}))
     wide = run(str(tmp_path / "wide.json"), bits=16, full=True, optim="paged_adamw_32bit")
     assert simulate(wide, Recipe(64, "paged_adamw_32bit")).paged_bytes == 2 * 3 * 128 * 1024 * 8
@@ -338,15 +341,16 @@ SIZES = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-@hypothesis_settings(max_examples=12, deadline=None)
+@hypothesis_settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(sizes=SIZES, grown=st.sampled_from(["batch_size", "seq_len", "r", "layers"]), by=st.integers(1, 3))
 def test_more_of_anything_never_needs_less(tmp_path_factory, bits, sizes, grown, by):
+    """With torch's AdamW: 8-bit states shrink where a factor reaches 4096 elements."""
     folder = tmp_path_factory.mktemp("models")
     peaks = []
     for size in (sizes, {**sizes, grown: sizes[grown] + by}):
         layers = size["layers"]
         changes = {key: value for key, value in size.items() if key != "layers"}
-        peaks.append(plan(run(config_file(folder, "llama", layers), bits=bits, **changes)).peak_bytes)
+        peaks.append(plan(run(config_file(folder, "llama", layers), bits=bits, optim="adamw", **changes)).peak_bytes)
     assert peaks[1] >= peaks[0]
 
 

@@ -63,26 +63,30 @@ def _grow(shallow: Peak, deep: Peak, layers: int) -> Peak:
 
 def _in_order(deep: Mapping[Region, Peak], grown: Mapping[Key, Peak], layers: int) -> Iterator[Peak]:
     """The peaks of all blocks, those in the middle filled in where the simulation has its two middle ones."""
+    filled = set()
     for region in deep:
-        key = next(_keys(region, DEEP))
         if region.block is None:
-            yield grown[key]
+            yield grown[(*_part(region), None)]
         elif region.block in (0, DEEP - 1):
             block = 0 if region.block == 0 else layers - 1
-            yield _at(grown[key], block)
-        elif _is_first_of_middle(region, deep):
-            first, last = grown[(*key[:3], 1)], grown[(*key[:3], -2)]
-            blocks = range(1, layers - 1)
-            for block in blocks if region.block == 1 else reversed(blocks):
-                yield _between(first, last, block, layers)
+            yield _at(grown[next(_keys(region, DEEP))], block)
+        elif (region.step, region.phase) not in filled:
+            filled.add((region.step, region.phase))
+            yield from _middle(region, deep, grown, layers)
 
 
-def _is_first_of_middle(region: Region, deep: Mapping[Region, Peak]) -> bool:
-    alike = [r for r in deep if r.block in (1, 2) and (r.step, r.phase, r.recomputes) == _alike(region)]
-    return alike[0] == region
+def _middle(
+    region: Region, deep: Mapping[Region, Peak], grown: Mapping[Key, Peak], layers: int
+) -> Iterator[Peak]:
+    """All blocks but the first and the last, in the direction in which the pass meets them, each with its parts."""
+    parts = [_part(r) for r in deep if (r.step, r.phase, r.block) == (region.step, region.phase, region.block)]
+    blocks = range(1, layers - 1)
+    for block in blocks if region.block == 1 else reversed(blocks):
+        for part in parts:
+            yield _between(grown[(*part, 1)], grown[(*part, -2)], block, layers)
 
 
-def _alike(region: Region) -> tuple[int, str, bool]:
+def _part(region: Region) -> tuple[int, str, bool]:
     return region.step, region.phase, region.recomputes
 
 

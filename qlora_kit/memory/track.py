@@ -115,6 +115,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
         self.region = Region(0, "load")
         self.events: list[Event] = []
         self.live_bytes = 0
+        self.layers_running = 0  # layers of blocks whose forward pass is under way
         self._live: dict[int, Storage] = {}
         self._paused = False
 
@@ -122,6 +123,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operator, or its stand-in, and follow the storages of its results."""
+        if self.region.phase == "backward":
+            self._notice_recomputation()
         stand_in = self.stand_ins.get(func)
         if stand_in is None:
             result = self.run(func, args, kwargs or {})
@@ -131,9 +134,15 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
             self._see(result, str(func))
         return result
 
-    def enter(self, phase: str, block: int | None = None, recomputes: bool = False) -> None:
+    def enter(self, phase: str, block: int | None = None) -> None:
         """Say which phase, and which block in it, what follows belongs to."""
-        self.region = Region(self.region.step, phase, block, recomputes)
+        self.region = Region(self.region.step, phase, block)
+
+    def _notice_recomputation(self) -> None:
+        """In the backward pass, gradients are on, or a layer runs, only where a block is recomputed."""
+        recomputes = self.layers_running > 0 or torch.is_grad_enabled()
+        if recomputes != self.region.recomputes:
+            self.region = Region(self.region.step, "backward", self.region.block, recomputes)
 
     def begin_step(self) -> None:
         """Say that the next optimizer step begins."""

@@ -79,8 +79,11 @@ def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:
     yield model.register_forward_pre_hook(lambda *_: tracker.enter("forward"))
     yield model.register_forward_hook(lambda *_: tracker.enter("loss backward"))
     for index, block in enumerate(blocks):
-        yield block.register_forward_pre_hook(_block_begins(tracker, index, block, len(blocks)), with_kwargs=True)
-        yield block.register_forward_hook(_block_ends(tracker, index), always_call=True)
+        yield block.register_forward_pre_hook(_block_begins(tracker, index, block), with_kwargs=True)
+        yield block.register_forward_hook(lambda *_: _block_ends(tracker))
+        for layer in block.children():  # a recomputation calls them, but not the block
+            yield layer.register_forward_pre_hook(_layer_begins(tracker, index))
+            yield layer.register_forward_hook(_layer_ends(tracker), always_call=True)
     head = model.get_output_embeddings()
     yield head.register_forward_pre_hook(_head_begins(tracker, len(blocks)))
     for parameter in model.parameters():
@@ -88,13 +91,12 @@ def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:
             yield parameter.register_post_accumulate_grad_hook(lambda p: tracker.label(p.grad, "gradients"))
 
 
-def _block_begins(tracker: MemoryTracker, index: int, block: Any, n_blocks: int) -> Any:
+def _block_begins(tracker: MemoryTracker, index: int, block: Any) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
         if tracker.region.phase != "forward":
-            tracker.enter("backward", index, recomputes=True)
             return
         tracker.enter("forward", index)
+        hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, torch.Tensor):
             return
         if getattr(block, "gradient_checkpointing", False) and block.training:
@@ -105,12 +107,23 @@ def _block_begins(tracker: MemoryTracker, index: int, block: Any, n_blocks: int)
     return hook
 
 
-def _block_ends(tracker: MemoryTracker, index: int) -> Any:
+def _block_ends(tracker: MemoryTracker) -> None:
+    if tracker.region.phase == "forward":
+        tracker.enter("forward")
+
+
+def _layer_begins(tracker: MemoryTracker, index: int) -> Any:
     def hook(*_: object) -> None:
-        if tracker.region.phase == "forward":
-            tracker.enter("forward")
-        else:
+        tracker.layers_running += 1
+        if tracker.region.phase != "forward" and tracker.region.block != index:
             tracker.enter("backward", index)
+
+    return hook
+
+
+def _layer_ends(tracker: MemoryTracker) -> Any:
+    def hook(*_: object) -> None:
+        tracker.layers_running -= 1
 
     return hook
 
