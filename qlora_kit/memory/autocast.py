@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _LOWER = frozenset(
     (
-        F.linear,
-        F.scaled_dot_product_attention,
+        functional.linear,
+        functional.scaled_dot_product_attention,
         torch.addmm,
         torch.baddbmm,
         torch.bmm,
@@ -25,12 +25,12 @@ _LOWER = frozenset(
 )
 _FP32 = frozenset(
     (
-        F.cross_entropy,
-        F.layer_norm,
-        F.log_softmax,
-        F.nll_loss,
-        F.softmax,
-        F.softplus,
+        functional.cross_entropy,
+        functional.layer_norm,
+        functional.log_softmax,
+        functional.nll_loss,
+        functional.softmax,
+        functional.softplus,
         torch.Tensor.__pow__,
         torch.Tensor.cumsum,
         torch.Tensor.exp,
@@ -49,7 +49,7 @@ _FP32 = frozenset(
 )
 
 
-class MetaAutocast(TorchFunctionMode):  # type: ignore[misc]  # torch's class is untyped
+class MetaAutocast(TorchFunctionMode):
     """Casts the arguments of matrix products to bf16 and those of norms, softmax and losses to fp32.
 
     A leaf that trains is cast once and the copy kept until the context ends, as `torch.autocast` does. The lists are
@@ -65,7 +65,7 @@ class MetaAutocast(TorchFunctionMode):  # type: ignore[misc]  # torch's class is
     def __exit__(self, *args: Any) -> None:
         """Leave the context and drop the cached copies."""
         self._cache.clear()
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -75,9 +75,7 @@ def _in_order(deep: Mapping[Region, Peak], grown: Mapping[Key, Peak], layers: in
             yield from _middle(region, deep, grown, layers)
 
 
-def _middle(
-    region: Region, deep: Mapping[Region, Peak], grown: Mapping[Key, Peak], layers: int
-) -> Iterator[Peak]:
+def _middle(region: Region, deep: Mapping[Region, Peak], grown: Mapping[Key, Peak], layers: int) -> Iterator[Peak]:
     """All blocks but the first and the last, in the direction in which the pass meets them, each with its parts."""
     parts = [_part(r) for r in deep if (r.step, r.phase, r.block) == (region.step, region.phase, region.block)]
     blocks = range(1, layers - 1)

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from qlora_kit.memory import rules
 from qlora_kit.memory.track import MemoryTracker, StandIn
 
+aten = torch.ops.aten
+
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_MAX_HEAD = 256
 FLASH_CAPABILITY = (8, 0)
@@ -25,7 +27,7 @@ def stand_ins() -> dict[Any, StandIn]:
     """What runs on `meta` in the place of an operator, so that it allocates what it would on CUDA."""
     import bitsandbytes  # noqa: F401  (it registers its operators)
 
-    aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
+    bnb = torch.ops.bitsandbytes
     table: dict[Any, StandIn] = {
         aten._local_scalar_dense.default: _scalar,
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
@@ -85,19 +87,17 @@ def _dequantized(
 
 def _gemm_4bit(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """`x @ W.T` from 4 bits: above a few tokens the kernel dequantizes W and calls the ordinary product."""
-    x_MK, packed, shape_NK, absmax = args[:4]
-    bias, absmax_8bit = kwargs.get("bias"), kwargs.get("absmax_8bit")
+    x_MK, packed, shape_NK = args[:3]
+    absmax_8bit = kwargs.get("absmax_8bit")
     with tracker:
         if x_MK.numel() // x_MK.shape[-1] <= rules.FUSED_4BIT_TOKENS:
-            return x_MK.new_empty((*x_MK.shape[:-1], shape_NK[0]))
-        scales = []
-        if absmax_8bit is not None:
-            scales.append(torch.empty(absmax_8bit.shape, dtype=torch.float32, device=packed.device))
-            scales[:] = [torch.empty_like(scales[0])]  # the sum with the offset, while the first still lives
-        weight_NK = torch.empty(tuple(shape_NK), dtype=x_MK.dtype, device=packed.device)
-        for tensor in (*scales, weight_NK):
-            tracker.label(tensor, "workspaces")
-        return torch.nn.functional.linear(x_MK, weight_NK, bias)
+            return torch.empty((*x_MK.shape[:-1], shape_NK[0]), dtype=x_MK.dtype, device=x_MK.device)
+        buffers = [torch.empty(tuple(shape_NK), dtype=x_MK.dtype, device=packed.device)]
+        if absmax_8bit is not None:  # dequantized first, and once more with their offset
+            buffers += [torch.empty(absmax_8bit.shape, dtype=torch.float32, device=packed.device) for _ in range(2)]
+        for buffer in buffers:
+            tracker.label(buffer, "workspaces")
+        return torch.nn.functional.linear(x_MK, buffers[0], kwargs.get("bias"))
 
 
 def _int8_quantize(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,12 +144,12 @@ def _flash_backward(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kw
             tracker.label(buffer, "workspaces")
     result = func(*args, **kwargs)
     with tracker:
-        tracker._see(result, str(func))
+        tracker.see(result, str(func))
     del buffers
     return result
 
 
-class CudaChoices(TorchFunctionMode):  # type: ignore[misc]  # torch's class is untyped
+class CudaChoices(TorchFunctionMode):
     """Takes on `meta` the ways that torch takes on a GPU of `capability`: fused attention and fused dropout."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
@@ -195,20 +195,20 @@ def _attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Flash attention where CUDA would take it, else memory-efficient attention; (B, H, T, D) each."""
-    aten = torch.ops.aten
+    flash, efficient = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention
     fits = query.dtype in FLASH_DTYPES and query.shape[-1] == value.shape[-1] <= FLASH_MAX_HEAD
     if attn_mask is None and has_flash and fits:
         width = query.shape[-1]
         query, key, value = (_padded(t, 8) for t in (query, key, value))
         scale = scale if scale is not None else width**-0.5
-        result = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
-        return result[0][..., :width]
+        out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        return out[..., :width]
     if enable_gqa:  # only flash attention takes fewer keys than queries
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return aten._scaled_dot_product_efficient_attention(
-        query, key, value, _bias(attn_mask, query, key), query.requires_grad, dropout_p, is_causal, scale=scale
-    )[0]
+    bias = _bias(attn_mask, query, key)
+    out = efficient(query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+    return out
 
 
 def _padded(tensor: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -75,9 +75,7 @@ class MemoryPlan:
         return {**dataclasses.asdict(self), "device_bytes": self.device_bytes}
 
 
-def plan(
-    config: RunConfig, *, exact: bool = False, gpu: rules.Gpu | None = None, autocast: bool = False
-) -> MemoryPlan:
+def plan(config: RunConfig, *, exact: bool = False, gpu: rules.Gpu | None = None, autocast: bool = False) -> MemoryPlan:
     """Predict the memory of the run `config` on `gpu` (by default one of compute capability 8), without one.
 
     Nothing is downloaded but, for a hub model, its config.json. Layers that are all equal are simulated three and

@@ -7,6 +7,7 @@ or "estimate". All sizes are bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from qlora_kit.errors import UserError
 
 MIB = 1 << 20
@@ -82,9 +83,7 @@ def find_gpu(name: str) -> Gpu:
     raise UserError.of("--gpu", name, "is not a known GPU", f"Known: {', '.join(GPUS)}.")
 
 
-def flash_backward_bytes(
-    query_BHTD: tuple[int, ...], key_BHTD: tuple[int, ...], element_bytes: int
-) -> tuple[int, ...]:
+def flash_backward_bytes(query_BHTD: tuple[int, ...], key_BHTD: tuple[int, ...], element_bytes: int) -> tuple[int, ...]:
     """The buffers of flash attention's backward pass, from the shapes of queries and keys.
 
     The gradient of the queries is summed in fp32, (B, H, T rounded up to 128, D rounded up to 32, or 256 above 192),
@@ -104,7 +103,7 @@ def flash_backward_bytes(
 
 
 def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
-    """cuBLAS's workspace, allocated through torch at the first product and kept: 32 MiB on sm90, else 8.125 MiB.
+    """The workspace of cuBLAS, allocated through torch at the first product and kept: 32 MiB on sm90, else 8.125 MiB.
 
     One for each pair of handle and stream: one for the training thread, one more for the autograd thread, which
     has a handle of its own. Source: torch `CUDABlas`/`CublasHandlePool.cpp`, default `CUBLAS_WORKSPACE_CONFIG`

@@ -68,7 +68,8 @@ def simulate(
     """Build the model of `config` on `meta`, train it for two steps, and return what that did to memory.
 
     Without `first_step` only the optimizer runs in the first one: the states are born, and its forward and backward
-    pass, which need less than the second's, are left out. `results` is shared between simulations to save time. Leaves nothing behind in the process. Raises `UserError` for a model that cannot be found or built.
+    pass, which need less than the second's, are left out. `results` is shared between simulations to save time.
+    Leaves nothing behind in the process. Raises `UserError` for a model that cannot be found or built.
     """
     from qlora_kit.base import count_parameters
 

@@ -93,7 +93,7 @@ class Peak:
     components: Mapping[str, int] = field(default_factory=dict)
 
 
-class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class is untyped
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is untyped
     """Counts the live bytes on devices of `device_type` while it is entered.
 
     `block_bytes` rounds every storage up (512 as on CUDA; 1 for the bytes as they are). `stand_ins` gives, for an
@@ -107,7 +107,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
         stand_ins: Mapping[Any, StandIn] | None = None,
         run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.run = run if run is not None else _run
         self.device_type = device_type
         self.block_bytes = block_bytes
@@ -126,12 +126,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
         if self.region.phase == "backward":
             self._notice_recomputation()
         stand_in = self.stand_ins.get(func)
-        if stand_in is None:
-            result = self.run(func, args, kwargs or {})
-        else:
-            result = stand_in(self, func, args, kwargs or {})
+        arguments = (func, args, kwargs or {})
+        result = self.run(*arguments) if stand_in is None else stand_in(self, *arguments)
         if not self._paused:
-            self._see(result, str(func))
+            self.see(result, str(func))
         return result
 
     def enter(self, phase: str, block: int | None = None) -> None:
@@ -176,13 +174,14 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[misc]  # torch's class i
         """Follow nothing any more; what has been counted stays."""
         self._live.clear()
 
-    def _see(self, result: Any, operation: str) -> None:
+    def see(self, result: Any, operation: str) -> None:
+        """Follow the storages of what `operation` returned."""
         if isinstance(result, torch.Tensor):
             if result.device.type == self.device_type:
                 self._follow(result.untyped_storage(), operation, None)
         elif isinstance(result, (tuple, list)):
             for part in result:
-                self._see(part, operation)
+                self.see(part, operation)
 
     def _follow(self, untyped: torch.UntypedStorage, operation: str, category: str | None) -> None:
         n_bytes = -(-untyped.nbytes() // self.block_bytes) * self.block_bytes

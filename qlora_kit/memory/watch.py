@@ -68,10 +68,10 @@ def find_blocks(model: Any) -> list[nn.Module]:
     """The transformer blocks in their order: the longest list of modules that transformers can checkpoint."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     blocks = [m for m in lists if all(isinstance(b, GradientCheckpointingLayer) for b in m)]
     assert blocks, "a causal language model has blocks"
-    return list(max(blocks, key=len))
+    return max(blocks, key=len)
 
 
 def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:
@@ -96,13 +96,13 @@ def _block_begins(tracker: MemoryTracker, index: int, block: Any) -> Any:
         if tracker.region.phase != "forward":
             return
         tracker.enter("forward", index)
-        hidden = args[0] if args else kwargs.get("hidden_states")
+        hidden: Any = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, torch.Tensor):
             return
         if getattr(block, "gradient_checkpointing", False) and block.training:
             tracker.label(hidden, "checkpoints")
         if index > 0 and hidden.requires_grad:
-            hidden.register_hook(lambda _: tracker.enter("backward", index - 1))
+            hidden.register_hook(lambda _: tracker.enter("backward", index - 1))  # type: ignore[no-untyped-call]
 
     return hook
 
@@ -132,7 +132,8 @@ def _head_begins(tracker: MemoryTracker, n_blocks: int) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         tracker.enter("loss")
         if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
-            args[0].register_hook(lambda _: tracker.enter("backward", n_blocks - 1))
+            hidden: Any = args[0]
+            hidden.register_hook(lambda _: tracker.enter("backward", n_blocks - 1))
 
     return hook
 
