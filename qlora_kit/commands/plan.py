@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qlora_kit.memory.report import Compared, PlanReport
 
 WIDTH = 118  # columns where the output is no terminal
+DEFAULT_BASELINES = ("lora16", "full32")  # what one would otherwise run: PEFT on a bf16 base, Trainer with bf16=True
 DEVICE = "device"  # what `--fit` calls the free memory of the CUDA device present
 
 T = TypeVar("T")
@@ -89,7 +91,7 @@ def _checked(
     n_bytes = read(fit, parse_size) if fit != DEVICE else None
     if faults:
         raise UserError(faults)
-    budget = None if n_bytes is None else Budget(n_bytes, "--fit")
+    budget = None if n_bytes is None else Budget(n_bytes, "as given")
     if present is not None:
         found, budget = found or present[0], present[1]
     elif budget is None and found is not None:
@@ -99,12 +101,11 @@ def _checked(
 
 def make_report(config: RunConfig, request: Request, say_early: Callable[[PlanReport], None]) -> PlanReport:
     """Everything that `request` asks about `config`; the plan itself goes to `say_early` as soon as it is there."""
-    from dataclasses import replace
-
     from qlora_kit.memory import fit as fitting
     from qlora_kit.memory.plan import plan
     from qlora_kit.memory.report import PlanReport
 
+    _check_model(config)
     own = plan(config, exact=request.exact, gpu=request.gpu)
     report = PlanReport(config, own, request.gpu, request.budget)
     say_early(report)
@@ -121,6 +122,22 @@ def make_report(config: RunConfig, request: Request, say_early: Callable[[PlanRe
             on, fit = fitting.switched_on(planner), fitting.find_fit(planner, request.budget)
             report = replace(report, switched_on=on, fit=fit)
     return report
+
+
+def _check_model(config: RunConfig) -> None:
+    """Raises `UserError` where there is no such model, with the architectures whose names are near."""
+    from qlora_kit.memory.plan import resolve_architecture
+    from qlora_kit.shapes import ARCHITECTURES
+
+    try:
+        resolve_architecture(config)
+    except UserError as error:
+        name = Path(config.base.model).name.lower()
+        near = [f"--model {n}" for n in difflib.get_close_matches(name, ARCHITECTURES, n=3)]
+        if not near or config.base.weights == "random":  # there the message has them
+            raise
+        hint = f"Did you mean {' or '.join(near)}, which needs no download? "
+        raise UserError([replace(fault, remedy=hint + fault.remedy) for fault in error.faults]) from None
 
 
 def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
@@ -141,9 +158,6 @@ def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
         for checkpointing in (own, not own)
         for baseline in BASELINES
     )
-
-
-DEFAULT_BASELINES = ("lora16", "full32")  # what one would otherwise run: PEFT on a bf16 base, Trainer with bf16=True
 
 
 @contextmanager

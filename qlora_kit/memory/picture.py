@@ -205,9 +205,9 @@ def _label_bar(axes: Axes, x: float, y: float, bar: Bar, own: Bar) -> None:
     text = human_bytes(bar.peak_bytes)
     if bar is not own:
         text += f"\n{bar.peak_bytes / own.peak_bytes:.2f} × this run"
-    axes.annotate(
-        text, (x, y), xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=11, weight="bold"
-    )
+    place: dict[str, Any] = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line of the budget stops at it
+    axes.annotate(text, (x, y), fontsize=11, weight="bold", bbox=behind, **place)
 
 
 def _draw_step(axes: Axes, plan: MemoryPlan) -> list[str]:

@@ -107,7 +107,8 @@ def _change_dict(change: Change) -> dict[str, Any]:
 
 def title(config: RunConfig, plan: MemoryPlan) -> str:
     """The run in a line: model, method, batch and length."""
-    model = Path(config.base.model.rstrip("/")).name
+    path = Path(config.base.model)
+    model = path.parent.name if path.name == "config.json" else path.name
     return f"{model}, {method(config)}, batch {plan.batch_size} × {plan.seq_len} tokens"
 
 
@@ -138,7 +139,8 @@ def say_plan(report: PlanReport, console: Console) -> None:
     trained = f"{_count(plan.n_trainable)} of {_count(plan.n_parameters)} parameters trained"
     switches = "checkpointing" if config.optim.gradient_checkpointing else "no checkpointing"
     console.print(Text(title(config, plan), style="bold"))
-    console.print(f"{trained}; {plan.optim}, {switches}, {plan.attention} attention; {_depth(plan)}")
+    console.print(f"{trained}; {_depth(plan)}")
+    console.print(f"{plan.optim}, {switches}, {plan.attention} attention")
     console.print()
     console.print(Text(f"Peak of torch.cuda.max_memory_allocated: {human_bytes(plan.peak_bytes)}", style="bold green"))
     console.print(f"  in {where(plan)}")
