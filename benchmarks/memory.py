@@ -1,4 +1,4 @@
-"""How much memory do full fine-tuning, LoRA and QLoRA take? Predicted, and measured where there is something to measure.
+"""How much memory do full fine-tuning, LoRA and QLoRA take? Predicted, and measured as far as the device goes.
 
     python benchmarks/memory.py --models gpt2,gpt2-large,llama-3-8b --methods full,lora16,lora8,qlora4 \
         --batch 1,8 --seq 512,1024
@@ -161,6 +161,12 @@ def measure_cuda(case: Case, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:
     return {**measured, "step_s": step_s, "tokens_per_s": case.batch * case.seq / step_s}
 
 
+def error_of(row: dict[str, Any]) -> float:
+    """Predicted over measured, less one; what was allocated before the case is not its own."""
+    error: float = row["predicted_peak_bytes"] / (row["peak_bytes"] - row["before_bytes"]) - 1
+    return error
+
+
 def cuda_autocast(recomputes: bool) -> Any:
     """bf16 on CUDA; the backward pass brings its own context where it recomputes."""
     import torch
@@ -194,7 +200,9 @@ def measure_cpu(case: Case) -> dict[str, Any]:
             profiler.end_step()
     profile = profiler.profile
     assert profile is not None and profile.predicted is not None, "two steps ran"  # noqa: PT018
+    recipe = {"recipe": "fp32 weights, AdamW"} if METHODS[case.method].autocast else {}
     return {
+        **recipe,
         "live_peak_bytes": profile.peak_bytes,
         "predicted_for_cpu_bytes": profile.predicted.peak_bytes,
         "error": profile.error,
@@ -222,8 +230,7 @@ def run_case(case: Case, on_cuda: bool) -> None:
         print(json.dumps({"status": f"does not fit: not tried on {gpu.memory_bytes / GIB:.0f} GiB"}))
         return
     measured = measure_cuda(case)
-    error = predicted["predicted_peak_bytes"] / measured["peak_bytes"] - 1
-    print(json.dumps({**measured, "error": error, "status": "measured"}))
+    print(json.dumps({**measured, "error": error_of({**predicted, **measured}), "status": "measured"}))
 
 
 def in_own_process(case: Case, timeout_s: float) -> dict[str, Any]:
@@ -248,8 +255,15 @@ def in_own_process(case: Case, timeout_s: float) -> dict[str, Any]:
             row |= json.loads(line)
     if done.returncode == 0:
         return {"status": "measured", **row}
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return {**row, "status": "does not fit: out of memory" if "OutOfMemory" in done.stderr else f"failed: {last}"}
+    if "OutOfMemory" in done.stderr:
+        return {**row, "status": "does not fit: out of memory"}
+    return {**row, "status": f"failed: {why(done)}"}
+
+
+def why(done: subprocess.CompletedProcess[str]) -> str:
+    """What a process failed of: the last line of its traceback (remedies below it are indented), or its exit code."""
+    lines = [line for line in done.stderr.splitlines() if line and not line[0].isspace()]
+    return lines[-1] if lines else f"exit code {done.returncode}"
 
 
 def row_of(case: Case) -> dict[str, Any]:
@@ -261,6 +275,9 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     """Every row: on a GPU measured, else predicted, with the small ones measured on the CPU."""
     import torch
 
+    from qlora_kit.quiet import quiet_libraries
+
+    quiet_libraries()
     cases = [
         Case(model, method, batch, seq, args.r, args.checkpointing)
         for model in args.models

@@ -19,7 +19,7 @@ from qlora_kit import runs
 from qlora_kit.config import RunConfig
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan, resolve_architecture
-from qlora_kit.memory.profile_cpu import BatchShape, CpuTracker, predict
+from qlora_kit.memory.profile_cpu import BatchShape, CpuTracker, mark_clipping, predict
 from qlora_kit.memory.profile_cuda import CudaTracker
 from qlora_kit.memory.profile_result import Measured, MemoryProfile, Prediction
 from qlora_kit.memory.watch import watch
@@ -102,7 +102,7 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._tracker.begin_step()
         self._step.callback(self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True).remove)
         self._step.enter_context(watch(self._tracker, self._model, self._optimizer))
-        self._step.callback(self._model.register_forward_hook(self._see_loss).remove)
+        self._step.callback(mark_clipping(self._tracker, self._model).remove)
         if isinstance(self._tracker, CpuTracker):
             self._step.enter_context(self._tracker)
 
@@ -154,20 +154,6 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         padded = mask is not None and mask.dim() == 2 and not bool(mask.all())
         self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded))
-
-    def _see_loss(self, module: Any, args: Any, output: Any) -> None:
-        loss = output.get("loss")
-        if loss is not None and loss.requires_grad:
-            loss.register_hook(self._when_backward_is_over)
-
-    def _when_backward_is_over(self, gradient: torch.Tensor) -> None:
-        """The Trainer has no callback between the backward pass and clipping, but autograd's engine has."""
-        if self._tracker is not None:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._enter("clip"))
-
-    def _enter(self, phase: str) -> None:
-        if self._tracker is not None:
-            self._tracker.enter(phase)
 
     def _profile(self, measured: Measured) -> MemoryProfile:
         largest = max((s for shapes in self.shapes for s in shapes), key=lambda s: s.rows * s.tokens)

@@ -79,6 +79,21 @@ def short_line(filename: str, line: int, function: str) -> str:
     return f"{'/'.join(parts[-2:])}:{line} in {function}"
 
 
+def mark_clipping(tracker: MemoryTracker, model: Any) -> Any:
+    """Tell `tracker` when a backward pass of `model` is over; returns the handle that removes it.
+
+    The Trainer has no callback between the backward pass and clipping, but autograd's engine has one.
+    """
+    engine = torch.autograd.Variable._execution_engine
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        loss = output.get("loss")
+        if loss is not None and loss.requires_grad:
+            loss.register_hook(lambda _: engine.queue_callback(lambda: tracker.enter("clip")))
+
+    return model.register_forward_hook(hook)
+
+
 def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[Sequence[BatchShape]]) -> list[Event]:
     """Every change of live bytes of the optimizer steps `steps` (each a list of forward passes) on a CPU."""
     results = MetaResults()
@@ -86,6 +101,7 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
     with _nothing_left_behind():
         model = assembly.build_model(config, META, copy.deepcopy(architecture)).train()
         optimizer = _optimizer(model, config)
+        mark_clipping(tracker, model)
         with watch(tracker, model, optimizer), _CpuChoices(), tracker:
             for shapes in steps:
                 tracker.begin_step()

@@ -90,11 +90,11 @@ class CudaTracker(MemoryTracker):  # type: ignore[no-untyped-call]  # torch's cl
         """Stop recording and keep nothing."""
         torch.cuda.memory._record_memory_history(enabled=None)
 
-    def enter(self, phase: str, block: int | None = None, recomputes: bool = False) -> None:
+    def enter(self, phase: str, block: int | None = None) -> None:
         """Note when the part of the step begins."""
         if phase != self.region.phase:
             self._read_counters()
-        super().enter(phase, block, recomputes)
+        super().enter(phase, block)
         self.notes.append(Note(_now_us(), self.region))
 
     def begin_step(self) -> None:
@@ -178,11 +178,18 @@ class _Player:
 
     def allocate(self, address: int, n_bytes: int, frames: Sequence[Mapping[str, Any]]) -> None:
         self.free(address)  # a record that begins late may miss one
+        if self.region.phase == "backward":
+            self.region = self.region_of_backward(frames)
         rounded = -(-n_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
         storage = Storage(rounded, _category(self.region, frames), frames[0]["name"] if frames else "")
         self.live[address] = storage
         self.lines[id(storage)] = _line(frames)
         self.events.append(Event(rounded, storage, self.region))
+
+    def region_of_backward(self, frames: Sequence[Mapping[str, Any]]) -> Region:
+        """The same region, and whether a block is recomputed in it: then torch's checkpointing is on the stack."""
+        recomputes = any("torch/utils/checkpoint" in frame["filename"].replace("\\", "/") for frame in frames)
+        return Region(self.region.step, self.region.phase, self.region.block, recomputes)
 
     def free(self, address: int) -> None:
         storage = self.live.pop(address, None)

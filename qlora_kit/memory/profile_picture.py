@@ -21,6 +21,7 @@ SMALL = 0.005  # components below this share of the peak get no name in the lege
 def draw_profile(profile: MemoryProfile, file: Path) -> None:
     """Draw `profile` into the PNG `file`."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(13, 6), dpi=120, layout="constrained")
     bars, step = figure.subplots(1, 2, width_ratios=(1, 2))
@@ -33,10 +34,10 @@ def draw_profile(profile: MemoryProfile, file: Path) -> None:
     for axes in (bars, step):
         axes.set_ylabel(unit)
         axes.spines[["top", "right"]].set_visible(False)
-    shown = [n for n in COLOURS if any(c.get(n, 0) > SMALL * profile.peak_bytes for c in columns.values())]
-    handles, labels = bars.get_legend_handles_labels()
-    named = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label in shown]
-    figure.legend(*zip(*named, strict=True), loc="outside lower center", ncols=7, frameon=False)
+    everywhere = [*columns.values(), *(point.components for point in profile.series)]
+    shown = [n for n in COLOURS if any(c.get(n, 0) > SMALL * profile.peak_bytes for c in everywhere)]
+    patches = [Patch(facecolor=COLOURS[name], label=name) for name in shown]
+    figure.legend(handles=patches, loc="outside lower center", ncols=7, frameon=False)
     error = "" if profile.error is None else f", prediction {profile.error:+.2%}"
     figure.suptitle(
         f"{human_bytes(profile.peak_bytes)} at the peak on {profile.device}{error} "
@@ -50,10 +51,11 @@ def _draw_bars(axes: Axes, columns: Mapping[str, Mapping[str, int]], scale: int)
     for name, colour in COLOURS.items():
         heights = [components.get(name, 0) / scale for components in columns.values()]
         if any(heights):
-            axes.bar(list(columns), heights, 0.7, bottoms, color=colour, edgecolor="white", linewidth=0.6, label=name)
+            axes.bar(list(columns), heights, 0.7, bottoms, color=colour, edgecolor="white", linewidth=0.6)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for x, total in enumerate(bottoms):
         axes.text(x, total, f"{total:,.2f}", ha="center", va="bottom")
+    axes.margins(y=0.08)
     axes.set_title("at the peak, by component", fontsize=11)
 
 
