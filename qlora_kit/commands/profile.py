@@ -155,9 +155,11 @@ def _phases(profile: MemoryProfile) -> Table:
 
 
 def _largest(profile: MemoryProfile) -> Table:
+    from qlora_kit.memory.report import operation_name
+
     table = Table("largest at the peak", "MiB", "made by", "at", box=None, padding=(0, 2, 0, 0))
     for tensor in profile.largest[:SHOWN_TENSORS]:
-        table.add_row(tensor.category, _mib(tensor.n_bytes), tensor.operation, tensor.line)
+        table.add_row(tensor.category, _mib(tensor.n_bytes), operation_name(tensor.operation), tensor.line)
     return table
 
 
