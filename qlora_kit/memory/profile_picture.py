@@ -55,7 +55,7 @@ def _draw_bars(axes: Axes, columns: Mapping[str, Mapping[str, int]], scale: int)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for x, total in enumerate(bottoms):
         axes.text(x, total, f"{total:,.2f}", ha="center", va="bottom")
-    axes.margins(y=0.08)
+    axes.set_ylim(0, 1.08 * max(bottoms))
     axes.set_title("at the peak, by component", fontsize=11)
 
 
