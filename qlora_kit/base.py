@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,16 +167,24 @@ def max_positions(architecture: PretrainedConfig) -> int | None:
     return getattr(architecture, "max_position_embeddings", None)
 
 
-def load_base(config: BaseConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+def load_base(
+    config: BaseConfig, device: torch.device, seed: int = 0, architecture: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """The base model on `device`, quantized as told, every weight frozen unless `config.full`.
 
     Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `compute_dtype`.
+    On the `meta` device the model has the same structure but no values, whatever `config.weights` says: for the
+    planner. `architecture` overrides the one that `config` names (which must be None for pretrained weights).
     Raises `UserError` where it is not found or cannot be read.
     """
+    assert architecture is None or config.weights == "random" or device.type == "meta", "it would not fit the weights"
     if device.type == "cpu":
         host_memory.return_large_blocks()
-    architecture = load_model_config(config)
-    if config.weights == "random":
+    if architecture is None:
+        architecture = load_model_config(config)
+    if device.type == "meta":
+        model = _build_meta(architecture, config, device)
+    elif config.weights == "random":
         model = _build_random(architecture, config, device, seed)
     else:
         model = _load_pretrained(architecture, config, device)
@@ -242,9 +251,6 @@ def _build_random(
     """Seeded weights of true shapes, made and quantized one layer at a time so that 16-bit copies never add up."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.auto import AutoHfQuantizer
-    from transformers.quantizers.base import get_keys_to_not_convert
 
     dtype = compute_dtype(config, device)
     with init_empty_weights(include_buffers=False):
@@ -254,13 +260,7 @@ def _build_random(
         for name, module in model.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     }
-    settings = quantization(config, device)
-    if settings is not None:
-        replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
-        model.is_quantized, model.quantization_method = True, settings.quant_method
-        model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-        setattr(model, f"is_loaded_in_{config.bits}bit", True)
-        model.config.quantization_config = settings
+    _replace_linear_layers(model, config, device)
     for name in list(originals):
         _materialize(model, name, originals.pop(name), dtype, device, seed)
     for buffer_owner in model.modules():
@@ -270,6 +270,61 @@ def _build_random(
     model.tie_weights()
     model.name_or_path = config.model
     return model.eval()
+
+
+def _replace_linear_layers(model: PreTrainedModel, config: BaseConfig, device: torch.device) -> None:
+    """Put bitsandbytes' layers, still empty, in the place of those to quantize, and mark the model as quantized."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    settings = quantization(config, device)
+    if settings is None:
+        return
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
+    model.is_quantized, model.quantization_method = True, settings.quant_method
+    model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    setattr(model, f"is_loaded_in_{config.bits}bit", True)
+    model.config.quantization_config = settings
+
+
+def _build_meta(architecture: PretrainedConfig, config: BaseConfig, device: torch.device) -> PreTrainedModel:
+    """The structure without values: every parameter, buffer and quantization state is a tensor on `meta`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with device, no_init_weights():
+        model = AutoModelForCausalLM.from_config(architecture, dtype=compute_dtype(config, device))
+    shapes = {name: p.dtype for name, p in model.named_parameters()}
+    _replace_linear_layers(model, config, device)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if hasattr(weight, "_quantize"):  # `Params4bit.to("meta")` would skip the quantization
+            value = torch.empty(weight.shape, dtype=shapes[f"{name}.weight"], device=device)
+            with _code_tables_kept():
+                module.weight = type(weight)(value, requires_grad=False, **weight.__dict__)._quantize(device)
+            if module.bias is not None:
+                module.bias.data = module.bias.data.to(value.dtype)
+    model.tie_weights()
+    model.name_or_path = config.model
+    return model.eval()
+
+
+@contextmanager
+def _code_tables_kept() -> Iterator[None]:
+    """Keep bitsandbytes' cache of code tables, one for the whole process, as it was.
+
+    A table cached by a quantization on `meta` would break every later real one ("Cannot copy out of meta tensor").
+    """
+    from bitsandbytes import functional
+
+    kept = dict(functional.name2qmap)
+    try:
+        yield
+    finally:
+        functional.name2qmap.clear()
+        functional.name2qmap.update(kept)
 
 
 def _materialize(

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qlora_kit import adapters, base, cards, data, narration, quiet, runs, scoring
+from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.inputs import Inputs, check_vocabulary, make_collator, read_inputs
-from qlora_kit.model import build_model
 from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
 
 if TYPE_CHECKING:

@@ -1,8 +1,12 @@
-"""The model that trains: the base, its factors, and gradient checkpointing. The trainer and the planner share it."""
+"""The model of a run, put together: base, factors, and the switches of its step.
+
+The trainer and the planner both build it here, so that a change to the one changes the other.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import adapters, base
@@ -11,12 +15,14 @@ from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 
-def build_model(config: RunConfig, device: torch.device) -> Any:
-    """The base with its factors, ready to train; the factors are drawn by `config.seed`.
+def build_model(config: RunConfig, device: torch.device, architecture: PretrainedConfig | None = None) -> Any:
+    """The base with its factors on `device`, ready to train; the factors are drawn by `config.seed`.
 
-    Where CUDA has no bf16 the factors are fp32, for fp16 training scales their gradients. Raises `UserError`.
+    Where CUDA has no bf16 the factors are fp32, for fp16 training scales their gradients. `architecture` overrides
+    the one that the settings name; see `base.load_base`. Raises `UserError`.
     """
     import torch
     from transformers import set_seed
@@ -25,11 +31,13 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
     if config.base.full and in_fp16:
         rule = "cannot train 16-bit weights on a device without bf16"
         raise UserError.of("--full", True, rule, "Use --bits 32, or adapters.")
-    model: Any = base.load_base(config.base, device, seed=config.seed)
-    set_seed(config.seed)
+    model: Any = base.load_base(config.base, device, config.seed, architecture)
+    if device.type != "meta":  # a plan draws nothing, and leaves the caller's random state alone
+        set_seed(config.seed)
     if not config.base.full:
-        settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
-        model = adapters.inject(model, settings)
+        with device if device.type == "meta" else nullcontext():  # copies of weights that PEFT makes stay there
+            settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
+            model = adapters.inject(model, settings)
     if config.optim.gradient_checkpointing:
         _enable_checkpointing(model)
     return model

@@ -1,0 +1,168 @@
+"""`qlora-kit plan`: what a run will take of a GPU's memory, when, and for what, without a GPU or a download."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+
+from qlora_kit import quiet
+from qlora_kit.config import RunConfig
+from qlora_kit.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    from qlora_kit.memory import rules
+    from qlora_kit.memory.fit import Budget
+    from qlora_kit.memory.report import Compared, PlanReport
+
+WIDTH = 118  # columns where the output is no terminal
+DEFAULT_BASELINES = ("lora16", "full32")  # what one would otherwise run: PEFT on a bf16 base, Trainer with bf16=True
+DEVICE = "device"  # what `--fit` calls the free memory of the CUDA device present
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for beside the plan of the run itself."""
+
+    gpu: rules.Gpu | None
+    budget: Budget | None
+    fit: bool
+    exact: bool
+    baselines: bool
+
+
+def run(
+    config: RunConfig,
+    gpu: str | None = None,
+    fit: str | None = None,
+    plot: str | None = None,
+    exact: bool = False,
+    json: bool = False,
+    baselines: bool = True,
+) -> None:
+    """Plan `config` and print what was found, as tables or `json`. Raises `UserError`."""
+    quiet.quiet_libraries()
+    from qlora_kit.memory import picture, report
+
+    request, target = _checked(gpu, fit, plot, exact, baselines)
+    console = Console(highlight=False, soft_wrap=False, quiet=json, width=None if sys.stdout.isatty() else WIDTH)
+    found = make_report(config, request, lambda early: report.say_plan(early, console))
+    if json:
+        print_json(found)
+    report.say(found, console)
+    if target is not None:
+        picture.write_picture(found, target)
+        console.print(f"\nPicture: {target}")
+
+
+def print_json(report: PlanReport) -> None:
+    """Print `report` as JSON, and nothing else, to standard output."""
+    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+
+
+def _checked(
+    gpu: str | None, fit: str | None, plot: str | None, exact: bool, baselines: bool
+) -> tuple[Request, Path | None]:
+    """The flags of this command, read. Raises one `UserError` with every fault."""
+    from qlora_kit.memory import picture
+    from qlora_kit.memory.fit import Budget, find_gpu, parse_size, present_device
+
+    faults: list[Fault] = []
+
+    def read(text: str | None, reader: Callable[[str], T]) -> T | None:
+        try:
+            return None if text is None else reader(text)
+        except UserError as error:
+            faults.extend(error.faults)
+            return None
+
+    target = read(plot, picture.check_target)
+    found = read(gpu, find_gpu)
+    present = read(fit, lambda _: present_device()) if fit == DEVICE else None
+    n_bytes = read(fit, parse_size) if fit != DEVICE else None
+    if faults:
+        raise UserError(faults)
+    budget = None if n_bytes is None else Budget(n_bytes, "as given")
+    if present is not None:
+        found, budget = found or present[0], present[1]
+    elif budget is None and found is not None:
+        budget = Budget(found.memory_bytes, f"{found.name}, nominal")
+    return Request(found, budget, fit is not None, exact, baselines), target
+
+
+def make_report(config: RunConfig, request: Request, say_early: Callable[[PlanReport], None]) -> PlanReport:
+    """Everything that `request` asks about `config`; the plan itself goes to `say_early` as soon as it is there."""
+    from qlora_kit.memory import fit as fitting
+    from qlora_kit.memory.plan import plan
+    from qlora_kit.memory.report import PlanReport
+
+    _check_model(config)
+    own = plan(config, exact=request.exact, gpu=request.gpu)
+    report = PlanReport(config, own, request.gpu, request.budget)
+    say_early(report)
+    report = replace(report, compared=_compared(config, request))
+    if request.budget is None or (report.fits and not request.fit):
+        return report
+    with _counting() as tick:
+        planner = fitting.Planner(config, request.gpu, tick)
+        savings = fitting.savings(planner, request.budget)
+        report = replace(report, savings=savings)
+        if not report.fits:
+            report = replace(report, together=fitting.together(planner, request.budget, savings))
+        if request.fit:
+            on, fit = fitting.switched_on(planner), fitting.find_fit(planner, request.budget)
+            report = replace(report, switched_on=on, fit=fit)
+    return report
+
+
+def _check_model(config: RunConfig) -> None:
+    """Raises `UserError` where there is no such model, with the architectures whose names are near."""
+    from qlora_kit.memory.plan import resolve_architecture
+    from qlora_kit.shapes import ARCHITECTURES
+
+    try:
+        resolve_architecture(config)
+    except UserError as error:
+        name = Path(config.base.model).name.lower()
+        near = [f"--model {n}" for n in difflib.get_close_matches(name, ARCHITECTURES, n=3)]
+        if not near or config.base.weights == "random":  # there the message has them
+            raise
+        hint = f"Did you mean {' or '.join(near)}, which needs no download? "
+        raise UserError([replace(fault, remedy=hint + fault.remedy) for fault in error.faults]) from None
+
+
+def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
+    """The baselines with the run's own checkpointing, then with the other."""
+    from qlora_kit.memory.baselines import BASELINES, baseline_plan
+    from qlora_kit.memory.report import Compared
+
+    if not request.baselines:
+        return ()
+    own = config.optim.gradient_checkpointing
+    return tuple(
+        Compared(
+            baseline,
+            checkpointing,
+            checkpointing == own and baseline.name in DEFAULT_BASELINES,
+            baseline_plan(config, baseline, checkpointing=checkpointing, gpu=request.gpu),
+        )
+        for checkpointing in (own, not own)
+        for baseline in BASELINES
+    )
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[[int], None]]:
+    """A line on a terminal's standard error that counts the plans being made."""
+    console = Console(stderr=True)
+    with console.status("planning other settings…") as status:
+        yield lambda n: status.update(f"planning other settings… {n} plans")

@@ -1,0 +1,1 @@
+"""The account of bytes: planned before a run, followed during it."""

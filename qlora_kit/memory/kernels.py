@@ -1,0 +1,225 @@
+"""Makes `meta` allocate what CUDA would: the kernels that differ, and what bitsandbytes' kernels allocate inside.
+
+Shapes: M tokens, K inputs, N outputs of a linear layer; B batch, H heads, T positions, D features of a head.
+Sources: bitsandbytes `backends/cuda/ops.py`, torch `ATen/native/transformers/cuda`; rewritten here from what they
+allocate, none of their code is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from qlora_kit.memory import rules
+from qlora_kit.memory.track import MemoryTracker, StandIn
+
+aten = torch.ops.aten
+
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_MAX_HEAD = 256
+FLASH_CAPABILITY = (8, 0)
+
+
+def stand_ins() -> dict[Any, StandIn]:
+    """What runs on `meta` in the place of an operator, so that it allocates what it would on CUDA."""
+    import bitsandbytes  # noqa: F401  (it registers its operators)
+
+    bnb = torch.ops.bitsandbytes
+    table: dict[Any, StandIn] = {
+        aten._local_scalar_dense.default: _scalar,
+        aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+        bnb.dequantize_4bit.default: _as_workspace,
+    }
+    for name, stand_in in (
+        ("gemm_4bit", _gemm_4bit),
+        ("int8_vectorwise_quant", _int8_quantize),
+        ("int8_mixed_scaled_mm", _int8_mixed_product),
+        ("int8_scaled_mm", _int8_product),
+    ):
+        if hasattr(bnb, name):  # bitsandbytes 0.49 has no gemm_4bit
+            table[getattr(bnb, name).default] = stand_in
+    return table
+
+
+def open_kernels() -> dict[Any, StandIn]:
+    """For real tensors: look inside bitsandbytes' operators, whose kernels on a CPU are Python over torch's."""
+    import bitsandbytes  # noqa: F401
+
+    names = (
+        "gemm_4bit dequantize_4bit dequantize_blockwise quantize_blockwise quantize_4bit int8_vectorwise_quant "
+        "int8_mixed_scaled_mm int8_scaled_mm int8_linear_matmul int8_mm_dequant optimizer_update_32bit "
+        "optimizer_update_8bit_blockwise"
+    )
+    bnb = torch.ops.bitsandbytes
+    return {getattr(bnb, name).default: _opened for name in names.split() if hasattr(bnb, name)}
+
+
+def _opened(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    backend = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with tracker:
+        return func.redispatch(backend, *args, **kwargs)
+
+
+def _scalar(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A value where `meta` has none: "yes" to masks without padding and rows without packing; 1 for a number."""
+    if args[0].device.type != "meta":
+        return func(*args, **kwargs)
+    if args[0].dtype == torch.bool:
+        return True
+    return 1.0 if args[0].is_floating_point() else 1
+
+
+def _as_workspace(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with tracker:
+        result = _dequantized(*args, **kwargs)
+        tracker.label(result, "workspaces")
+    return result
+
+
+def _dequantized(
+    packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, shape: Any, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+
+
+def _gemm_4bit(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """`x @ W.T` from 4 bits: above a few tokens the kernel dequantizes W and calls the ordinary product."""
+    x_MK, packed, shape_NK = args[:3]
+    absmax_8bit = kwargs.get("absmax_8bit")
+    with tracker:
+        if x_MK.numel() // x_MK.shape[-1] <= rules.FUSED_4BIT_TOKENS:
+            return torch.empty((*x_MK.shape[:-1], shape_NK[0]), dtype=x_MK.dtype, device=x_MK.device)
+        buffers = [torch.empty(tuple(shape_NK), dtype=x_MK.dtype, device=packed.device)]
+        if absmax_8bit is not None:  # dequantized first, and once more with their offset
+            buffers += [torch.empty(absmax_8bit.shape, dtype=torch.float32, device=packed.device) for _ in range(2)]
+        for buffer in buffers:
+            tracker.label(buffer, "workspaces")
+        return torch.nn.functional.linear(x_MK, buffers[0], kwargs.get("bias"))
+
+
+def _int8_quantize(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows to int8 with their scales; with a threshold it looks for outlier columns, of which a plan expects none."""
+    x_MK = args[0]
+    threshold = args[1] if len(args) > 1 else kwargs.get("threshold", 0.0)
+    with tracker:
+        rows_M = torch.empty(x_MK.numel() // x_MK.shape[-1], dtype=torch.float32, device=x_MK.device)
+        quantized_MK = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
+        if threshold <= 0.0:
+            return quantized_MK, rows_M, None
+        outliers_MK = x_MK.abs() >= threshold
+        tracker.label(outliers_MK, "workspaces")
+        return quantized_MK, rows_M, torch.empty(0, dtype=torch.int64, device=x_MK.device)
+
+
+def _int8_product(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The product in int32, then fp16 (the only dtype that the kernel gives), then the dtype asked for."""
+    x_MK, weight_NK = args[:2]
+    dtype = kwargs.get("dtype") or torch.float16
+    shape = (*x_MK.shape[:-1], weight_NK.shape[0])
+    with tracker:
+        sums_MN = torch.empty(shape, dtype=torch.int32, device=x_MK.device)
+        result_MN = torch.empty_like(sums_MN, dtype=torch.float16)
+        tracker.label(sums_MN, "workspaces")
+        return result_MN.to(dtype)
+
+
+def _int8_mixed_product(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x_MK, x_int8_MK, weight_NK, rows_M, columns_N = args[:5]
+    with tracker:
+        outliers = torch.empty(0, device=x_MK.device, dtype=x_MK.dtype)
+        product = torch.ops.bitsandbytes.int8_scaled_mm.default
+        return product(x_int8_MK, weight_NK, rows_M, columns_N, dtype=x_MK.dtype), outliers
+
+
+def _flash_backward(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Flash attention's backward pass, with the buffers that its kernel takes for the time it runs."""
+    query_BHTD, key_BHTD = args[1], args[2]
+    with tracker:
+        n_bytes = rules.flash_backward_bytes(tuple(query_BHTD.shape), tuple(key_BHTD.shape), query_BHTD.element_size())
+        buffers = [torch.empty(n, dtype=torch.uint8, device="meta") for n in n_bytes]
+        for buffer in buffers:
+            tracker.label(buffer, "workspaces")
+    result = func(*args, **kwargs)
+    with tracker:
+        tracker.see(result, str(func))
+    del buffers
+    return result
+
+
+class CudaChoices(TorchFunctionMode):
+    """Takes on `meta` the ways that torch takes on a GPU of `capability`: fused attention and fused dropout."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        super().__init__()
+        self.has_flash = capability >= FLASH_CAPABILITY
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Send the functions that choose by device to what CUDA chooses."""
+        kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.dropout:
+            return _dropout(*args, **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention(self.has_flash, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def backward(loss: torch.Tensor) -> None:
+    """`loss.backward()`, but what it recomputes finds the function modes on; torch's own turns them off meanwhile."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """On CUDA dropout is fused: the result and a mask of one byte an element."""
+    if not training or not 0 < p < 1 or input.device.type != "meta":
+        return torch.dropout(input, p, training)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(
+    has_flash: bool,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Flash attention where CUDA would take it, else memory-efficient attention; (B, H, T, D) each."""
+    flash, efficient = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention
+    fits = query.dtype in FLASH_DTYPES and query.shape[-1] == value.shape[-1] <= FLASH_MAX_HEAD
+    if attn_mask is None and has_flash and fits:
+        width = query.shape[-1]
+        query, key, value = (_padded(t, 8) for t in (query, key, value))
+        scale = scale if scale is not None else width**-0.5
+        out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        return out[..., :width]
+    if enable_gqa:  # only flash attention takes fewer keys than queries
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    bias = _bias(attn_mask, query, key)
+    out = efficient(query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+    return out
+
+
+def _padded(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    missing = -tensor.shape[-1] % multiple
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """A mask of true and false becomes one to add, in the dtype of `query`."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    return mask.expand(*query.shape[:-1], key.shape[-2])

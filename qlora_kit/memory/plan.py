@@ -1,0 +1,223 @@
+"""The plan: what a run will take of a GPU's memory, when, and for what, before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit import base, shapes
+from qlora_kit.config import RunConfig
+from qlora_kit.errors import UserError
+from qlora_kit.memory import rules
+from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
+from qlora_kit.memory.shortcut import MetaResults
+from qlora_kit.memory.simulate import META, Recipe, Record, resolve_cuda_optim, simulate
+from qlora_kit.memory.track import CATEGORIES, Peak, peaks_by_region
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+DEFAULT_TOKENS = 1024  # an example's, where neither the settings nor the model's positions say less
+
+
+@dataclass(frozen=True)
+class Point:
+    """The most live bytes in one part of the step; `components` sums to `live_bytes`."""
+
+    step: int
+    phase: str
+    block: int | None
+    recomputes: bool
+    live_bytes: int
+    operation: str
+    components: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The predicted memory of a run on a GPU; all sizes are bytes.
+
+    `peak_bytes` predicts `torch.cuda.max_memory_allocated`, reached in `phase` at `operation`; `components` sums to
+    it exactly. `extras` come on top and outside that counter (context, fragmentation, paged states). `series` has a
+    point for every phase, and every block in it, in the order of the run: the second step, after what the first
+    showed. `phases` is the peak of each phase over all steps.
+    """
+
+    peak_bytes: int
+    phase: str
+    block: int | None
+    operation: str
+    components: dict[str, int]
+    extras: tuple[rules.Extra, ...]
+    phases: dict[str, Point]
+    series: tuple[Point, ...]
+    n_parameters: int
+    n_trainable: int
+    layers: int
+    exact: bool
+    batch_size: int
+    seq_len: int
+    optim: str
+    attention: str
+    gpu: str | None
+
+    @property
+    def device_bytes(self) -> int:
+        """What the GPU must have free: the peak and everything beside it."""
+        return self.peak_bytes + sum(extra.n_bytes for extra in self.extras if extra.on_device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, ready for JSON."""
+        return {**dataclasses.asdict(self), "device_bytes": self.device_bytes}
+
+
+def plan(config: RunConfig, *, exact: bool = False, gpu: rules.Gpu | None = None, autocast: bool = False) -> MemoryPlan:
+    """Predict the memory of the run `config` on `gpu` (by default one of compute capability 8), without one.
+
+    Nothing is downloaded but, for a hub model, its config.json. Layers that are all equal are simulated three and
+    four deep and extrapolated, unless `exact`. `autocast` plans fp32 weights under bf16 autocast, as transformers'
+    Trainer runs with `bf16=True` (a baseline: this toolkit does not train so). Raises `UserError`.
+    """
+    architecture = resolve_architecture(config)
+    recipe = Recipe(
+        resolve_tokens(config, architecture),
+        resolve_cuda_optim(config),
+        autocast,
+        rules.DEFAULT_CAPABILITY if gpu is None else gpu.capability,
+    )
+    whole = _structure(config, architecture)
+    if exact or architecture.num_hidden_layers <= DEEP or _layers_differ(architecture, whole):
+        exact = True
+        record, peaks = _run_whole(config, recipe, architecture)
+    else:
+        try:
+            record, peaks = _run_shallow(config, recipe, architecture)
+        except NotEvenError:
+            exact = True
+            record, peaks = _run_whole(config, recipe, architecture)
+    return _plan_of(config, recipe, architecture, record, peaks, exact, gpu)
+
+
+def resolve_architecture(config: RunConfig) -> PretrainedConfig:
+    """The architecture to plan: of a known name without any download, else as `base.load_model_config` finds it."""
+    model = config.base.model
+    if model.lower() in shapes.ARCHITECTURES and not Path(model).exists():
+        return shapes.named_config(model)
+    return base.load_model_config(config.base)
+
+
+def resolve_tokens(config: RunConfig, architecture: PretrainedConfig) -> int:
+    """The tokens of an example, as training resolves them. Raises `UserError` for more than the model has positions."""
+    positions = base.max_positions(architecture)
+    wanted = config.data.seq_len
+    if wanted is None:
+        return min(positions or DEFAULT_TOKENS, DEFAULT_TOKENS)
+    if positions is not None and wanted > positions:
+        rule = f"is more than the model's {positions} positions"
+        raise UserError.of("--seq-len", wanted, rule, f"Give at most {positions}.")
+    return wanted
+
+
+def with_layers(architecture: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """A copy of `architecture` with so many layers; what it lists layer by layer is cut."""
+    shallow = copy.deepcopy(architecture)
+    depth = architecture.num_hidden_layers
+    for name, value in list(vars(shallow).items()):
+        if isinstance(value, list) and len(value) == depth:
+            setattr(shallow, name, value[:layers])
+    shallow.num_hidden_layers = layers
+    return shallow
+
+
+def _structure(config: RunConfig, architecture: PretrainedConfig) -> Any:
+    plain = dataclasses.replace(config.base, bits=16, full=False)
+    return base.load_base(plain, META, architecture=copy.deepcopy(architecture))
+
+
+def _layers_differ(architecture: PretrainedConfig, whole: Any) -> bool:
+    """Whether some layers are of another kind or size than others, or choose what they run (experts)."""
+    from qlora_kit.memory.watch import find_blocks
+
+    if len(set(getattr(architecture, "layer_types", None) or ())) > 1:
+        return True
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if any(getattr(architecture, name, None) for name in experts):
+        return True
+    return len({tuple((name, p.shape) for name, p in block.named_parameters()) for block in find_blocks(whole)}) > 1
+
+
+def _run_whole(config: RunConfig, recipe: Recipe, architecture: PretrainedConfig) -> tuple[Record, list[Peak]]:
+    record = simulate(config, recipe, copy.deepcopy(architecture))
+    return record, list(peaks_by_region(record.events).values())
+
+
+def _run_shallow(config: RunConfig, recipe: Recipe, architecture: PretrainedConfig) -> tuple[Record, list[Peak]]:
+    """The peaks at full depth from two shallow runs; likewise the numbers of the record, whose events stay shallow."""
+    results, layers = MetaResults(), architecture.num_hidden_layers
+    shallow, deep = (
+        simulate(config, recipe, with_layers(architecture, n), first_step=False, results=results)
+        for n in (SHALLOW, DEEP)
+    )
+    peaks = extrapolate(peaks_by_region(shallow.events), peaks_by_region(deep.events), layers)
+    more = layers - DEEP
+    grown = {
+        name: getattr(deep, name) + more * (getattr(deep, name) - getattr(shallow, name))
+        for name in ("paged_bytes", "n_parameters", "n_trainable")
+    }
+    return dataclasses.replace(deep, **grown), peaks
+
+
+def _plan_of(
+    config: RunConfig,
+    recipe: Recipe,
+    architecture: PretrainedConfig,
+    record: Record,
+    peaks: list[Peak],
+    exact: bool,
+    gpu: rules.Gpu | None,
+) -> MemoryPlan:
+    library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
+    points = [_point(peak, library_bytes) for peak in peaks]
+    highest = max(points, key=lambda point: point.live_bytes)
+    return MemoryPlan(
+        peak_bytes=highest.live_bytes,
+        phase=highest.phase,
+        block=highest.block,
+        operation=highest.operation,
+        components=highest.components,
+        extras=rules.extras(highest.live_bytes, record.paged_bytes, recipe.capability),
+        phases=_by_phase(points),
+        series=tuple(point for point in points if point.step == max(p.step for p in points)),
+        n_parameters=record.n_parameters,
+        n_trainable=record.n_trainable,
+        layers=architecture.num_hidden_layers,
+        exact=exact,
+        batch_size=config.optim.batch_size,
+        seq_len=recipe.seq_len,
+        optim=recipe.optim,
+        attention=record.attention,
+        gpu=None if gpu is None else gpu.name,
+    )
+
+
+def _point(peak: Peak, library_bytes: int) -> Point:
+    """A peak with the libraries' workspaces, which stay from the first matrix product on."""
+    region = peak.region
+    added = 0 if region.phase == "load" else library_bytes
+    components = {name: peak.components.get(name, 0) for name in CATEGORIES}
+    components["workspaces"] += added
+    return Point(
+        region.step, region.phase, region.block, region.recomputes, peak.n_bytes + added, peak.operation, components
+    )
+
+
+def _by_phase(points: Iterable[Point]) -> dict[str, Point]:
+    best: dict[str, Point] = {}
+    for point in points:
+        if point.phase not in best or point.live_bytes > best[point.phase].live_bytes:
+            best[point.phase] = point
+    return best

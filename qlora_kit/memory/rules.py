@@ -1,0 +1,132 @@
+"""What no tracker sees, each as a small named rule: kernels' buffers, libraries' workspaces, the allocator, the driver.
+
+Every rule says its basis: "source" (read in the code of the library named), "measured" (by us, on which device),
+or "estimate". All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_kit.errors import UserError
+
+MIB = 1 << 20
+
+FUSED_4BIT_TOKENS = 4
+"""Up to so many tokens bitsandbytes' `gemm_4bit` never dequantizes the weight. Source: bitsandbytes 0.50
+`backends/cuda/ops.py`; between 5 and 1536 tokens it depends on device and shape, and the plan assumes that it does,
+which is the larger of the two."""
+
+PAGED_MIN_ELEMENTS = 100_000
+"""bitsandbytes' paged optimizers put states of at least so many elements in managed memory, outside torch's
+allocator. Source: bitsandbytes 0.50 `optim/optimizer.py`, `get_state_buffer`."""
+
+MIN_8BIT_ELEMENTS = 4096
+"""Below so many elements bitsandbytes' 8-bit optimizers keep fp32 states. Source: the same file, `min_8bit_size`."""
+
+STATE_BLOCK_ELEMENTS = 256
+"""8-bit states have one fp32 scale a block of so many elements. Source: the same file, `init_state`."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as the rules see it: memory in bytes, compute capability."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Bytes beside those that torch counts as allocated. `on_device`: they must fit into the GPU's memory too."""
+
+    name: str
+    n_bytes: int
+    on_device: bool
+    basis: str
+
+
+_GIB = 1 << 30
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("rtx3060", 12 * _GIB, (8, 6)),
+        Gpu("rtx3080", 10 * _GIB, (8, 6)),
+        Gpu("rtx3090", 24 * _GIB, (8, 6)),
+        Gpu("rtx4060ti", 16 * _GIB, (8, 9)),
+        Gpu("rtx4070", 12 * _GIB, (8, 9)),
+        Gpu("rtx4080", 16 * _GIB, (8, 9)),
+        Gpu("rtx4090", 24 * _GIB, (8, 9)),
+        Gpu("rtx5090", 32 * _GIB, (12, 0)),
+        Gpu("t4", 15 * _GIB, (7, 5)),  # 16 GB, of which a driver with ECC leaves 15 GiB
+        Gpu("v100", 16 * _GIB, (7, 0)),
+        Gpu("a10", 23 * _GIB, (8, 6)),
+        Gpu("l4", 23 * _GIB, (8, 9)),
+        Gpu("a100", 40 * _GIB, (8, 0)),
+        Gpu("a100-80", 80 * _GIB, (8, 0)),
+        Gpu("h100", 80 * _GIB, (9, 0)),
+        Gpu("h200", 141 * _GIB, (9, 0)),
+    )
+}
+"""Nominal sizes: a device at hand tells its own."""
+
+DEFAULT_CAPABILITY = (8, 0)
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU called `name` (in any case, blanks and dashes ignored). Raises `UserError` with the known names."""
+    wanted = name.lower().replace(" ", "").replace("-", "")
+    for gpu in GPUS.values():
+        if gpu.name.replace("-", "") == wanted:
+            return gpu
+    raise UserError.of("--gpu", name, "is not a known GPU", f"Known: {', '.join(GPUS)}.")
+
+
+def flash_backward_bytes(query_BHTD: tuple[int, ...], key_BHTD: tuple[int, ...], element_bytes: int) -> tuple[int, ...]:
+    """The buffers of flash attention's backward pass, from the shapes of queries and keys.
+
+    The gradient of the queries is summed in fp32, (B, H, T rounded up to 128, D rounded up to 32, or 256 above 192),
+    beside one fp32 a row; with fewer keys than queries (grouped), gradients of keys and values are first made for
+    every query's head, (B, T, H, D) in the dtype of the keys. Source: torch 2.11 to 2.13,
+    `ATen/native/transformers/cuda/flash_attn/flash_api.cpp`, `mha_bwd` (of FlashAttention 2.7).
+    """
+    batch, heads, queries, width = query_BHTD
+    rows = -(-queries // 128) * 128
+    wide = -(-width // 32) * 32 if width <= 192 else 256
+    sums = 4 * batch * heads * rows * wide
+    per_row = 4 * batch * heads * rows
+    if key_BHTD[1] == heads:
+        return sums, per_row
+    expanded = element_bytes * batch * key_BHTD[2] * heads * width
+    return sums, per_row, expanded, expanded
+
+
+def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
+    """The workspace of cuBLAS, allocated through torch at the first product and kept: 32 MiB on sm90, else 8.125 MiB.
+
+    One for each pair of handle and stream: one for the training thread, one more for the autograd thread, which
+    has a handle of its own. Source: torch `CUDABlas`/`CublasHandlePool.cpp`, default `CUBLAS_WORKSPACE_CONFIG`
+    (:4096:2:16:8 is 8.125 MiB, :4096:8 is 32 MiB).
+    """
+    return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
+
+
+def extras(peak_bytes: int, paged_bytes: int, capability: tuple[int, int]) -> tuple[Extra, ...]:
+    """What comes beside the allocated bytes, each with its basis."""
+    managed = "source: bitsandbytes keeps them in managed memory, which moves to the host when the GPU is full"
+    return (
+        Extra("CUDA context", context_bytes(capability), True, "estimate by compute capability"),
+        Extra("fragmentation", fragmentation_bytes(peak_bytes), True, "estimate: 3 %, at least 20 MiB"),
+        Extra("paged optimizer states", paged_bytes, False, managed),
+    )
+
+
+def context_bytes(capability: tuple[int, int]) -> int:
+    """The CUDA context with the kernels loaded: outside torch's counters, but not free memory either. Estimate."""
+    return {7: 350, 8: 450, 9: 550}.get(capability[0], 600) * MIB
+
+
+def fragmentation_bytes(peak_bytes: int) -> int:
+    """Memory reserved by torch's allocator beyond what is allocated at the peak. Estimate: 3 %, at least 20 MiB."""
+    return max(20 * MIB, peak_bytes * 3 // 100)

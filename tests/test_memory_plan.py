@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from memory_cases import cpu_optimizer, nothing_collected, real_batch, small_config
+
+from qlora_kit import assembly, base
+from qlora_kit.config import RunConfig
+from qlora_kit.errors import UserError
+from qlora_kit.memory import kernels, rules
+from qlora_kit.memory import simulate as simulation
+from qlora_kit.memory.baselines import BASELINES, baseline_plan
+from qlora_kit.memory.extrapolate import NotEvenError, extrapolate
+from qlora_kit.memory.plan import plan, resolve_tokens, with_layers
+from qlora_kit.memory.simulate import Recipe, run_step, simulate
+from qlora_kit.memory.track import MemoryTracker, Region, overall_peak, peaks_by_region
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+WINDOW = {"sliding_window": 16, "use_sliding_window": True}
+EVEN = [family for family in FAMILIES if family != "gemma2"]  # its layers alternate
+
+
+def config_file(folder, family, layers, dropout=0.0, **fields):
+    config = small_config(family, layers, dropout)
+    path = folder / f"{family}-{layers}.json"
+    path.write_text(json.dumps({**config.to_dict(), **fields}))
+    return str(path)
+
+
+def run(model, **changes):
+    flat = {"model": model, "weights": "random", "bits": 4, "batch_size": 2, "seq_len": 64, "r": 8, **changes}
+    return RunConfig.from_flat(flat)
+
+
+def same(one, other):
+    return all(getattr(one, name) == getattr(other, name) for name in ("peak_bytes", "components", "phase", "optim"))
+
+
+@pytest.mark.parametrize("family", EVEN)
+def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
+    config = run(config_file(tmp_path, family, 7))
+    shallow, whole = plan(config), plan(config, exact=True)
+    assert (shallow.exact, whole.exact) == (False, True)
+    assert shallow.series == whole.series
+    assert same(shallow, whole)
+    assert (shallow.n_parameters, shallow.n_trainable) == (whole.n_parameters, whole.n_trainable)
+    assert shallow.extras == whole.extras
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": False},
+        {"bits": 16, "full": True},
+        {"bits": 16, "full": True, "gradient_checkpointing": False, "seq_len": 8},
+        {"bits": 16, "optim": "adamw", "batch_size": 8},
+        {"bits": 8},
+        {"dora": True},
+        {"dropout": 0.1, "grad_accum": 2},
+        {"optim": "paged_adamw_32bit", "r": 64},
+        {"pack": True},
+    ],
+    ids=str,
+)
+def test_extrapolation_is_exact_for_every_switch(tmp_path, changes):
+    config = run(config_file(tmp_path, "llama", 9), **changes)
+    shallow, whole = plan(config), plan(config, exact=True)
+    assert not shallow.exact
+    assert same(shallow, whole)
+    assert shallow.series == whole.series
+
+
+def test_layers_that_differ_are_run_whole(tmp_path):
+    assert plan(run(config_file(tmp_path, "gemma2", 6))).exact
+    assert plan(run(config_file(tmp_path, "llama", 4))).exact
+    mixed = config_file(tmp_path, "qwen2", 6, layer_types=["full_attention"] * 5 + ["sliding_attention"], **WINDOW)
+    assert plan(run(mixed)).exact
+
+
+def test_peaks_that_do_not_grow_evenly_are_refused():
+    region = Region(2, "loss")
+    from qlora_kit.memory.track import Peak
+
+    at_three, at_four = Peak(10, region, "a", {"loss": 10}), Peak(12, region, "b", {"loss": 12})
+    with pytest.raises(NotEvenError):
+        extrapolate({region: at_three}, {region: at_four}, 8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": 8}, {"bits": 16, "full": True}, {"gradient_checkpointing": False}])
+def test_components_sum_to_the_peak_in_every_part(tmp_path, changes):
+    planned = plan(run(config_file(tmp_path, "gpt2", 6, dropout=0.1), **changes))
+    assert sum(planned.components.values()) == planned.peak_bytes
+    for point in (*planned.series, *planned.phases.values()):
+        assert sum(point.components.values()) == point.live_bytes
+        assert min(point.components.values()) >= 0
+    assert max(p.live_bytes for p in planned.phases.values()) == planned.peak_bytes
+    assert json.loads(json.dumps(planned.to_dict()))["peak_bytes"] == planned.peak_bytes
+
+
+def test_the_warm_up_without_passes_changes_no_peak_of_the_second_step(tmp_path):
+    config = run(config_file(tmp_path, "llama", 3))
+    architecture = base.load_model_config(config.base)
+    recipe = Recipe(64, "adamw_8bit")
+    both, second = (
+        peaks_by_region(simulate(config, recipe, with_layers(architecture, 3), first_step=first).events)
+        for first in (True, False)
+    )
+    assert {r: p for r, p in both.items() if r.step == 2} == {r: p for r, p in second.items() if r.step == 2}
+    assert overall_peak(simulate(config, recipe, with_layers(architecture, 3)).events).region.step == 2
+
+
+def test_quantized_layers_on_meta_are_real_ones(tmp_path):
+    """Trap 18: `Params4bit.to("meta")` would leave the weights unquantized."""
+    for bits, kind in ((4, bnb.nn.Params4bit), (8, bnb.nn.Int8Params)):
+        config = run(config_file(tmp_path, "gpt2", 2), bits=bits).base
+        on_meta, real = (base.load_base(config, device) for device in (META, CPU))
+        shapes = {name: (type(p), p.shape, p.dtype, p.requires_grad) for name, p in real.named_parameters()}
+        assert {n: (type(p), p.shape, p.dtype, p.requires_grad) for n, p in on_meta.named_parameters()} == shapes
+        assert {p.device.type for p in on_meta.parameters()} == {"meta"}
+        assert any(isinstance(p, kind) for p in on_meta.parameters())
+        if bits == 4:
+            states = [p.quant_state for p in on_meta.parameters() if hasattr(p, "quant_state")]
+            assert all(s.nested and s.state2.absmax.device.type == "meta" and s.dtype == torch.bfloat16 for s in states)
+        assert base.count_parameters(on_meta) == base.count_parameters(real)
+
+
+def trained(config, architecture):
+    torch.manual_seed(3)
+    model = assembly.build_model(config, CPU, architecture).train()
+    optimizer = cpu_optimizer(model, config)
+    batch = real_batch(config, architecture.vocab_size)
+    tracker = MemoryTracker("cpu")
+    for _ in range(2):
+        run_step(tracker, model, optimizer, [batch], 1.0)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plan_leaves_nothing_that_changes_a_later_run(tmp_path):
+    """Trap 19: bitsandbytes' code table, cached on `meta`, breaks every later quantization."""
+    config = run(config_file(tmp_path, "llama", 2), optim="adamw_8bit", bits=4)
+    architecture = small_config("llama")
+    before = trained(config, architecture)
+    bnb.functional.name2qmap.clear()  # as in a fresh process
+    state = torch.get_rng_state()
+    plan(config)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not bnb.functional.name2qmap
+    after = trained(config, small_config("llama"))
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    table = bnb.functional.name2qmap["dynamic"]
+    plan(config)
+    assert bnb.functional.name2qmap["dynamic"] is table
+
+
+def test_without_the_guard_the_code_table_would_stay_on_meta():
+    kept = dict(bnb.functional.name2qmap)
+    bnb.functional.name2qmap.clear()
+    try:
+        bnb.nn.Params4bit(torch.empty(64, 64, device="meta"))._quantize(META)
+        assert bnb.functional.name2qmap["dynamic"].device.type == "meta"
+    finally:
+        bnb.functional.name2qmap.clear()
+        bnb.functional.name2qmap.update(kept)
+
+
+def test_values_that_meta_has_not_are_answered():
+    """Trap 20: the checks for padding and packing ask for `.item()`."""
+    tensor = torch.zeros(3, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        tensor.sum().item()
+    with MemoryTracker("meta", stand_ins=kernels.stand_ins()):
+        assert tensor.sum().item() == 1.0
+        assert (tensor == 0).all().item() is True
+        assert torch.tensor(7.5).item() == 7.5
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory):
+    """The operators that made something, in a plan's second step with dropout and grouped queries."""
+    config = run(config_file(tmp_path_factory.mktemp("model"), "gpt2", 2, dropout=0.1), gradient_checkpointing=False)
+    record = simulate(config, Recipe(64, "paged_adamw_8bit"))
+    return record, {event.storage.operation for event in record.events}
+
+
+def test_attention_takes_the_fused_way(operations):
+    """Trap 21: on `meta` torch would take the one that writes out the scores, T x T a head."""
+    _, made = operations
+    assert "aten._scaled_dot_product_flash_attention.default" in made
+    assert "aten._scaled_dot_product_flash_attention_backward.default" in made
+    assert not any("softmax" in name for name in made if "log_softmax" not in name)
+
+
+def test_dropout_takes_the_fused_way(operations):
+    """Trap 22: the mask is one byte an element, not a factor in the dtype of the input."""
+    _, made = operations
+    assert "aten.native_dropout.default" in made
+    assert not any("bernoulli" in name for name in made)
+
+
+def test_without_the_choices_of_cuda_neither_is_fused(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels.CudaChoices, "__torch_function__", lambda self, f, t, a=(), k=None: f(*a, **(k or {})))
+    config = run(config_file(tmp_path, "gpt2", 2, dropout=0.1), gradient_checkpointing=False)
+    made = {e.storage.operation for e in simulate(config, Recipe(64, "adamw")).events}
+    assert "aten.native_dropout.default" not in made
+    assert not any("flash" in name for name in made)
+
+
+def test_frozen_parameters_are_followed_without_a_fake_device(operations):
+    """Trap 23: torch's own tracker fails on them."""
+    record, _ = operations
+    assert record.n_trainable < record.n_parameters
+    assert "gradients" in peaks_by_region(record.events)[Region(2, "clip")].components
+
+
+def test_two_steps_because_the_states_are_born_in_the_first(operations):
+    """Trap 24."""
+    record, _ = operations
+    first, second = (peaks_by_region(record.events)[Region(step, "loss backward")] for step in (1, 2))
+    assert second.n_bytes - first.n_bytes == second.components["optimizer states"] > 0
+    assert overall_peak(record.events).region.step == simulation.STEPS == 2
+
+
+def test_a_masked_or_unfused_attention_takes_the_memory_efficient_way(tmp_path):
+    config = run(config_file(tmp_path, "llama", 2), pack=True)
+    t4 = Recipe(64, "adamw", capability=(7, 5))
+    for record in (simulate(config, Recipe(64, "adamw")), simulate(run(config.base.model), t4)):
+        made = {event.storage.operation for event in record.events}
+        assert "aten._scaled_dot_product_efficient_attention.default" in made
+        assert not any("flash" in name for name in made)
+
+
+def test_the_dequantized_weight_is_there_in_both_directions(tmp_path):
+    config = run(config_file(tmp_path, "llama", 2))
+    born = [e for e in simulate(config, Recipe(64, "adamw")).events if e.change_bytes > 0]
+    weight_bytes = 2 * 128 * 384  # bf16, of a feed-forward layer
+    for region in (Region(2, "forward", 1), Region(2, "backward", 1, True), Region(2, "backward", 1)):
+        sizes = [e.change_bytes for e in born if e.region == region and e.storage.category == "workspaces"]
+        assert sizes.count(weight_bytes) >= 2
+
+
+@pytest.mark.parametrize(
+    ("optim", "state_bytes"),
+    [("adamw", 2 * 2), ("adamw_8bit", 2), ("paged_adamw_32bit", 8), ("lion_8bit", 1), ("sgd", 0)],
+)
+def test_states_follow_each_optimizers_own_rules(tmp_path, optim, state_bytes):
+    config = run(config_file(tmp_path, "llama", 2), optim=optim, r=64, targets="gate_proj")  # 24 576 and 8 192 elements
+    record = simulate(config, Recipe(64, optim))
+    states = peaks_by_region(record.events)[Region(2, "loss")].components.get("optimizer states", 0)
+    scales = {"adamw_8bit": 2, "lion_8bit": 1}.get(optim, 0) * 4 * 512  # of four factors, each in a block of its own
+    tables = {"adamw_8bit": 2048, "lion_8bit": 1024}.get(optim, 0)
+    assert states == record.n_trainable * state_bytes + scales + tables
+    assert record.paged_bytes == 0
+
+
+def test_small_states_stay_in_fp32_and_large_ones_are_paged(tmp_path):
+    small = run(config_file(tmp_path, "llama", 2), optim="adamw_8bit", r=8)
+    record = simulate(small, Recipe(64, "adamw_8bit"))
+    states = peaks_by_region(record.events)[Region(2, "loss")].components["optimizer states"]
+    assert states >= record.n_trainable * 8  # every factor is below 4096 elements
+    large = run(config_file(tmp_path, "llama", 2), bits=16, full=True, optim="paged_adamw_32bit")
+    paged = simulate(large, Recipe(64, "paged_adamw_32bit"))
+    assert paged.paged_bytes == 0  # 81 920 elements at most
+    wider = json.loads(Path(config_file(tmp_path, "llama", 2)).read_text())
+    (tmp_path / "wide.json").write_text(json.dumps({**wider, "intermediate_size": 1024}))
+    wide = run(str(tmp_path / "wide.json"), bits=16, full=True, optim="paged_adamw_32bit")
+    assert simulate(wide, Recipe(64, "paged_adamw_32bit")).paged_bytes == 2 * 3 * 128 * 1024 * 8
+
+
+def test_autocast_keeps_a_bf16_copy_of_every_weight_through_the_forward_pass(tmp_path):
+    config = run(config_file(tmp_path, "llama", 3), bits=32, full=True, optim="adamw")
+    peaks = [
+        peaks_by_region(simulate(config, Recipe(64, "adamw", autocast)).events)[Region(2, "loss")]
+        for autocast in (False, True)
+    ]
+    linear = 3 * (128 * (4 * 32 + 2 * 32 + 2 * 32 + 4 * 32) + 3 * 128 * 384) + 640 * 128
+    more = peaks[1].components["activations"] - peaks[0].components["activations"]
+    assert more >= 2 * linear - 640 * 128 * 2  # the head's copy is born in the loss
+
+
+def test_baselines_name_their_recipe_and_order_as_they_should(tmp_path):
+    config = run(config_file(tmp_path, "llama", 6), batch_size=1, seq_len=16)
+    lora, full32, full16 = (baseline_plan(config, b) for b in BASELINES)
+    assert all(b.recipe for b in BASELINES)
+    mine = plan(config)
+    assert mine.peak_bytes < lora.peak_bytes < full16.peak_bytes < full32.peak_bytes
+    without = baseline_plan(config, BASELINES[2], checkpointing=False)
+    assert without.peak_bytes >= full16.peak_bytes
+    states = full32.phases["optimizer"].components["optimizer states"]
+    assert states >= 8 * full32.n_parameters  # 16 bytes a parameter: weight, gradient, two moments
+
+
+def test_a_gpu_decides_the_workspaces_and_the_way_of_attention(tmp_path):
+    config = run(config_file(tmp_path, "llama", 6))
+    a100, h100 = (plan(config, gpu=rules.find_gpu(name)) for name in ("A100", "h100"))
+    assert h100.peak_bytes - a100.peak_bytes == 2 * (32 * rules.MIB - 8 * rules.MIB - 128 * 1024)
+    assert h100.gpu == "h100"
+    assert h100.device_bytes > h100.peak_bytes
+    with pytest.raises(UserError, match="rtx3060"):
+        rules.find_gpu("rtx3061")
+
+
+def test_flash_attentions_backward_buffers():
+    same_heads = rules.flash_backward_bytes((2, 4, 100, 40), (2, 4, 100, 40), 2)
+    assert same_heads == (4 * 2 * 4 * 128 * 64, 4 * 2 * 4 * 128)
+    grouped = rules.flash_backward_bytes((2, 4, 128, 256), (2, 2, 128, 256), 2)
+    assert grouped == (4 * 2 * 4 * 128 * 256, 4 * 2 * 4 * 128, 2 * 2 * 128 * 4 * 256, 2 * 2 * 128 * 4 * 256)
+
+
+def test_lengths_resolve_as_in_training(tmp_path):
+    config = run(config_file(tmp_path, "llama", 2), seq_len=None)
+    architecture = base.load_model_config(config.base)
+    assert resolve_tokens(config, architecture) == 128  # its positions
+    with pytest.raises(UserError, match="128 positions"):
+        plan(run(config.base.model, seq_len=129))
+    assert plan(RunConfig.from_flat({"model": "gpt2", "batch_size": 1})).seq_len == 1024
+
+
+def test_a_known_name_needs_no_download_and_an_unknown_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    planned = plan(RunConfig.from_flat({"model": "gpt2", "batch_size": 1, "seq_len": 32}))
+    assert planned.layers == 12
+    assert planned.n_parameters - planned.n_trainable == 124_439_808
+    with pytest.raises(UserError):
+        plan(RunConfig.from_flat({"model": "gpt-nine", "weights": "random"}))
+
+
+SIZES = st.fixed_dictionaries(
+    {
+        "batch_size": st.integers(1, 8),
+        "seq_len": st.integers(2, 96),
+        "r": st.integers(1, 32),
+        "layers": st.integers(3, 9),
+    }
+)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@hypothesis_settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(sizes=SIZES, grown=st.sampled_from(["batch_size", "seq_len", "r", "layers"]), by=st.integers(1, 3))
+def test_more_of_anything_never_needs_less(tmp_path_factory, bits, sizes, grown, by):
+    """With torch's AdamW: 8-bit states shrink where a factor reaches 4096 elements."""
+    folder = tmp_path_factory.mktemp("models")
+    peaks = []
+    for size in (sizes, {**sizes, grown: sizes[grown] + by}):
+        layers = size["layers"]
+        changes = {key: value for key, value in size.items() if key != "layers"}
+        peaks.append(plan(run(config_file(folder, "llama", layers), bits=bits, optim="adamw", **changes)).peak_bytes)
+    assert peaks[1] >= peaks[0]
+
+
+def test_a_large_model_on_meta_builds_in_well_under_a_second():
+    import time
+
+    config = run("gpt2-large", bits=4).base
+    base.load_base(config, META)
+    with nothing_collected():
+        start_s = time.process_time()
+        base.load_base(config, META)
+        assert time.process_time() - start_s < 1.0 * float(os.environ.get("QLORA_KIT_SLOWNESS", "1"))
+
+
+def test_a_plan_of_70b_takes_seconds():
+    import time
+
+    plan(run("llama-2-7b", batch_size=1))
+    start_s = time.process_time()
+    planned = plan(replace(run("llama-2-70b", batch_size=1, seq_len=None)))
+    assert time.process_time() - start_s < 5
+    assert planned.layers == 80
+    assert 34e9 < planned.peak_bytes < 45e9
