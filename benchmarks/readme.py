@@ -65,6 +65,31 @@ def model_states() -> str:
     return "\n".join(lines)
 
 
+def memory() -> str:
+    """The table of predicted peaks, method by method."""
+    result = read("memory_cpu")
+    cases = [("gpt2-large", 1, 512), ("gpt2-large", 8, 1024), ("llama-3-8b", 1, 512), ("llama-3-8b", 8, 1024)]
+    peaks = {(r["model"], r["batch"], r["seq"], r["method"]): r["predicted_peak_bytes"] for r in result["rows"]}
+    lines = [
+        "| " + " | ".join(["predicted peak (GiB)", *(f"{m}, {b} × {s}" for m, b, s in cases)]) + " |",
+        "|---" + "|--:" * len(cases) + "|",
+    ]
+    for method, name in METHOD_NAMES.items():
+        cells = [f"{peaks[(*case, method)] / 2**30:,.2f}" for case in cases]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    settings = result["settings"]
+    lines += [
+        "",
+        f"Of `torch.cuda.max_memory_allocated`, r = {settings['r']}, with gradient checkpointing, planned for",
+    ]
+    lines += [f"{settings['predicted_for']}; full: {result['rows'][0]['recipe']} (torch's foreach step, 20 bytes a"]
+    lines += [
+        "parameter at its peak). At 8 bits bitsandbytes keeps every layer's input, which checkpointing cannot drop."
+    ]
+    lines += [f"Made on {place(result)}."]
+    return "\n".join(lines)
+
+
 def parity() -> str:
     """The sentence that compares a run with the stock libraries."""
     result = read("stock_parity_cpu")
@@ -104,7 +129,7 @@ def draw_parity(file: Path) -> None:
     plt.close(figure)
 
 
-BLOCKS = {"model-states": model_states, "parity": parity}
+BLOCKS = {"memory": memory, "model-states": model_states, "parity": parity}
 
 
 def filled(text: str) -> str:

@@ -39,6 +39,7 @@ def run_card(record: Mapping[str, Any]) -> str:
         "",
         f"- `{folder}`: the trained weights, with the tokenizer",
         "- `run.json`: every setting, the versions, the device, and the base's content hash",
+        "- `plan.json`: the memory that was predicted for a GPU, part by part (unless `--no-preflight`)",
         "- `metrics.jsonl`: one line for each step and evaluation",
         "- `checkpoints/`: where training can be resumed from",
         "",

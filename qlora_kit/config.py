@@ -237,6 +237,10 @@ class RunConfig(_Checked):
     out: str | None = setting(None, "run folder; unset: runs/<model>-<time>")
     overwrite: bool = setting(False, "replace an existing run folder")
     resume: str | None = setting(None, "continue from a run folder or one of its checkpoints")
+    preflight: bool = setting(True, "plan the memory first, and on CUDA refuse a run that cannot fit")
+    profile: bool = setting(
+        False, "measure the memory of the first steps; profile.json and profile.png in the run folder"
+    )
     report_to: tuple[str, ...] = setting(
         (),
         "also log to tensorboard, wandb (comma-separated)",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import adapters, base, cards, data, narration, quiet, runs, scoring
+from qlora_kit import adapters, base, cards, data, narration, preflight, quiet, runs, scoring
 from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
@@ -25,8 +25,11 @@ from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
 if TYPE_CHECKING:
     import torch
 
+    from qlora_kit.memory.profile import Profiler
+    from qlora_kit.memory.profile_result import MemoryProfile
     from qlora_kit.trainer import AdapterTrainer
 
+PLAN_FILE = "plan.json"
 RESUME_REMEDY = "Leave it as it was, or start a new run."
 SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
 MAX_ANSWER_TOKENS = 256  # longest answer that exact match lets a model give
@@ -66,6 +69,10 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     inputs = read_inputs(config)
     for line in narration.opening(config, device):
         say_line(say, line)
+    planned = None
+    if config.preflight:
+        with say.status("planning the memory"):
+            planned = preflight.plan_run(config, device, min(inputs.seq_len, inputs.report.length_max))
     with say.status(f"loading {config.base.model}"):
         model = build_model(config, device)
     check_vocabulary(inputs.tokenizer, model)
@@ -76,7 +83,9 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
         folder = runs.continue_run(point, config.out, name, config.overwrite)
     with _kept_or_discarded(folder, say), runs.disk_errors(folder.final):
         runs.require_space(folder.working, _needed_bytes(config, model))
-        return _run(config, folder, device, model, inputs, point, say)
+        if planned is not None and planned.plan is not None:
+            runs.write_json(folder.working / PLAN_FILE, planned.plan.to_dict())
+        return _run(config, folder, device, model, inputs, point, planned, say)
 
 
 def _check(config: RunConfig) -> None:
@@ -145,6 +154,7 @@ def _run(
     model: Any,
     inputs: Inputs,
     point: runs.ResumePoint | None,
+    planned: preflight.Preflight | None,
     say: Console,
 ) -> RunResult:
     from qlora_kit.trainer import (
@@ -179,11 +189,13 @@ def _run(
     if before is not None:
         asked = min(config.evaluation.exact_match or 0, len(inputs.held_out))
         say_line(say, f"exact match before: {before:.1%} of {asked} held-out examples")
+    profiler = None
     if point is not None and point.step >= planned_steps(config, len(inputs.train)):
         take_over(trainer, point.checkpoint)
     else:
         try:
-            trainer.train(resume_from_checkpoint=str(point.checkpoint) if point else None)
+            with _profiled(config, device, trainer) as profiler:
+                trainer.train(resume_from_checkpoint=str(point.checkpoint) if point else None)
         finally:
             progress.stop()
     after = _exact_match(config, model, inputs)
@@ -196,13 +208,40 @@ def _run(
         eval_loss,
         before,
         after,
-        peak_bytes(device),
+        max(peak_bytes(device), profiler.highest_bytes if profiler and device.type == "cuda" else 0),
         callback.tokens_per_s,
     )
+    profile = profiler.profile if profiler else None
+    _save_profile(folder, profile)
     _save(folder, trainer, inputs, record, result)
     for line in narration.closing(dataclasses.asdict(result)):
         say_line(say, line)
+    if planned is not None:
+        say_line(say, planned.closing_line(result.peak_bytes if device.type == "cuda" else None, profile))
     return result
+
+
+@contextmanager
+def _profiled(config: RunConfig, device: torch.device, trainer: AdapterTrainer) -> Iterator[Profiler | None]:
+    """Measure the first steps where it was asked for; otherwise nothing of the profiler touches the run."""
+    if not config.profile:
+        yield None
+        return
+    from qlora_kit.memory.profile import Profiler
+
+    with Profiler(config, device) as profiler:
+        trainer.add_callback(profiler)
+        yield profiler
+
+
+def _save_profile(folder: runs.RunFolder, profile: MemoryProfile | None) -> None:
+    if profile is None:
+        return
+    from qlora_kit.memory.profile import save_profile
+    from qlora_kit.memory.profile_picture import draw_profile
+
+    save_profile(profile, folder.working)
+    draw_profile(profile, folder.working / "profile.png")
 
 
 def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs, optim: str) -> dict[str, Any]:

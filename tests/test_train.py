@@ -62,6 +62,7 @@ def config(tiny_base, tiny_data, tmp_path) -> RunConfig:
         optim=OptimConfig(lr=5e-3, max_steps=6, batch_size=4),
         evaluation=EvalConfig(eval_steps=2, keep_best=False, keep_checkpoints=9),
         out=str(tmp_path / "run"),
+        preflight=False,  # tested apart, in test_preflight.py
     )
 
 

@@ -24,7 +24,11 @@ class Baseline:
 BASELINES = (
     Baseline("lora16", "LoRA on a base in bf16, AdamW", 16, False),
     Baseline(
-        "full32", "every weight, fp32 under bf16 autocast, AdamW: 16 bytes a parameter, as Trainer does", 32, True, True
+        "full32",
+        "every weight, fp32 under bf16 autocast, AdamW: 16 bytes a parameter and foreach temporaries",
+        32,
+        True,
+        True,
     ),
     Baseline("full16", "every weight in bf16, AdamW: 8 bytes a parameter", 16, True),
 )

@@ -1,0 +1,86 @@
+"""The plan of a run before it: recorded, said at the end beside the baselines, and on CUDA the reason to refuse it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from qlora_kit.config import RunConfig
+from qlora_kit.errors import UserError
+from qlora_kit.progress import human_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora_kit.memory.fit import Budget
+    from qlora_kit.memory.plan import MemoryPlan
+    from qlora_kit.memory.profile_result import MemoryProfile
+    from qlora_kit.memory.rules import Gpu
+
+BASELINES = ("full32", "lora16")  # what one would otherwise run
+MULTIPLE = 8  # rows are padded to a multiple of so many tokens
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was planned; `plan` is None where the architecture cannot be planned, and `reason` says why."""
+
+    plan: MemoryPlan | None
+    baselines: Mapping[str, MemoryPlan] = field(default_factory=dict)
+    reason: str = ""
+
+    def closing_line(self, measured_bytes: int | None, profile: MemoryProfile | None = None) -> str:
+        """The line at the end of a run: its peak, measured on CUDA or else predicted, beside the baselines'."""
+        if self.plan is None:
+            return f"memory: not planned ({self.reason})"
+        from qlora_kit.memory.profile import summary_line
+
+        return summary_line(profile, self.plan, self.baselines, measured_bytes)
+
+
+def plan_run(config: RunConfig, device: torch.device, longest_tokens: int) -> Preflight:
+    """Plan the run with rows of `longest_tokens`, and its baselines; on CUDA check that it fits what is free.
+
+    Raises `UserError` for a run that does not fit, with the remedies ranked.
+    """
+    from qlora_kit.memory import fit
+    from qlora_kit.memory.baselines import BASELINES as KNOWN
+    from qlora_kit.memory.baselines import baseline_plan
+    from qlora_kit.memory.plan import plan
+
+    rows = -(-longest_tokens // MULTIPLE) * MULTIPLE
+    shown = min(rows, config.data.seq_len or rows)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=shown))
+    gpu, budget = fit.present_device() if device.type == "cuda" else (None, None)
+    try:
+        planned = plan(config, gpu=gpu)
+        baselines = {b.name: baseline_plan(config, b, gpu=gpu) for b in KNOWN if b.name in BASELINES}
+    except RuntimeError as error:  # an operator of the architecture that has no meta kernel
+        return Preflight(None, reason=(str(error).splitlines() or ["unknown"])[0])
+    if budget is not None and planned.device_bytes > budget.n_bytes:
+        raise _too_large(config, gpu, budget, planned)
+    return Preflight(planned, baselines)
+
+
+def _too_large(config: RunConfig, gpu: Gpu | None, budget: Budget, planned: MemoryPlan) -> UserError:
+    """The refusal of a run that does not fit into `budget`, each remedy planned and not guessed."""
+    from qlora_kit.memory import fit
+
+    planner = fit.Planner(config, gpu)
+    changes = fit.savings(planner, budget)
+    enough = fit.together(planner, budget, changes)
+    if enough is not None:
+        remedy = f"With {enough.flags} it needs {human_bytes(enough.device_bytes)}."
+    else:
+        ranked = ", ".join(f"{change.flags} (saves {human_bytes(change.saves_bytes)})" for change in changes[:3])
+        remedy = f"What saves the most is not enough: {ranked}." if ranked else "Use a smaller model."
+    largest = max(planned.components, key=lambda name: planned.components[name])
+    rule = (
+        f"needs {human_bytes(planned.device_bytes)} (predicted, not yet validated on hardware), and "
+        f"{human_bytes(budget.n_bytes)} are {budget.source}; the largest part is {largest}, "
+        f"{human_bytes(planned.components[largest])}"
+    )
+    see = f"`qlora-kit plan --fit {budget.n_bytes // 2**20}MiB` lists what fits; --no-preflight runs it all the same."
+    return UserError.of("--model", config.base.model, rule, f"{remedy} {see}")

@@ -1,0 +1,90 @@
+"""The plan before a run: recorded, said at its end, and the refusal of one that cannot fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from families import save_tiny
+from rich.console import Console
+
+from qlora_kit import AdapterConfig, BaseConfig, DataConfig, OptimConfig, RunConfig, UserError, preflight, train
+from qlora_kit.memory.fit import Budget
+from qlora_kit.memory.plan import plan
+from qlora_kit.memory.rules import find_gpu
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) for i in range(8)))
+    return RunConfig(
+        base=BaseConfig(model=str(save_tiny(tmp_path / "base", "llama")), device="cpu"),
+        adapter=AdapterConfig(r=4),
+        data=DataConfig(data=str(data), seq_len=32),
+        optim=OptimConfig(max_steps=2),
+        out=str(tmp_path / "run"),
+    )
+
+
+def test_the_plan_is_recorded_and_said_beside_the_baselines(config):
+    said = io.StringIO()
+    result = train(config, Console(file=said, width=300))
+    recorded = json.loads((result.folder / "plan.json").read_text())
+    assert sum(recorded["components"].values()) == recorded["peak_bytes"] > 0
+    last = said.getvalue().strip().splitlines()[-1]
+    assert "predicted, not measured" in last
+    assert "full fine-tuning would take" in last
+    assert "16-bit LoRA would take" in last
+
+
+def test_a_profiled_run_shows_predicted_beside_measured_and_trains_the_same(config):
+    said = io.StringIO()
+    profiled = train(dataclasses.replace(config, profile=True), Console(file=said, width=300))
+    profile = json.loads((profiled.folder / "profile.json").read_text())
+    assert sum(profile["components"].values()) == profile["peak_bytes"]
+    assert profile["predicted"]["peak_bytes"] == pytest.approx(profile["peak_bytes"], rel=0.05)
+    assert (profiled.folder / "profile.png").stat().st_size > 10_000
+    assert "of live tensors were measured" in said.getvalue()
+    plain = train(dataclasses.replace(config, out=config.out + "2"), Console(file=io.StringIO()))
+    files = [r.adapter / "adapter_model.safetensors" for r in (profiled, plain)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (plain.folder / "profile.json").exists()
+
+
+def test_a_plan_changes_nothing_of_the_run(config):
+    planned = train(config, Console(file=io.StringIO()))
+    plain = train(dataclasses.replace(config, preflight=False, out=config.out + "2"), Console(file=io.StringIO()))
+    files = [r.adapter / "adapter_model.safetensors" for r in (planned, plain)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (plain.folder / "plan.json").exists()
+
+
+def test_the_plan_is_for_the_longest_row_and_not_for_more():
+    config = RunConfig(base=BaseConfig(model="gpt2", weights="random"))
+    short = preflight.plan_run(config, CPU, 13)
+    assert short.plan is not None
+    assert short.plan.seq_len == 16
+
+
+def test_what_does_not_fit_is_refused_with_a_remedy_that_does(monkeypatch):
+    config = RunConfig(
+        base=BaseConfig(model="gpt2-large", weights="random"),
+        data=DataConfig(seq_len=512),
+        optim=OptimConfig(batch_size=8),
+    )
+    gpu = find_gpu("rtx3060")
+    needed = plan(config, gpu=gpu).device_bytes
+    monkeypatch.setattr("qlora_kit.memory.fit.present_device", lambda: (gpu, Budget(needed - 1, "free on a test")))
+    with pytest.raises(UserError) as caught:
+        preflight.plan_run(config, torch.device("cuda"), 512)
+    text = str(caught.value)
+    for part in ("free on a test", "largest part is", "With --", "--no-preflight", "not yet validated on hardware"):
+        assert part in text
+    monkeypatch.setattr("qlora_kit.memory.fit.present_device", lambda: (gpu, Budget(needed, "free on a test")))
+    assert preflight.plan_run(config, torch.device("cuda"), 512).plan is not None
