@@ -61,6 +61,13 @@ def model_source(config: BaseConfig) -> str:
     return str(demo.base_folder()) if config.model == "demo" else config.model
 
 
+def find_on_hub(config: BaseConfig) -> None:
+    """Where the model is neither random nor a local folder, ask the hub for it. Raises `UserError`."""
+    source = model_source(config)
+    if config.weights == "pretrained" and not Path(source).exists():
+        hub.fetch_model_file(source, "config.json", config.revision)
+
+
 def load_model_config(config: BaseConfig) -> PretrainedConfig:
     """The model's architecture, from the embedded table, a local folder, or the hub.
 
@@ -74,11 +81,9 @@ def load_model_config(config: BaseConfig) -> PretrainedConfig:
     if config.weights == "random":
         architecture = shapes.config_from(source)
     else:
-        folder = Path(source)
-        if folder.exists():
-            _check_folder(config, folder)
-        else:
-            hub.fetch_model_file(source, "config.json", config.revision)
+        find_on_hub(config)
+        if Path(source).exists():
+            _check_folder(config, Path(source))
         try:
             architecture = AutoConfig.from_pretrained(
                 source, revision=config.revision, trust_remote_code=config.trust_remote_code
