@@ -30,17 +30,17 @@ def read_inputs(config: RunConfig) -> Inputs:
     faults = Faults()
     architecture = faults.collect(lambda: base.load_model_config(config.base))
     tokenizer = faults.collect(lambda: data.prepare_tokenizer(base.load_tokenizer(config.base)))
+    seq_len = None
     if architecture is not None and tokenizer is not None:
         positions = base.max_positions(architecture)
-        faults.collect(lambda: data.resolve_seq_len(config.data.seq_len, tokenizer, positions))
+        seq_len = faults.collect(lambda: data.resolve_seq_len(config.data.seq_len, tokenizer, positions))
     examples = faults.collect(lambda: data.read_examples(config.data.data, config.data.columns))
     held_out = faults.collect(lambda: _read_held_out(config))
     faults.raise_if_any()
-    assert architecture is not None
     assert tokenizer is not None
+    assert seq_len is not None
     assert examples is not None
     assert held_out is not None
-    seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, base.max_positions(architecture))
     if config.data.eval_fraction:
         examples, held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)
     train_set = _encode(config, examples, tokenizer, seq_len, "--data")

@@ -29,21 +29,24 @@ PARTIAL = ".partial"
 LIBRARIES = ("qlora_kit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a sibling temporary, then a rename."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
         except OSError:
             temporary.unlink()
             raise
-    temporary.chmod(0o644)
-    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -217,9 +217,14 @@ def _padded(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """A mask of true and false becomes one to add, in the dtype of `query`."""
+    """The mask as one to add, of the shape of the scores."""
     if mask is None:
         return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    return mask.expand(*query.shape[:-1], key.shape[-2])
+    return additive_mask(mask, query.dtype).expand(*query.shape[:-1], key.shape[-2])
+
+
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of true and false becomes one to add, in `dtype`, as torch's attention makes it; any other stays."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))

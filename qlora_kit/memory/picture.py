@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from qlora_kit.memory.plan import MemoryPlan, Point
 from qlora_kit.memory.report import NOT_VALIDATED, PlanReport, bar_names, method, operation_name, title
 from qlora_kit.memory.track import CATEGORIES
 from qlora_kit.progress import human_bytes
+from qlora_kit.runs import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,16 +91,9 @@ def _unwritable(path: str, why: str) -> UserError:
 def write_picture(report: PlanReport, target: Path) -> None:
     """Draw `report` into the PNG `target`, whole or not at all. Raises `UserError` where it cannot be written."""
     image = draw(report)
-    temporary: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(image)
-        temporary.chmod(0o644)
-        temporary.replace(target)
+        write_bytes(target, image)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise _unwritable(str(target), error.strerror or "") from None
 
 
