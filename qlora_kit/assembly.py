@@ -1,4 +1,4 @@
-"""The model of a run, put together: base, factors, and the switches of its step.
+"""The model of a run, put together: base, factors, and the pieces of its step.
 
 The trainer and the planner both build it here, so that a change to the one changes the other.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import adapters, base
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
+from qlora_kit.lean.apply import make_lean
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,9 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
             model = adapters.inject(model, settings)
     if config.optim.gradient_checkpointing:
         _enable_checkpointing(model)
+    if not config.base.full:
+        simulated = "cuda" if device.type == "meta" else device.type
+        model.lean_outcomes = make_lean(model, config.lean.resolved(simulated))
     return model
 
 

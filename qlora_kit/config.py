@@ -201,6 +201,40 @@ class OptimConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class LeanConfig(_Checked):
+    """The pieces of the lean step: they change what a step takes, not what it computes."""
+
+    lean: str = setting("on", "on | off (the stock step: none of the pieces below)", one_of("on", "off"))
+    chunked_loss: bool = setting(True, "the loss over supervised tokens only, a few at a time, without whole logits")
+    lora_first: bool = setting(True, "linear layers that run their factors first and save nothing dequantized")
+    half_blocks: str = setting(
+        "auto",
+        "checkpoint attention and MLP apart: auto (with offloaded activations) | on | off",
+        one_of("auto", "on", "off"),
+    )
+    offload_activations: str = setting(
+        "auto", "keep checkpoints in the host's memory: auto (on CUDA) | on | off", one_of("auto", "on", "off")
+    )
+    offload_embedding: str = setting(
+        "auto",
+        "keep the input embedding in the host's memory: auto (where the run would not fit) | on | off",
+        one_of("auto", "on", "off"),
+    )
+    flat_buffer: bool = setting(True, "all factors and gradients in one buffer: one optimizer call, states that page")
+    tiled_mlp: bool = setting(True, "run the MLP on a part of a long sequence at a time")
+    tanh_gelu: bool = setting(True, "gelu_new as one operation without temporaries")
+    varlen: bool = setting(True, "with --pack, attend within each example without a mask over the row")
+
+    def resolved(self, device_type: str) -> LeanConfig:
+        """With every `auto` decided for a run on `device_type` whose memory is not short."""
+        on_cuda = {True: "on", False: "off"}[device_type == "cuda"]
+        offload = on_cuda if self.offload_activations == "auto" else self.offload_activations
+        half = offload if self.half_blocks == "auto" else self.half_blocks
+        embedding = "off" if self.offload_embedding == "auto" else self.offload_embedding
+        return dataclasses.replace(self, offload_activations=offload, half_blocks=half, offload_embedding=embedding)
+
+
+@dataclass(frozen=True)
 class EvalConfig(_Checked):
     """When the run looks at held-out data, and what it keeps."""
 
@@ -228,6 +262,7 @@ class RunConfig(_Checked):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lean: LeanConfig = field(default_factory=LeanConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     seed: int = setting(
         42,
@@ -262,6 +297,7 @@ GROUPS: dict[str, type[_Checked]] = {
     "adapter": AdapterConfig,
     "data": DataConfig,
     "optim": OptimConfig,
+    "lean": LeanConfig,
     "evaluation": EvalConfig,
 }
 
@@ -295,7 +331,7 @@ def convert(value: object, hint: Any) -> Any:
     if kind is int or kind is float:
         return _as_number(value, kind)
     if kind is str:
-        return str(value)
+        return ("on" if value else "off") if isinstance(value, bool) else str(value)  # YAML reads on and off as truth
     if typing.get_origin(kind) is tuple:
         return _as_names(value)
     if typing.get_origin(kind) is dict:

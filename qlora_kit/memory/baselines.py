@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from qlora_kit.config import RunConfig
+from qlora_kit.config import LeanConfig, RunConfig
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan
 
@@ -37,7 +37,7 @@ BASELINES = (
 def baseline_plan(
     config: RunConfig, baseline: Baseline, *, checkpointing: bool | None = None, gpu: rules.Gpu | None = None
 ) -> MemoryPlan:
-    """The plan of `baseline` with the batch, length and adapters of `config`, its optimizer torch's AdamW.
+    """The plan of `baseline` with the batch, length and adapters of `config`: the stock step with torch's AdamW.
 
     `checkpointing` overrides the run's own. Raises `UserError`.
     """
@@ -45,4 +45,5 @@ def baseline_plan(
     if checkpointing is not None:
         optim = dataclasses.replace(optim, gradient_checkpointing=checkpointing)
     model = dataclasses.replace(config.base, bits=baseline.bits, full=baseline.full)
-    return plan(dataclasses.replace(config, base=model, optim=optim), gpu=gpu, autocast=baseline.autocast)
+    stock = dataclasses.replace(config, base=model, optim=optim, lean=LeanConfig(lean="off"))
+    return plan(stock, gpu=gpu, autocast=baseline.autocast)

@@ -7,6 +7,7 @@ storages at their own size. It has to be compared with live bytes on a CPU, and 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def mark_clipping(tracker: MemoryTracker, model: Any) -> Any:
 
 def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[Sequence[BatchShape]]) -> list[Event]:
     """Every change of live bytes of the optimizer steps `steps` (each a list of forward passes) on a CPU."""
+    config = dataclasses.replace(config, lean=config.lean.resolved("cpu"))
     results = MetaResults()
     tracker = MemoryTracker("meta", 1, _stand_ins(), results.run)
     with nothing_left_behind():
