@@ -46,16 +46,17 @@ class Method:
     autocast: bool = False
 
 
+STOCK = {"lean": "off", "optim": "adamw"}  # the step and the optimizer that one would otherwise run
 METHODS = {
     "full": Method(
         "full fine-tuning",
         "fp32 weights under bf16 autocast, AdamW",
-        {"full": True, "bits": 32, "optim": "adamw"},
+        {**STOCK, "full": True, "bits": 32},
         True,
     ),
-    "full16": Method("full fine-tuning, bf16", "bf16 weights, AdamW", {"full": True, "bits": 16, "optim": "adamw"}),
-    "lora16": Method("LoRA, 16 bits", "bf16 base, AdamW", {"bits": 16, "optim": "adamw"}),
-    "lora8": Method("LoRA, 8 bits", "LLM.int8 base, AdamW", {"bits": 8, "optim": "adamw"}),
+    "full16": Method("full fine-tuning, bf16", "bf16 weights, AdamW", {**STOCK, "full": True, "bits": 16}),
+    "lora16": Method("LoRA, 16 bits", "bf16 base, AdamW", {**STOCK, "bits": 16}),
+    "lora8": Method("LoRA, 8 bits", "LLM.int8 base, AdamW", {**STOCK, "bits": 8}),
     "qlora4": Method("QLoRA, 4 bits", "NF4 base, paged 8-bit AdamW", {"bits": 4, "optim": "paged_adamw_8bit"}),
 }
 
@@ -107,7 +108,7 @@ def real_optimizer(model: Any, config: RunConfig, optim: str) -> Any:
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     if optim == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.optim.lr)
+        return torch.optim.AdamW(parameters, lr=config.optim.lr, fused=True)
     import bitsandbytes as bnb
 
     bits = 8 if "8bit" in optim else 32

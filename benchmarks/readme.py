@@ -82,10 +82,8 @@ def memory() -> str:
         "",
         f"Of `torch.cuda.max_memory_allocated`, r = {settings['r']}, with gradient checkpointing, planned for",
     ]
-    lines += [f"{settings['predicted_for']}; full: {result['rows'][0]['recipe']} (torch's foreach step, 20 bytes a"]
-    lines += [
-        "parameter at its peak). At 8 bits bitsandbytes keeps every layer's input, which checkpointing cannot drop."
-    ]
+    lines += [f"{settings['predicted_for']}; full: {result['rows'][0]['recipe']}."]
+    lines += ["At 8 bits bitsandbytes keeps every layer's input, which checkpointing cannot drop."]
     lines += [f"Made on {place(result)}."]
     return "\n".join(lines)
 

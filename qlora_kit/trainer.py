@@ -33,7 +33,7 @@ Sampler = Callable[[], dict[str, str]]  # gives one generated answer: prompt, ex
 OPTIMIZERS = {  # ours → transformers'
     "paged_adamw_8bit": "paged_adamw_8bit",
     "paged_adamw_32bit": "paged_adamw_32bit",
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",  # no temporaries, and fp32 arithmetic whatever the dtype
     "adamw_8bit": "adamw_8bit",
     "lion_8bit": "lion_8bit",
     "sgd": "sgd",

@@ -61,7 +61,7 @@ def cpu_optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optim = config.optim.optim
     if optim == "adamw":
-        return torch.optim.AdamW(parameters, lr=1e-3)
+        return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     kind = bnb.optim.Lion if optim.startswith("lion") else bnb.optim.AdamW
     return kind(parameters, lr=1e-3, optim_bits=8 if "8bit" in optim else 32, is_paged=optim.startswith("paged"))
 

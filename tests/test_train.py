@@ -35,7 +35,7 @@ from qlora_kit import (
 )
 from qlora_kit.trainer import resolve_optim
 
-RUINOUS = {"lr": 0.3, "schedule": "constant", "warmup": 0.0}
+STEADY = {"lr": 1e-2, "schedule": "constant", "warmup": 0.0}
 QUIET = Console(file=io.StringIO())
 
 
@@ -49,6 +49,14 @@ def tiny_data(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("data") / "train.jsonl"
     lines = [json.dumps({"prompt": f"add {i} and {i + 1}", "completion": f"{2 * i + 1}"}) for i in range(24)]
     file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture(scope="session")
+def contrary_data(tmp_path_factory) -> Path:
+    """Held-out answers that grow less likely with every step: none has a digit."""
+    file = tmp_path_factory.mktemp("data") / "contrary.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"add {i}", "completion": "~~~~"}) for i in range(4)))
     return file
 
 
@@ -231,9 +239,10 @@ def test_a_killed_run_resumes_to_the_same_weights(config, tmp_path):
     assert same(factors(resumed.adapter), factors(whole.adapter))
 
 
-def test_the_best_checkpoint_is_what_is_left(config):
-    """A learning rate that ruins the model: the last evaluation is not the best."""
-    config = changed(config, optim={**RUINOUS, "max_steps": 4}, evaluation={"keep_best": True})
+def test_the_best_checkpoint_is_what_is_left(config, contrary_data):
+    """The last evaluation is not the best."""
+    config = changed(config, optim={**STEADY, "max_steps": 4}, evaluation={"keep_best": True})
+    config = changed(config, data={"eval_data": str(contrary_data)})
     result = train(config, QUIET)
     losses = {m["step"]: m["eval_loss"] for m in metrics(result.folder) if "eval_loss" in m}
     best = min(losses, key=losses.__getitem__)
@@ -242,8 +251,9 @@ def test_the_best_checkpoint_is_what_is_left(config):
     assert same(factors(result.adapter), factors(result.folder / "checkpoints" / f"checkpoint-{best}"))
 
 
-def test_early_stopping_stops(config):
-    config = changed(config, optim={**RUINOUS, "max_steps": 40}, evaluation={"keep_best": True, "early_stopping": 2})
+def test_early_stopping_stops(config, contrary_data):
+    config = changed(config, optim={**STEADY, "max_steps": 40}, evaluation={"keep_best": True, "early_stopping": 2})
+    config = changed(config, data={"eval_data": str(contrary_data)})
     assert train(config, QUIET).steps < 40
 
 

@@ -25,7 +25,7 @@ BASELINES = (
     Baseline("lora16", "LoRA on a base in bf16, AdamW", 16, False),
     Baseline(
         "full32",
-        "every weight, fp32 under bf16 autocast, AdamW: 16 bytes a parameter and foreach temporaries",
+        "every weight, fp32 under bf16 autocast, AdamW: 16 bytes a parameter",
         32,
         True,
         True,

@@ -116,11 +116,10 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
 
 
 def _optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
-    """The optimizer as on a CPU, where torch loops over the parameters and nothing pages."""
+    """The optimizer as on a CPU, where torch's SGD loops over the parameters and nothing pages."""
     optim = resolve_optim(config, CPU).removeprefix("paged_")
-    if optim in ("adamw", "sgd"):
-        kind = torch.optim.AdamW if optim == "adamw" else torch.optim.SGD
-        return kind([p for p in model.parameters() if p.requires_grad], lr=config.optim.lr, foreach=False)
+    if optim == "sgd":
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=config.optim.lr, foreach=False)
     return make_optimizer(model, config, optim.replace("_32bit", ""), [])
 
 

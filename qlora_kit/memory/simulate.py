@@ -165,9 +165,9 @@ def make_optimizer(model: Any, config: RunConfig, optim: str, paged: list[torch.
     """The optimizer `optim` as it works on CUDA; its paged states, which torch does not count, go to `paged`."""
     groups = _groups(model, config.optim.weight_decay)
     if optim == "adamw":
-        return torch.optim.AdamW(groups, lr=config.optim.lr, foreach=True)  # torch's own choice on CUDA
+        return MetaFusedAdamW(groups, lr=config.optim.lr)
     if optim == "sgd":
-        return torch.optim.SGD(groups, lr=config.optim.lr, foreach=True)
+        return torch.optim.SGD(groups, lr=config.optim.lr, foreach=True)  # torch's own choice on CUDA
     import bitsandbytes as bnb
 
     kind = bnb.optim.Lion if optim.startswith("lion") else bnb.optim.AdamW
@@ -176,6 +176,21 @@ def make_optimizer(model: Any, config: RunConfig, optim: str, paged: list[torch.
     )
     _without_kernels(optimizer, paged, _fp32_state_parameters(model, optim))
     return optimizer  # type: ignore[no-any-return]
+
+
+class MetaFusedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW as it is to memory: states and no temporaries. torch itself refuses to fuse on `meta`."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Make the states of every parameter that has a gradient and none yet."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if parameter.grad is not None and not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
 def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
