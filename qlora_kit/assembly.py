@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def build_model(config: RunConfig, device: torch.device, architecture: PretrainedConfig | None = None) -> Any:
     """The base with its factors on `device`, ready to train; the factors are drawn by `config.seed`.
 
+    What the lean step did to it stands in its `lean_outcomes`; a model that trains every weight keeps the stock step.
     Where CUDA has no bf16 the factors are fp32, for fp16 training scales their gradients. `architecture` overrides
     the one that the settings name; see `base.load_base`. Raises `UserError`.
     """
@@ -41,6 +42,7 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
             model = adapters.inject(model, settings)
     if config.optim.gradient_checkpointing:
         _enable_checkpointing(model)
+    model.lean_outcomes = {}
     if not config.base.full:
         simulated = "cuda" if device.type == "meta" else device.type
         model.lean_outcomes = make_lean(model, config.lean.resolved(simulated))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from qlora_kit.config import RunConfig
 from qlora_kit.progress import human_bytes
 
 if TYPE_CHECKING:
     import torch
+
+    from qlora_kit.lean.outcome import Outcome
 
 
 def opening(config: RunConfig, device: torch.device) -> list[str]:
@@ -23,6 +27,14 @@ def opening(config: RunConfig, device: torch.device) -> list[str]:
     if config.base.weights == "random":
         lines.append("the base has random weights: for memory and speed work, its output means nothing")
     return lines
+
+
+def step_table(outcomes: Mapping[str, Outcome]) -> Table:
+    """What each piece of the lean step did to the model, and why not where it did not."""
+    table = Table("piece", "put on", "left as it was", title="the lean step", title_justify="left", box=None)
+    for name, outcome in outcomes.items():
+        table.add_row(name, outcome.done, outcome.left)
+    return table
 
 
 def overview(record: Mapping[str, Any]) -> list[str]:

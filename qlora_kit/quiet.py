@@ -12,7 +12,11 @@ import warnings
 LOG_MESSAGES = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     "bitsandbytes.autograd._functions": ("MatMul8bitLt: inputs will be cast",),
-    "transformers.modeling_utils": ("`loss_type=None` was set in the config", "`use_cache=True` is incompatible"),
+    "transformers.modeling_utils": (
+        "`loss_type=None` was set in the config",
+        "`use_cache=True` is incompatible",
+        "We strongly recommend passing in an `attention_mask`",  # `lean.mask` says why there is none
+    ),
     "transformers.trainer": ("The tokenizer has new PAD/BOS/EOS tokens", "Could not estimate the number of tokens"),
     "transformers.trainer_utils": (
         "mtime may not be reliable",

@@ -75,6 +75,8 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
             planned = preflight.plan_run(config, device, min(inputs.seq_len, inputs.report.length_max))
     with say.status(f"loading {config.base.model}"):
         model = build_model(config, device)
+    if model.lean_outcomes:
+        say.print(narration.step_table(model.lean_outcomes))
     check_vocabulary(inputs.tokenizer, model)
     name = Path(config.base.model.rstrip("/")).name
     if point is None:
@@ -115,7 +117,13 @@ def _check_resumable(config: RunConfig, point: runs.ResumePoint) -> None:
     """Check that what the checkpoint depends on is as it was. Raises `UserError` with every difference."""
     settings = json.loads(point.settings_file.read_text(encoding="utf-8"))["settings"]
     before, now = RunConfig.from_flat(read_settings({"settings": settings})), config
-    kept = {"base": None, "adapter": None, "data": None, "optim": ("optim", "batch_size", "grad_accum")}
+    kept = {
+        "base": None,
+        "adapter": None,
+        "data": None,
+        "optim": ("optim", "batch_size", "grad_accum"),
+        "lean": ("lean", "flat_buffer"),  # the optimizer's states are those of the flat buffer or of each factor
+    }
     faults = [Fault("--seed", now.seed, f"was {before.seed} in the run to resume", RESUME_REMEDY)] * (
         now.seed != before.seed
     )
@@ -259,6 +267,7 @@ def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs,
         },
         "base_hash": base.hash_base(config.base, config.seed),
         "parameters": dataclasses.asdict(count),
+        "lean": {name: dataclasses.asdict(outcome) for name, outcome in model.lean_outcomes.items()},
         "examples": {"train": len(inputs.train), "evaluation": len(inputs.evaluation) if inputs.evaluation else 0},
         "truncated": inputs.report.truncated,
         "dropped": inputs.report.examples - inputs.report.kept,

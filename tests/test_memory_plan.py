@@ -257,7 +257,9 @@ def test_states_follow_each_optimizers_own_rules(tmp_path, optim, state_bytes):
     config = run(config_file(tmp_path, "llama", 2), optim=optim, r=64, targets="gate_proj")  # 24 576 and 8 192 elements
     record = simulate(config, Recipe(64, optim))
     states = peaks_by_region(record.events)[Region(2, "loss")].components.get("optimizer states", 0)
-    scales = {"adamw": 1, "adamw_8bit": 2, "lion_8bit": 1}.get(optim, 0) * 4 * 512  # of four factors, each in a block; or steps
+    scales = (
+        {"adamw": 1, "adamw_8bit": 2, "lion_8bit": 1}.get(optim, 0) * 4 * 512
+    )  # of four factors, each in a block; or steps
     tables = {"adamw_8bit": 2048, "lion_8bit": 1024}.get(optim, 0)
     assert states == record.n_trainable * state_bytes + scales + tables
     assert record.paged_bytes == 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.config import LeanConfig
+from qlora_kit.lean import mask
 from qlora_kit.lean.outcome import Outcome
 
 
@@ -22,13 +23,14 @@ class Piece:
     put_on: Callable[[Any, LeanConfig], Outcome]
 
 
-PIECES: tuple[Piece, ...] = ()
+PIECES: tuple[Piece, ...] = (Piece("maskless_padding", "padding without a mask", mask.put_on),)
 
 
 def make_lean(model: Any, settings: LeanConfig) -> dict[str, Outcome]:
     """Put every piece that `settings` asks for on `model` (base and factors); what each one did, by its name.
 
-    `settings` must have no `auto` left (see `LeanConfig.resolved`). The model computes what it did before.
+    `settings` must have no `auto` left (see `LeanConfig.resolved`). On batches with labels, which must be padded on
+    the right as `data.Collator` pads, the model computes the loss and the gradients that it did before.
     """
     if settings.lean == "off":
         return {}

@@ -1,0 +1,37 @@
+"""No attention mask for padding on the right.
+
+Causal attention never looks to the right, so a token never sees the padding after it, and the padding itself is not
+supervised: the mask changes nothing that is learned. With it torch leaves flash attention, and keeps (B, 1, T, T).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_kit.config import LeanConfig
+from qlora_kit.lean.outcome import Outcome
+
+# their attention is not causal everywhere, or they count the tokens that the mask shows
+NOT_CAUSAL = ("prefix_lm", "is_encoder_decoder", "use_bidirectional_attention")
+COUNTS_TOKENS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def put_on(model: Any, settings: LeanConfig) -> Outcome:
+    """Let `model` drop the mask of every batch with labels; such batches must be padded on the right.
+
+    `data.Collator` pads so. Batches without labels (prompts to answer, padded on the left) keep theirs.
+    """
+    config = model.config
+    if any(getattr(config, name, None) for name in NOT_CAUSAL):
+        return Outcome(left="attention is not causal everywhere")
+    if any(getattr(config, name, None) for name in COUNTS_TOKENS):
+        return Outcome(left="experts are balanced over the tokens that the mask shows")
+    model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
+    return Outcome("padded rows attend causally, without a mask")
+
+
+def _drop_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or kwargs.get("labels") is None:
+        return args, kwargs
+    return args, {**kwargs, "attention_mask": None}
