@@ -30,6 +30,7 @@ META = torch.device("meta")
 STEPS = 2
 
 Autocast = Callable[[bool], AbstractContextManager[Any]]
+Build = Callable[[RunConfig, torch.device, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ def simulate(
     *,
     first_step: bool = True,
     results: MetaResults | None = None,
+    build: Build = assembly.build_model,
 ) -> Record:
     """Build the model of `config` on `meta`, train it for two steps, and return what that did to memory.
 
     Without `first_step` only the optimizer runs in the first one: the states are born, and its forward and backward
     pass, which need less than the second's, are left out. `results` is shared between simulations to save time.
+    `build` makes the model: the trainer's own, unless a benchmark compares it with another.
     Leaves nothing behind in the process. Raises `UserError` for a model that cannot be found or built.
     """
     from qlora_kit.base import count_parameters
@@ -76,7 +79,7 @@ def simulate(
     results = results if results is not None else MetaResults()
     tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins(), run=results.run)
     with nothing_left_behind():
-        model = assembly.build_model(config, META, architecture)
+        model = build(config, META, architecture)
         model.train()
         paged: list[torch.Tensor] = []
         optimizer = make_optimizer(model, config, recipe.optim, paged)
