@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qlora_kit.config import RunConfig
+from qlora_kit.config import LeanConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.progress import human_bytes
 
@@ -25,9 +25,13 @@ MULTIPLE = 8  # rows are padded to a multiple of so many tokens
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was planned; `plan` is None where the architecture cannot be planned, and `reason` says why."""
+    """What was planned; `plan` is None where the architecture cannot be planned, and `reason` says why.
+
+    `lean` are the run's pieces of the lean step, the embedding moved to the host where it would not fit otherwise.
+    """
 
     plan: MemoryPlan | None
+    lean: LeanConfig
     baselines: Mapping[str, MemoryPlan] = field(default_factory=dict)
     reason: str = ""
 
@@ -56,12 +60,15 @@ def plan_run(config: RunConfig, device: torch.device, longest_tokens: int) -> Pr
     gpu, budget = fit.present_device() if device.type == "cuda" else (None, None)
     try:
         planned = plan(config, gpu=gpu)
+        if budget is not None and planned.device_bytes > budget.n_bytes and config.lean.offload_embedding == "auto":
+            config = fit.with_settings(config, {"offload_embedding": "on"})
+            planned = plan(config, gpu=gpu)
         baselines = {b.name: baseline_plan(config, b, gpu=gpu) for b in KNOWN if b.name in BASELINES}
     except RuntimeError as error:  # an operator of the architecture that has no meta kernel
-        return Preflight(None, reason=(str(error).splitlines() or ["unknown"])[0])
+        return Preflight(None, config.lean, reason=(str(error).splitlines() or ["unknown"])[0])
     if budget is not None and planned.device_bytes > budget.n_bytes:
         raise _too_large(config, gpu, budget, planned)
-    return Preflight(planned, baselines)
+    return Preflight(planned, config.lean, baselines)
 
 
 def _too_large(config: RunConfig, gpu: Gpu | None, budget: Budget, planned: MemoryPlan) -> UserError:

@@ -73,6 +73,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     if config.preflight:
         with say.status("planning the memory"):
             planned = preflight.plan_run(config, device, min(inputs.seq_len, inputs.report.length_max))
+        config = dataclasses.replace(config, lean=planned.lean)
     with say.status(f"loading {config.base.model}"):
         model = build_model(config, device)
     if model.lean_outcomes:
