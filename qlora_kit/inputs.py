@@ -77,5 +77,9 @@ def make_collator(config: RunConfig, model: Any, inputs: Inputs) -> data.Collato
     packed = [rows for rows in (inputs.train, inputs.evaluation) if isinstance(rows, data.PackedSet)]
     if not packed:
         return data.Collator(pad, max_tokens=inputs.seq_len)
+    from qlora_kit.lean import varlen
+
+    if varlen.is_on(model.config):
+        return data.Collator(pad, packed=True, max_tokens=inputs.seq_len, varlen=True)
     mask_dtype = data.packed_mask_dtype(model.config, max(rows.longest_tokens for rows in packed))
     return data.Collator(pad, packed=True, max_tokens=inputs.seq_len, mask_dtype=mask_dtype)

@@ -1,7 +1,7 @@
 """What the model is fed: read any common file, lay it out, mark what is learned, cut, pack and batch it."""
 
 from qlora_kit.data.audit import AuditReport
-from qlora_kit.data.collate import Collator, packed_mask_dtype
+from qlora_kit.data.collate import Collator, packed_mask_dtype, segment_tensors
 from qlora_kit.data.columns import Example, Message
 from qlora_kit.data.encode import (
     Encoded,
@@ -31,5 +31,6 @@ __all__ = [
     "prepare_tokenizer",
     "read_examples",
     "resolve_seq_len",
+    "segment_tensors",
     "split_examples",
 ]

@@ -92,13 +92,30 @@ def flash_backward_bytes(query_BHTD: tuple[int, ...], key_BHTD: tuple[int, ...],
     `ATen/native/transformers/cuda/flash_attn/flash_api.cpp`, `mha_bwd` (of FlashAttention 2.7).
     """
     batch, heads, queries, width = query_BHTD
-    rows = -(-queries // 128) * 128
+    rows = batch * (-(-queries // 128) * 128)
+    return _flash_buffers(rows, batch * key_BHTD[2], heads, key_BHTD[1], width, element_bytes)
+
+
+def flash_varlen_backward_bytes(
+    query_NHD: tuple[int, ...], key_NHD: tuple[int, ...], segments: int, element_bytes: int
+) -> tuple[int, ...]:
+    """The same of the kernel for variable lengths, which takes 128 rows more for each segment.
+
+    Source: the same file, `mha_varlen_bwd`.
+    """
+    tokens, heads, width = query_NHD
+    return _flash_buffers(tokens + 128 * segments, key_NHD[0], heads, key_NHD[1], width, element_bytes)
+
+
+def _flash_buffers(
+    rows: int, key_rows: int, heads: int, key_heads: int, width: int, element_bytes: int
+) -> tuple[int, ...]:
     wide = -(-width // 32) * 32 if width <= 192 else 256
-    sums = 4 * batch * heads * rows * wide
-    per_row = 4 * batch * heads * rows
-    if key_BHTD[1] == heads:
+    sums = 4 * rows * heads * wide
+    per_row = 4 * rows * heads
+    if key_heads == heads:
         return sums, per_row
-    expanded = element_bytes * batch * key_BHTD[2] * heads * width
+    expanded = element_bytes * key_rows * heads * width
     return sums, per_row, expanded, expanded
 
 
