@@ -25,6 +25,7 @@ from qlora_kit import adapters
 from qlora_kit.base import compute_dtype
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
+from qlora_kit.lean import flat
 from qlora_kit.progress import TrainingProgress
 from qlora_kit.runs import RunFolder, append_metrics
 from qlora_kit.scoring import mean_loss, undisturbed
@@ -97,6 +98,7 @@ class AdapterTrainer(Trainer):
     """Trains the factors of a PEFT model (or every weight of a plain one) and keeps the run folder's promises."""
 
     control: TrainerControl
+    optimizer: Any
     warmup: float = 0.0  # share of the steps
     gradients_checked = False  # fp16 checks none: its scaler skips overflowing steps by itself
     tokens_seen: Any = 0  # a count, or a tensor of one on the device
@@ -111,6 +113,22 @@ class AdapterTrainer(Trainer):
             adapters.check_first_gradients(adapters.trainable(self.model))  # before clipping, which spreads a NaN
             self.gradients_checked = True
         return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the settings; over the flat buffers, where the factors lie in some."""
+        if self.optimizer is None and flat.flat_factors(self.model) is not None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = flat.parameter_groups(self.model, self.args.weight_decay)
+            self.optimizer = flat.connect(self.model, kind(groups, **options))
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        factors = flat.flat_factors(self.model)
+        if factors is None:
+            return super()._clip_grad_norm(model)
+        factors.gather()  # fp16 training unscales what the optimizer will see
+        self.accelerator.unscale_gradients()
+        return factors.clip(self.args.max_grad_norm)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -153,6 +171,14 @@ class AdapterTrainer(Trainer):
                 f"does not fit these settings ({error})",
                 "Resume with the run's own --model, --r, --targets and --adapter-dtype.",
             ) from None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # the states are those of other tensors
+            rule = f"holds the states of an optimizer over other tensors ({error})"
+            remedy = "Resume with the run's own --optim, --lean, --flat-buffer and --device."
+            raise UserError.of("--resume", checkpoint, rule, remedy) from None
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None, "called only with a best checkpoint"
