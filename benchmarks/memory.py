@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import RESULTS, device_name, write_result
+from common import RESULTS, device_name, real_optimizer, write_result
 
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
@@ -100,19 +100,6 @@ def predict(case: Case, gpu: Any = None) -> dict[str, Any]:
         "predicted_components": {name: n_bytes for name, n_bytes in planned.components.items() if n_bytes},
         "plan_s": round(time.monotonic() - start_s, 2),
     }
-
-
-def real_optimizer(model: Any, config: RunConfig, optim: str) -> Any:
-    """The optimizer `optim` on real tensors, made as transformers' Trainer makes it."""
-    import torch
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if optim == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.optim.lr, fused=True)
-    import bitsandbytes as bnb
-
-    bits = 8 if "8bit" in optim else 32
-    return bnb.optim.AdamW(parameters, lr=config.optim.lr, optim_bits=bits, is_paged=optim.startswith("paged"))
 
 
 def full_batch(config: RunConfig, vocab: int, device: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import RESULTS, device_name, write_result
+from common import RESULTS, device_name, real_optimizer, write_result
 
 from qlora_kit.config import GROUPS, LeanConfig, RunConfig, default_of
 
@@ -124,6 +124,7 @@ class Contender:
         import torch
 
         from qlora_kit import assembly
+        from qlora_kit.trainer import resolve_optim
 
         self.config, self.device = config, device
         if name == "stock":
@@ -133,21 +134,13 @@ class Contender:
         else:
             self.model = build_unsloth(config, name == "unsloth-offload")
         self.model.train()
-        self.optimizer = self._optimizer(name)
+        self.optimizer = real_optimizer(
+            self.model, config, resolve_optim(config, device) if name == "lean" else "adamw"
+        )
         draw = torch.Generator().manual_seed(config.seed)
         shape = (BATCHES, config.optim.batch_size, config.data.seq_len)
         self.batches = torch.randint(0, self.model.config.vocab_size, shape, generator=draw)
         self.steps = 0
-
-    def _optimizer(self, name: str) -> Any:
-        import torch
-
-        from qlora_kit.trainer import make_optimizer, resolve_optim
-
-        if name == "lean":
-            return make_optimizer(self.model, self.config, resolve_optim(self.config, self.device))
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=self.config.optim.lr, weight_decay=0.0, fused=True)
 
     def step(self) -> float:
         """One optimizer step; returns the loss, and so waits for the device."""

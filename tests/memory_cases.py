@@ -13,6 +13,7 @@ from families import FAMILIES
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
+from qlora_kit.lean import flat
 from qlora_kit.memory import kernels
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import Event, MemoryTracker, overall_peak
@@ -45,7 +46,8 @@ def small_config(family: str, layers: int = 2, dropout: float = 0.0) -> Any:
 def settings(**changes: Any) -> RunConfig:
     """A run of random weights on a CPU."""
     flat = {"model": "gpt2", "weights": "random", "batch_size": BATCH, "seq_len": TOKENS, "r": 8, "bits": 32}
-    return RunConfig.from_flat({**flat, "optim": "adamw", "adapter_dtype": "fp32", **changes})
+    config = RunConfig.from_flat({**flat, "optim": "adamw", "adapter_dtype": "fp32", **changes})
+    return dataclasses.replace(config, lean=config.lean.resolved("cpu"))  # on `meta` too
 
 
 def real_batch(config: RunConfig, vocab: int) -> dict[str, torch.Tensor]:
@@ -58,12 +60,13 @@ def cpu_optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer that the Trainer would make on a CPU."""
     import bitsandbytes as bnb
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = flat.parameter_groups(model, config.optim.weight_decay)
     optim = config.optim.optim
     if optim == "adamw":
-        return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+        return flat.connect(model, torch.optim.AdamW(groups, lr=1e-3, fused=True))
     kind = bnb.optim.Lion if optim.startswith("lion") else bnb.optim.AdamW
-    return kind(parameters, lr=1e-3, optim_bits=8 if "8bit" in optim else 32, is_paged=optim.startswith("paged"))
+    bits = 8 if "8bit" in optim else 32
+    return flat.connect(model, kind(groups, lr=1e-3, optim_bits=bits, is_paged=optim.startswith("paged")))
 
 
 def cpu_autocast(recomputes: bool) -> Any:

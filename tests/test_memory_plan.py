@@ -42,8 +42,23 @@ def run(model, **changes):
     return RunConfig.from_flat(flat)
 
 
+ROUNDING_BYTES = 4 * 512  # the 8-bit states of a flat buffer are rounded once, not layer by layer
+
+
 def same(one, other):
-    return all(getattr(one, name) == getattr(other, name) for name in ("peak_bytes", "components", "phase", "optim"))
+    """Whether two plans are equal, but for how the optimizer's states are rounded."""
+    return (
+        (one.phase, one.optim) == (other.phase, other.optim)
+        and len(one.series) == len(other.series)
+        and all(alike(x, y) for x, y in zip((one, *one.series), (other, *other.series), strict=True))
+    )
+
+
+def alike(one, other):
+    states = [point.components["optimizer states"] for point in (one, other)]
+    rest = [{**point.components, "optimizer states": 0} for point in (one, other)]
+    where = [(point.phase, point.block, point.operation) for point in (one, other)]
+    return abs(states[0] - states[1]) <= ROUNDING_BYTES and rest[0] == rest[1] and where[0] == where[1]
 
 
 @pytest.mark.parametrize("family", EVEN)
@@ -51,7 +66,6 @@ def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
     config = run(config_file(tmp_path, family, 7))
     shallow, whole = plan(config), plan(config, exact=True)
     assert (shallow.exact, whole.exact) == (False, True)
-    assert shallow.series == whole.series
     assert same(shallow, whole)
     assert (shallow.n_parameters, shallow.n_trainable) == (whole.n_parameters, whole.n_trainable)
     assert shallow.extras == whole.extras
@@ -77,7 +91,6 @@ def test_extrapolation_is_exact_for_every_switch(tmp_path, changes):
     shallow, whole = plan(config), plan(config, exact=True)
     assert not shallow.exact
     assert same(shallow, whole)
-    assert shallow.series == whole.series
 
 
 def test_layers_that_differ_are_run_whole(tmp_path):
@@ -232,7 +245,7 @@ def test_two_steps_because_the_states_are_born_in_the_first(operations):
 
 
 def test_a_masked_or_unfused_attention_takes_the_memory_efficient_way(tmp_path):
-    config = run(config_file(tmp_path, "llama", 2), pack=True)
+    config = run(config_file(tmp_path, "llama", 2), pack=True, varlen=False)
     t4 = Recipe(64, "adamw", capability=(7, 5))
     for record in (simulate(config, Recipe(64, "adamw")), simulate(run(config.base.model), t4)):
         made = {event.storage.operation for event in record.events}
@@ -254,7 +267,8 @@ def test_the_dequantized_weight_is_there_in_both_directions(tmp_path):
     [("adamw", 2 * 2), ("adamw_8bit", 2), ("paged_adamw_32bit", 8), ("lion_8bit", 1), ("sgd", 0)],
 )
 def test_states_follow_each_optimizers_own_rules(tmp_path, optim, state_bytes):
-    config = run(config_file(tmp_path, "llama", 2), optim=optim, r=64, targets="gate_proj")  # 24 576 and 8 192 elements
+    settings = {"optim": optim, "r": 64, "targets": "gate_proj", "flat_buffer": False}  # 24 576 and 8 192 elements
+    config = run(config_file(tmp_path, "llama", 2), **settings)
     record = simulate(config, Recipe(64, optim))
     states = peaks_by_region(record.events)[Region(2, "loss")].components.get("optimizer states", 0)
     scales = (

@@ -159,7 +159,13 @@ def _run_shallow(config: RunConfig, recipe: Recipe, architecture: PretrainedConf
     """The peaks at full depth from two shallow runs; likewise the numbers of the record, whose events stay shallow."""
     results, layers = MetaResults(), architecture.num_hidden_layers
     shallow, deep = (
-        simulate(config, recipe, with_layers(architecture, n), first_step=False, results=results)
+        simulate(
+            config,
+            dataclasses.replace(recipe, depth=layers / n),
+            with_layers(architecture, n),
+            first_step=False,
+            results=results,
+        )
         for n in (SHALLOW, DEEP)
     )
     peaks = extrapolate(peaks_by_region(shallow.events), peaks_by_region(deep.events), layers)

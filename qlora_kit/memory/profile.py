@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from qlora_kit import runs
 from qlora_kit.config import RunConfig
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan, resolve_architecture
 from qlora_kit.memory.profile_cpu import BatchShape, CpuTracker, mark_clipping, predict
@@ -153,7 +154,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
                 self._tracker.label(value, "inputs")
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         padded = mask is not None and mask.dim() == 2 and not bool(mask.all())
-        self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded))
+        labels = kwargs.get("labels")
+        supervised = None if labels is None else int((labels[:, 1:] != IGNORED).sum())
+        self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded, supervised))
 
     def _profile(self, measured: Measured) -> MemoryProfile:
         largest = max((s for shapes in self.shapes for s in shapes), key=lambda s: s.rows * s.tokens)

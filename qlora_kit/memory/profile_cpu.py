@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
+from qlora_kit.lean import flat
 from qlora_kit.memory import kernels
 from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.simulate import META, make_optimizer, nothing_left_behind, run_step
@@ -35,11 +36,12 @@ _BORING = ("/torch/", "/memory/track.py", "/memory/profile", "/memory/kernels.py
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A forward pass: rows, tokens in each, and whether some of them are padding."""
+    """A forward pass: rows, tokens in each, whether some of them are padding, and how many have a loss (None: all)."""
 
     rows: int
     tokens: int
     padded: bool = False
+    supervised: int | None = None
 
 
 class CpuTracker(MemoryTracker):  # type: ignore[no-untyped-call]  # torch's class is untyped
@@ -98,6 +100,7 @@ def mark_clipping(tracker: MemoryTracker, model: Any) -> Any:
 def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[Sequence[BatchShape]]) -> list[Event]:
     """Every change of live bytes of the optimizer steps `steps` (each a list of forward passes) on a CPU."""
     config = dataclasses.replace(config, lean=config.lean.resolved("cpu"))
+    has_mask = config.base.full or config.lean.lean == "off" or not config.lean.maskless_padding
     results = MetaResults()
     tracker = MemoryTracker("meta", 1, _stand_ins(), results.run)
     with nothing_left_behind():
@@ -107,7 +110,10 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
         with watch(tracker, model, optimizer), _CpuChoices(), tracker:
             for shapes in steps:
                 tracker.begin_step()
-                tracker.stand_ins[torch.ops.aten._local_scalar_dense.default] = _answer(any(s.padded for s in shapes))
+                tracker.stand_ins[torch.ops.aten._local_scalar_dense.default] = _answer(
+                    has_mask and any(shape.padded for shape in shapes)
+                )
+                tracker.stand_ins[torch.ops.aten.nonzero.default] = _places(shapes)
                 batches = [_batch(shape) for shape in shapes]
                 run_step(tracker, model, optimizer, batches, config.optim.clip)
                 del batches
@@ -119,7 +125,8 @@ def _optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer as on a CPU, where torch's SGD loops over the parameters and nothing pages."""
     optim = resolve_optim(config, CPU).removeprefix("paged_")
     if optim == "sgd":
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=config.optim.lr, foreach=False)
+        groups = flat.parameter_groups(model, config.optim.weight_decay)
+        return flat.connect(model, torch.optim.SGD(groups, lr=config.optim.lr, foreach=False))
     return make_optimizer(model, config, optim.replace("_32bit", ""), [])
 
 
@@ -146,6 +153,21 @@ def _answer(padded: bool) -> Callable[..., Any]:
         return 1.0 if args[0].is_floating_point() else 1
 
     return scalar
+
+
+def _places(shapes: Sequence[BatchShape]) -> Callable[..., Any]:
+    """Where the labels are, as `.nonzero()` says: as many places as the next of `shapes` has tokens with a loss."""
+    left = iter(shapes)
+
+    def nonzero(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args[0].device.type != "meta":
+            return func(*args, **kwargs)
+        supervised = next(left).supervised
+        with tracker:
+            n_places = args[0].numel() if supervised is None else supervised
+            return torch.empty((n_places, args[0].dim()), dtype=torch.int64, device="meta")
+
+    return nonzero
 
 
 class _CpuChoices(TorchFunctionMode):
