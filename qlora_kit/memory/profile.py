@@ -101,7 +101,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             return
         self.shapes.append([])
         self._tracker.begin_step()
-        self._step.callback(self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True).remove)
+        self._step.callback(
+            self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True, prepend=True).remove
+        )
         self._step.enter_context(watch(self._tracker, self._model, self._optimizer))
         self._step.callback(mark_clipping(self._tracker, self._model).remove)
         if isinstance(self._tracker, CpuTracker):
