@@ -45,19 +45,3 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     where = {"commit": commit(), "device": device_name(), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
     write_json(file, {**where, **result})
     return file
-
-
-def real_optimizer(model: Any, config: Any, optim: str) -> Any:
-    """The optimizer `optim` over what trains in `model`, made as the Trainer makes it."""
-    import torch
-
-    from qlora_kit.lean import flat
-
-    groups = flat.parameter_groups(model, config.optim.weight_decay)
-    if optim == "adamw":
-        return flat.connect(model, torch.optim.AdamW(groups, lr=config.optim.lr, fused=True))
-    import bitsandbytes as bnb
-
-    bits = 8 if "8bit" in optim else 32
-    paged = optim.startswith("paged")
-    return flat.connect(model, bnb.optim.AdamW(groups, lr=config.optim.lr, optim_bits=bits, is_paged=paged))

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import RESULTS, device_name, real_optimizer, write_result
+from common import RESULTS, device_name, write_result
 
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
@@ -117,12 +117,13 @@ def measure_cuda(case: Case, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:
     from qlora_kit import assembly
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
+    from qlora_kit.trainer import make_optimizer
 
     device, config = torch.device("cuda:0"), case.config
     before_bytes = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     model = assembly.build_model(config, device).train()
-    optimizer = real_optimizer(model, config, config.optim.optim or "adamw")
+    optimizer = make_optimizer(model, config, config.optim.optim or "adamw")
     load_peak_bytes = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     unused, autocast = MemoryTracker("cuda"), cuda_autocast if METHODS[case.method].autocast else None
@@ -170,12 +171,13 @@ def measure_cpu(case: Case) -> dict[str, Any]:
     from qlora_kit.memory.profile import Profiler
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
+    from qlora_kit.trainer import make_optimizer
 
     optim = {"optim": case.config.optim.optim.removeprefix("paged_")}  # type: ignore[union-attr]
     config = dataclasses.replace(case.config, optim=dataclasses.replace(case.config.optim, **optim))
     device = torch.device("cpu")
     model = assembly.build_model(config, device).train()
-    optimizer = real_optimizer(model, config, optim["optim"])
+    optimizer = make_optimizer(model, config, optim["optim"])
     unused, step_s = MemoryTracker("cpu"), 0.0
     with Profiler(config, device, steps=2) as profiler:
         profiler.begin(model, optimizer)

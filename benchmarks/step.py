@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import RESULTS, device_name, real_optimizer, write_result
+from common import RESULTS, device_name, write_result
 
 from qlora_kit.config import GROUPS, LeanConfig, RunConfig, default_of
 
@@ -124,7 +124,7 @@ class Contender:
         import torch
 
         from qlora_kit import assembly
-        from qlora_kit.trainer import resolve_optim
+        from qlora_kit.trainer import make_optimizer, resolve_optim
 
         self.config, self.device = config, device
         if name == "stock":
@@ -134,7 +134,7 @@ class Contender:
         else:
             self.model = build_unsloth(config, name == "unsloth-offload")
         self.model.train()
-        self.optimizer = real_optimizer(
+        self.optimizer = make_optimizer(
             self.model, config, resolve_optim(config, device) if name == "lean" else "adamw"
         )
         draw = torch.Generator().manual_seed(config.seed)

@@ -94,6 +94,24 @@ def training_arguments(
     return arguments
 
 
+def make_optimizer(model: Any, config: RunConfig, optim: str) -> torch.optim.Optimizer:
+    """The optimizer `optim` for `model`, as a run makes it, for steps outside a run."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    arguments = TrainingArguments(
+        optim=OPTIMIZERS[optim],
+        learning_rate=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        use_cpu=on_cpu,
+        report_to=[],
+    )
+    return _optimizer_of(model, arguments)
+
+
+def _optimizer_of(model: Any, arguments: TrainingArguments) -> torch.optim.Optimizer:
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return flat.connect(model, kind(flat.parameter_groups(model, arguments.weight_decay), **options))
+
+
 class AdapterTrainer(Trainer):
     """Trains the factors of a PEFT model (or every weight of a plain one) and keeps the run folder's promises."""
 
@@ -117,9 +135,7 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of the settings; over the flat buffers, where the factors lie in some."""
         if self.optimizer is None and flat.flat_factors(self.model) is not None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = flat.parameter_groups(self.model, self.args.weight_decay)
-            self.optimizer = flat.connect(self.model, kind(groups, **options))
+            self.optimizer = _optimizer_of(self.model, self.args)
         return super().create_optimizer(model)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
