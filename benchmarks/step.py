@@ -39,7 +39,7 @@ GB = 10**9
 STEPS, WARM_UP = 20, 5
 BATCHES = 4  # different ones, in turn, so that the loss falls
 LOSS_NOISE = 0.02  # a contender whose loss is off by more after the last step did not train the same
-CONTENDERS = ("stock", "lean", "unsloth", "unsloth-offload")
+CONTENDERS = ("stock", "lean", "lean-offload", "unsloth", "unsloth-offload")  # offload: also of the embedding
 CUDA_CASES = ("llama-3-8b:2x2048", "gpt2-large:8x1024")
 CPU_CASE = "gpt2-large:4x512"
 
@@ -129,11 +129,12 @@ class Contender:
         self.config, self.device = config, device
         if name == "stock":
             self.model = build_stock(config, device)
-        elif name == "lean":
+        elif name.startswith("lean"):
             self.model = assembly.build_model(config, device)
         else:
             self.model = build_unsloth(config, name == "unsloth-offload")
         self.model.train()
+        optim = resolve_optim(config, device) if name.startswith("lean") else "adamw"
         self.optimizer = make_optimizer(
             self.model, config, resolve_optim(config, device) if name == "lean" else "adamw"
         )
@@ -315,9 +316,10 @@ def cuda_rows(case: Case, names: list[str], ablation: bool) -> list[dict[str, An
     import torch
 
     rows = []
-    runs: list[tuple[str, str, dict[str, Any]]] = [(name, name, {}) for name in names]
+    host = {"offload_embedding": "on"}
+    runs = [(name, name, host if name == "lean-offload" else {}) for name in names]
     if ablation:
-        runs += [(f"lean without {piece}", "lean", off) for piece, off in pieces().items()]
+        runs += [(f"lean-offload without {piece}", "lean-offload", {**host, **off}) for piece, off in pieces().items()]
     for label, name, changes in runs:
         config = case.config(**changes)
         if torch.cuda.is_available():
