@@ -135,9 +135,7 @@ class Contender:
             self.model = build_unsloth(config, name == "unsloth-offload")
         self.model.train()
         optim = resolve_optim(config, device) if name.startswith("lean") else "adamw"
-        self.optimizer = make_optimizer(
-            self.model, config, resolve_optim(config, device) if name == "lean" else "adamw"
-        )
+        self.optimizer = make_optimizer(self.model, config, optim)
         draw = torch.Generator().manual_seed(config.seed)
         shape = (BATCHES, config.optim.batch_size, config.data.seq_len)
         self.batches = torch.randint(0, self.model.config.vocab_size, shape, generator=draw)
