@@ -14,8 +14,9 @@ demo: $(STAMP)
 	$(BIN)/python scripts/train.py --model demo --data demo --bits 4 --r 16 --lr 2e-3 --batch-size 16 --max-steps 125 \
 	    --exact-match 200 --out runs/demo --overwrite
 
+# Two processes: a test keeps to one core.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
