@@ -101,6 +101,45 @@ def parity() -> str:
     )
 
 
+def step() -> str:
+    """The table of the step's peaks beside the stock one's."""
+    result = read("step_cpu")
+    names = {"stock": "stock PEFT and Trainer", "lean": "qlora_kit", "lean-offload": "qlora_kit, embedding on the host"}
+    cases = list(dict.fromkeys(_case(row) for row in result["rows"]))
+    peaks = {(_case(row), row["contender"]): row.get("peak_bytes") for row in result["rows"]}
+    lines = ["| peak of the step (GB) | " + " | ".join(cases) + " |", "|---" + "|--:" * len(cases) + "|"]
+    for name, shown in names.items():
+        cells = [f"{peaks[case, name] / 10**9:.2f}" for case in cases]
+        lines.append("| " + " | ".join([shown, *cells]) + " |")
+    rows = {row["contender"]: row for row in result["cpu_rows"]}
+    lean = rows["lean"]
+    lines += [
+        "",
+        f"4 bits, r = {result['rows'][0]['case']['r']}; peaks {result['peaks']}.",
+        f"On a CPU ({_case(lean)}, measured): {lean['live_bytes_of_stock']:.2f} of the stock step's live bytes, "
+        f"{lean['tokens_per_s_of_stock']:.2f} times its tokens/s.",
+        f"Made on {place(result)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _case(row: dict[str, Any]) -> str:
+    case = row["case"]
+    return f"{case['model']}, {case['rows']} × {case['tokens']}"
+
+
+def fits() -> str:
+    """The sentence on what trains in little memory."""
+    result = read("fit_cpu")
+    batch, longest = result["rows"]
+    return (
+        f"Planned, and not yet shown on a GPU: {result['model']} at {batch['case']} takes "
+        f"{batch['predicted_peak_bytes'] / 2**30:.2f} GiB of {batch['cap_bytes'] / 2**30:.0f}, and at batch 1, r = 32, "
+        f"{longest['tokens']:,} tokens fit into {longest['cap_bytes'] / 2**30:.0f} GiB (embedding on the host).\n"
+        f"Made on {place(result)}."
+    )
+
+
 def draw_parity(file: Path) -> None:
     """The training curves of both contenders of the parity run, as a PNG."""
     import matplotlib
@@ -127,7 +166,7 @@ def draw_parity(file: Path) -> None:
     plt.close(figure)
 
 
-BLOCKS = {"memory": memory, "model-states": model_states, "parity": parity}
+BLOCKS = {"memory": memory, "model-states": model_states, "parity": parity, "step": step, "fit": fits}
 
 
 def filled(text: str) -> str:

@@ -7,7 +7,7 @@
 The same random weights, tokens and learning rate for every contender, each in a process of its own. On a GPU: the peak
 of allocated and reserved memory, the median time of a step, and the loss after 20 steps, which must agree or the row is
 void. Without a GPU: the peaks on CUDA by simulation on `meta` (not yet validated on hardware), and on the CPU live
-bytes and the ratio of the times of two contenders that step in turn. Writes step_gpu.json or step_cpu.json.
+bytes and the ratio of the times of two contenders that step in turn. Writes step_gpu or step_cpu .json and .md.
 
 `stock` is PEFT on `prepare_model_for_kbit_training` with the optimizer of transformers' Trainer's defaults.
 """
@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, device_name, write_result
 
 from qlora_kit.config import GROUPS, LeanConfig, RunConfig, default_of
+from qlora_kit.runs import write_text
 
 GB = 10**9
 STEPS, WARM_UP = 20, 5
@@ -363,6 +364,43 @@ def cpu_rows(case: Case, steps: int, warm_up: int, ablation: bool) -> list[dict[
     return judged(rows)
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of a result."""
+    lines = [f"Peaks on CUDA: {result['peaks']}.", ""]
+    lines += _table(result["rows"], {"peak_bytes": "peak (GB)", "reserved_bytes": "reserved (GB)", "phase": "in"})
+    if result.get("cpu_rows"):
+        lines += ["", f"On {result['device']}:", ""]
+        lines += _table(result["cpu_rows"], {"live_bytes": "live (GB)", "phase": "in"})
+    where = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join([*lines, "", f"{result['device']}; {where}; commit {result['commit']}, {result['date']}."]) + "\n"
+
+
+def _table(rows: list[dict[str, Any]], bytes_and_phase: dict[str, str]) -> list[str]:
+    heads = {
+        **bytes_and_phase,
+        "live_bytes_of_stock": "of stock",
+        "tokens_per_s": "tokens/s",
+        "tokens_per_s_of_stock": "tokens/s of stock",
+        "loss": "last loss",
+    }
+    shown = {key: head for key, head in heads.items() if any(key in row for row in rows)}
+    lines = [f"| case | contender | {' | '.join(shown.values())} | note |", "|---" * (len(shown) + 3) + "|"]
+    for row in rows:
+        case = row["case"]
+        cells = [f"{case['model']}, {case['rows']} × {case['tokens']}", row["contender"]]
+        cells += [_cell(key, row.get(key)) for key in shown]
+        lines.append(f"| {' | '.join([*cells, '' if row['status'] == 'ok' else row['status']])} |")
+    return lines
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return (
+        f"{value / GB:.3f}" if key.endswith("_bytes") else f"{value:,.3g}" if key == "tokens_per_s" else f"{value:.3f}"
+    )
+
+
 def _say(row: dict[str, Any]) -> dict[str, Any]:
     case = row["case"]
     shown = {k: v for k, v in row.items() if k not in ("case", "contender", "components")}
@@ -397,7 +435,8 @@ def main() -> int:
     if not on_gpu and args.cpu_case != "none":
         result["cpu_rows"] = cpu_rows(Case.parse(args.cpu_case), args.cpu_steps, 1, args.ablation)
     file = write_result(args.name, result)
-    print(f"on {device_name()}, written to {file.relative_to(RESULTS.parent)}")
+    write_text(file.with_suffix(".md"), markdown(json.loads(file.read_text(encoding="utf-8"))))
+    print(f"on {device_name()}, written to {file.relative_to(RESULTS.parent)}, .md beside it")
     return 0
 
 
