@@ -95,8 +95,7 @@ def read_material(run: FinishedRun, source: str | None) -> Material:
         examples = inputs.held_out_examples(config)
     if not examples:
         raise UserError.of("--data", source, "is needed: the run held no data out", "Give --data FILE.")
-    positions = base.max_positions(base.load_model_config(run.model_settings))
-    seq_len = data.resolve_seq_len(run.seq_len, tokenizer, positions)
+    seq_len = data.resolve_seq_len(run.seq_len, tokenizer, reopening.run_positions(run))
     encoded = inputs.encode(config, examples, tokenizer, seq_len, "--data")
     asked = [] if run.is_plain_text else [e for e in examples if e.prompt is not None or e.messages is not None]
     count = config.evaluation.exact_match or 0

@@ -16,7 +16,7 @@ from qlora_kit.errors import UserError
 if TYPE_CHECKING:
     from qlora_kit.evaluating import Evaluation
 
-WIDTH = 118  # columns where the output is no terminal
+WIDTH = 10_000  # columns where the output is no terminal: a line is never broken
 
 
 def run(

@@ -67,7 +67,7 @@ def run(
     from_file = _prompts_of_file(config, opened, raw) if "data" in given else None
     asked = _asked(prompt, opened, raw, say) if from_file is None else iter(())
     with memory_errors(config.base.device):
-        with say.status(f"loading {opened.title}"):
+        with say.status("loading the model"):
             model = opened.load()
         session = Session(model, opened, Sampling(max_new_tokens, temperature, top_p), json, say)
         with seeded(model, seed):
@@ -208,7 +208,10 @@ def _answer(session: Session, prompt: Prompt) -> None:
     finally:
         _write("\n")
     if answer.is_cut:
-        say_line(session.say, _cut_note(session, "cut off"))
+        most, positions = session.sampling.max_new_tokens, session.opened.positions
+        is_full = positions is not None and len(prompt.input_ids) + most > positions
+        end = f"where the model's {positions} positions end" if is_full else f"after {most} tokens, --max-new-tokens"
+        say_line(session.say, f"(cut off {end})")
 
 
 def _answer_file(session: Session, prompts: Sequence[Prompt], batch_size: int) -> None:
@@ -225,15 +228,12 @@ def _answer_file(session: Session, prompts: Sequence[Prompt], batch_size: int) -
             cut += answer.is_cut
             tick(1)
     if cut:
-        say_line(session.say, _cut_note(session, f"{cut} of {len(prompts)} answers were cut off"))
+        ends = f"after {session.sampling.max_new_tokens} tokens, --max-new-tokens, or where the model's positions end"
+        say_line(session.say, f"{cut} of {len(prompts)} answers were cut off {ends}")
 
 
 def _json_line(prompt: Prompt, answer: Answer) -> str:
     return jsonlib.dumps({"prompt": prompt.text, "generated": answer.text}, ensure_ascii=False) + "\n"
-
-
-def _cut_note(session: Session, what: str) -> str:
-    return f"({what} at {session.sampling.max_new_tokens} tokens, --max-new-tokens, or where the model's positions end)"
 
 
 def _write(text: str) -> None:

@@ -6,6 +6,7 @@ from qlora_kit.data.columns import Example, Message, prompt_of
 from qlora_kit.data.encode import (
     Encoded,
     EncodedSet,
+    encode_conversation,
     encode_example,
     encode_prompt,
     encode_set,
@@ -24,6 +25,7 @@ __all__ = [
     "Example",
     "Message",
     "PackedSet",
+    "encode_conversation",
     "encode_example",
     "encode_prompt",
     "encode_set",
