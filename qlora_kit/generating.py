@@ -95,7 +95,9 @@ def stream(
     streamer = _Streamer(tokenizer, emit)
     scoring.generate_ids(model, tokenizer, [prompt.input_ids], room, sampling, streamer)
     ids = streamer.answer_ids
-    return Answer(tokenizer.decode(ids, skip_special_tokens=True), is_cut=tokenizer.eos_token_id not in ids)
+    return Answer(
+        tokenizer.decode(ids, skip_special_tokens=True), is_cut=not set(ids) & set(scoring.stop_ids(model, tokenizer))
+    )
 
 
 def answer_in_order(

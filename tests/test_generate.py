@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -434,6 +435,18 @@ def test_a_full_device_is_one_message(capsys, monkeypatch, tiny_runs):
     err = fails(capsys, "--run", tiny_runs["adapter"], "--prompt", "a", printed="\n")
     assert "Tried to allocate 2.00 GiB" in err
     assert "--batch-size 1" in err
+
+
+def test_a_model_may_bring_more_tokens_that_end_an_answer(caplog, monkeypatch):
+    model, tokenizer = tiny_model("llama"), data.prepare_tokenizer(tiny_tokenizer())
+    whole = scoring.generate_ids(model, tokenizer, [[97]], 9, Sampling(9))[1][0, 1:].tolist()
+    model.generation_config.update(eos_token_id=[EOS_ID, whole[4]], do_sample=True, temperature=0.6, top_k=20)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        cut = scoring.generate_ids(model, tokenizer, [[97]], 9, Sampling(9))[1][0, 1:].tolist()
+    assert cut == whole[: whole.index(whole[4]) + 1]
+    assert not scoring.answer_all(model, tokenizer, [[97]], Sampling(9))[0].is_cut
+    assert "may be ignored" not in caplog.text
 
 
 def test_an_answer_that_ends_by_itself_is_not_cut():
