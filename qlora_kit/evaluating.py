@@ -189,7 +189,7 @@ def _check_release(run: FinishedRun, release: str, material: Material) -> BaseCo
         device=own.device,
         trust_remote_code=own.trust_remote_code,
     )
-    with said_of("--release", instead_of="--model"):
+    with reopening.model_errors("--release"):
         positions = base.max_positions(base.load_model_config(config))
     if positions is not None and positions < material.longest_tokens:
         rule = f"has {positions} positions, and the longest example has {material.longest_tokens} tokens"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import adapters, base, data, runs
+from qlora_kit import adapters, base, data, hub, runs
 from qlora_kit.config import BaseConfig, RunConfig, read_settings
 from qlora_kit.errors import UserError, said_of
 
@@ -150,7 +150,12 @@ def check_base(run: FinishedRun) -> str | None:
 
 
 def _base_errors() -> AbstractContextManager[None]:
-    return said_of("base", instead_of="--model", remedy="Say where the run's base is now with --base MODEL.")
+    return said_of("--base", "--model", hub.OFFLINE_REMEDY, "Say where the run's base is now with --base MODEL.")
+
+
+def model_errors(setting: str) -> AbstractContextManager[None]:
+    """Say mistakes of the model of `setting`: it may not have random weights."""
+    return said_of(setting, "--model", hub.OFFLINE_REMEDY, "Give a model folder.")
 
 
 def run_positions(run: FinishedRun) -> int | None:
@@ -195,7 +200,8 @@ def open_model(config: BaseConfig, device: torch.device, as_saved: bool) -> Open
     if (folder / adapters.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         remedy = "Give --run with the run that it belongs to, or merge it into its base."
         raise UserError.of("--model", config.model, "is an adapter, not a whole model", remedy)
-    positions = base.max_positions(base.load_model_config(config))
+    with model_errors("--model"):
+        positions = base.max_positions(base.load_model_config(config))
     tokenizer = data.prepare_tokenizer(base.load_tokenizer(config))
     title = f"{config.model}, as saved" if as_saved else f"{config.model} at {config.bits} bits"
     loader = base.load_as_saved if as_saved else base.load_base

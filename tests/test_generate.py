@@ -358,7 +358,7 @@ def test_a_run_folder_does_not_decide_to_run_code_or_where(tmp_path, tiny_runs):
         (["--run", "{runs}"], ["holds no run.json"]),
         (["--model", "{run}"], ["--run {run}"]),
         (["--model", "{run}/adapter"], ["is an adapter"]),
-        (["--model", "no/such/model/anywhere"], ["--model"]),
+        (["--model", "no/such/model/anywhere"], ["--model", "Give a model folder."]),
         (["--model", "{base}", "--base", "x"], ["--base", "there is no --run"]),
         (
             ["--run", "{run}", "--temperature", "-0.1", "--top-p", "0", "--max-new-tokens", "0"],
