@@ -199,6 +199,19 @@ def load_base(
     return model
 
 
+def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
+    """A whole model on `device` as its files are, in their dtype and quantization, frozen; `config.bits` is ignored.
+
+    Raises `UserError` where it is not found or cannot be read.
+    """
+    if device.type == "cpu":
+        host_memory.return_large_blocks()
+    model = _load_pretrained(load_model_config(config), config, device, as_saved=True)
+    _keep_weights_plain(model)
+    model.requires_grad_(False)
+    return model
+
+
 def quantization(config: BaseConfig, device: torch.device) -> Any:
     """The quantization settings for `config.bits`, or None for 16 and 32."""
     from transformers import BitsAndBytesConfig
@@ -213,7 +226,9 @@ def quantization(config: BaseConfig, device: torch.device) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True) if config.bits == 8 else None
 
 
-def _load_pretrained(architecture: PretrainedConfig, config: BaseConfig, device: torch.device) -> PreTrainedModel:
+def _load_pretrained(
+    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, as_saved: bool = False
+) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -222,14 +237,14 @@ def _load_pretrained(architecture: PretrainedConfig, config: BaseConfig, device:
             model_source(config),
             config=architecture,
             revision=config.revision,
-            dtype=compute_dtype(config, device),
-            quantization_config=quantization(config, device),
+            dtype="auto" if as_saved else compute_dtype(config, device),
+            quantization_config=None if as_saved else quantization(config, device),
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
         if "out of memory" in str(error):
             raise
         raise UserError.of(

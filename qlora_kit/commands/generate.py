@@ -1,0 +1,111 @@
+"""`qlora-kit generate`: answers to prompts, from the live model of a run or from any model folder.
+
+Answers go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qlora_kit import quiet
+from qlora_kit.config import DEFAULT_NEW_TOKENS, RunConfig, flag
+from qlora_kit.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    from qlora_kit.reopening import Opened
+
+OF_A_RUN = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
+
+
+def run(
+    given: Mapping[str, Any],
+    run: str | None = None,
+    base: str | None = None,
+    prompt: Sequence[str] = (),
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    raw: bool | None = None,
+    json: bool = False,
+) -> None:
+    """Answer `prompt`, or the prompts of `given["data"]`, or the lines of standard input.
+
+    `given` holds those settings that were given, by name. Raises `UserError`.
+    """
+    _check(given, run, base, prompt, temperature, top_p)
+    quiet.quiet_libraries()
+    from qlora_kit.commands.dialogue import Session, answer_file, answer_one, asked_prompts, prompts_of_file
+    from qlora_kit.generating import seeded
+    from qlora_kit.reopening import memory_errors
+    from qlora_kit.scoring import Sampling
+
+    seed = RunConfig.from_flat({name: given[name] for name in ("seed",) if name in given}).seed
+    say = Console(stderr=True, highlight=False)
+    config, opened = _open(given, run, base, say)
+    raw = opened.is_plain_text if raw is None else raw
+    from_file = prompts_of_file(config, opened, raw) if "data" in given else None
+    asked = asked_prompts(prompt, opened, raw, say) if from_file is None else iter(())
+    with memory_errors(config.base.device):
+        with say.status("loading the model"):
+            model = opened.load()
+        session = Session(model, opened, Sampling(max_new_tokens, temperature, top_p), json, say)
+        with seeded(model, seed):
+            if from_file is not None:
+                answer_file(session, from_file, config.optim.batch_size)
+            for one in asked:
+                answer_one(session, one)
+
+
+def _check(
+    given: Mapping[str, Any],
+    run: str | None,
+    base: str | None,
+    prompt: Sequence[str],
+    temperature: float,
+    top_p: float,
+) -> None:
+    """The rules that join several flags. Raises one `UserError` with every fault."""
+    faults = []
+    if run is None and "model" not in given:
+        faults.append(Fault("--run", None, "is missing, and so is --model", "Give --run RUN or --model MODEL."))
+    if run is not None:
+        rule, remedy = (
+            "cannot go with --run, which has its own",
+            "Give one of the two (--base says where a base moved).",
+        )
+        faults += [Fault(flag(name), given[name], rule, remedy) for name in OF_A_RUN if name in given]
+    if base is not None and run is None:
+        faults.append(Fault("--base", base, "is the base of a run, and there is no --run", "Give --model instead."))
+    if prompt and "data" in given:
+        faults.append(Fault("--prompt", prompt[0], "cannot go with --data", "Give one of the two."))
+    if top_p != 1 and temperature == 0:
+        rule = "changes nothing at --temperature 0, which always takes the likeliest token"
+        faults.append(Fault("--top-p", top_p, rule, "Add for example --temperature 0.7."))
+    if faults:
+        raise UserError(faults)
+
+
+def _open(given: Mapping[str, Any], run: str | None, base_model: str | None, say: Console) -> tuple[RunConfig, Opened]:
+    """The settings, and the model that is to answer, not loaded yet. Raises `UserError`."""
+    from qlora_kit import base, narration, reopening
+    from qlora_kit.progress import say_line
+
+    if run is None:
+        config = RunConfig.from_flat(given)
+        device = base.resolve_device(config.base.device)
+        opened = reopening.open_model(config.base, device, as_saved="bits" not in given)
+        warning = None
+    else:
+        found = reopening.find_run(run, {k: v for k, v in given.items() if k != "seed"}, base_model)
+        config = found.config
+        device = base.resolve_device(config.base.device)
+        with say.status("checking the base"):
+            warning = None if config.base.full else reopening.check_base(found)
+        opened = reopening.open_run(found, device)
+    quiet.quiet_progress_bars()
+    for line in (*narration.opening(config, device), opened.title, *([warning] if warning else [])):
+        say_line(say, line)
+    return config, opened
