@@ -18,6 +18,7 @@ from memory_cases import small_config
 from qlora_kit import adapters, assembly
 from qlora_kit.config import AdapterConfig, LeanConfig
 from qlora_kit.lean import mlp
+from qlora_kit.lean.unread import is_output_unread
 from qlora_kit.memory.kernels import stand_ins
 from qlora_kit.memory.track import MemoryTracker, overall_peak
 
@@ -189,6 +190,20 @@ def test_a_checkpoint_does_not_run_the_mlp_once_more(family, dropout):
     assert max(tokens_seen) == 16
     loss.backward()
     assert sum(tokens_seen) == 4 * 38
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "phi"])
+def test_the_last_layer_knows_that_a_tile_is_computed_anew_for_its_graph_only(family):
+    model = tiled(adapted(family, checkpointing=True))
+    unread = []
+    for name, module in model.named_modules():
+        if name.endswith(("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2")):
+            module.register_forward_hook(lambda m, args, y: unread.append(is_output_unread(m)))
+    loss = model(input_ids=ids(2, 19), labels=ids(2, 19), use_cache=False).loss
+    assert unread == [False] * 6  # three tiles in each of two layers
+    loss.backward()
+    assert unread == [False] * 6 + [True] * 6
+    assert not any(is_output_unread(module) for module in model.modules())
 
 
 def test_the_peak_falls_by_the_number_of_tiles():

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.config import LeanConfig
 from qlora_kit.lean.gated import Gated, known_activation
 from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.unread import output_unread
 
 WIDEST_BYTES = 64 << 20
 """The widest activation of a tile takes at most so many bytes (but for the next two)."""
@@ -37,19 +38,20 @@ MIN_TILE_TOKENS = 1024
 TILE_MULTIPLE = 256
 """A tile is a multiple of so many tokens (but for the last one), as the tiles of a GPU's matrix products are."""
 
-LAYOUTS = (
-    frozenset(("gate_proj", "up_proj", "down_proj", "act_fn")),
-    frozenset(("gate_up_proj", "down_proj", "activation_fn")),
-    frozenset(("c_fc", "c_proj", "act", "dropout")),
-    frozenset(("dense_h_to_4h", "dense_4h_to_h", "act")),
-    frozenset(("fc1", "fc2", "activation_fn")),
-)
-"""The names of the layers of an MLP, by which it is known. All of these work on each token by itself."""
+LAST = {
+    frozenset(("gate_proj", "up_proj", "down_proj", "act_fn")): "down_proj",
+    frozenset(("gate_up_proj", "down_proj", "activation_fn")): "down_proj",
+    frozenset(("c_fc", "c_proj", "act", "dropout")): "c_proj",
+    frozenset(("dense_h_to_4h", "dense_4h_to_h", "act")): "dense_4h_to_h",
+    frozenset(("fc1", "fc2", "activation_fn")): "fc2",
+}
+"""The names of the layers of an MLP, by which it is known, and which of them gives its output (but for a dropout).
+All of these work on each token by itself."""
 
 
 def put_on(model: Any, settings: LeanConfig) -> Outcome:
     """Let each MLP of `model` run on tiles of tokens; those that a tile would change are left."""
-    mlps = [module for module in model.modules() if {name for name, _ in module.named_children()} in LAYOUTS]
+    mlps = [module for module in model.modules() if _layer_names(module) in LAST]
     if not mlps:
         return Outcome(left="no MLP as a module of its own in this model")
     reasons = [_reason_to_leave(mlp) for mlp in mlps]
@@ -60,6 +62,10 @@ def put_on(model: Any, settings: LeanConfig) -> Outcome:
     left = "; ".join(f"{reasons.count(reason)} MLPs: {reason}" for reason in dict.fromkeys(filter(None, reasons)))
     done = f"{len(tiled)} MLPs, activations of at most {WIDEST_BYTES >> 20} MiB" if tiled else ""
     return Outcome(done=done, left=left)
+
+
+def _layer_names(module: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, _ in module.named_children())
 
 
 def _reason_to_leave(mlp: nn.Module) -> str:
@@ -100,10 +106,10 @@ class _Tiled(nn.Module):
         tile = tile_tokens(n_tokens, max(_width(module) for module in self.modules()) * x.element_size())
         if tile >= n_tokens:
             return whole(x)
-        last = getattr(self, "dropout", None)
-        share = last.p if last is not None and last.training else 0.0
-        inside = whole if last is None else functools.partial(_before_dropout, self)
-        call = _Call(inside, tile, share, _like_now(x.device.type))
+        dropout = getattr(self, "dropout", None)
+        share = dropout.p if dropout is not None and dropout.training else 0.0
+        inside = whole if dropout is None else functools.partial(_before_dropout, self)
+        call = _Call(inside, getattr(self, LAST[_layer_names(self)]), tile, share, _like_now(x.device.type))
         mask = _draw(x, share) if share else None
         parameters = [p for p in self.parameters() if p.requires_grad]
         kept = _KeepInput.apply(call, x, mask, *parameters)  # type: ignore[no-untyped-call]
@@ -132,6 +138,7 @@ class _Call:
     """One run of an MLP over a batch: what a tile goes through, in which context, and the dropout after it."""
 
     inside: Callable[[torch.Tensor], torch.Tensor]
+    last: nn.Module  # whose output is that of `inside`
     tile: int
     dropout_share: float
     context: AbstractContextManager[Any]
@@ -176,7 +183,7 @@ class _KeepInput(torch.autograd.Function):
         sums = _Sums(parameters)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_x else None
         for x_tile, mask_tile, grad_y_tile, grad_x_tile in ctx.call.tiles(x, mask, grad_y, grad_x):
-            with torch.enable_grad(), ctx.call.context:
+            with torch.enable_grad(), ctx.call.context, output_unread(ctx.call.last):
                 x_tile = x_tile.detach().requires_grad_(wants_x)
                 y_tile = ctx.call.inside(x_tile)
             grad_y_tile = ctx.call.dropped(grad_y_tile.to(y_tile.dtype), mask_tile)
