@@ -7,6 +7,7 @@ import gc
 import weakref
 from unittest import mock
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from families import FAMILIES, tiny_model
@@ -140,6 +141,27 @@ def test_autocast_is_the_same_in_the_backward_pass():
         gradients = [p.grad.flatten() for _, p in adapters.trainable(model)]
         results.append(torch.cat([loss.detach().reshape(1), *gradients]).double())
     assert_as_close_as_stock(results[1], results[0], exact_step("llama"))
+
+
+def four_bit_step(lean, dtype=torch.bfloat16):
+    """A step on real 4-bit weights; all that is computed with them is in `dtype`."""
+    architecture = small_config("llama")
+    model = assembly.build_model(run_settings(bits=4, lean="off"), torch.device("cpu"), architecture).train()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = dtype
+    draw = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=draw).mul(0.05).bfloat16().to(dtype)
+    return loss_and_gradients(tiled(model) if lean else model, ids(2, 19))
+
+
+def test_on_four_bits():
+    stock, lean, exact = four_bit_step(False), four_bit_step(True), four_bit_step(False, torch.float32)
+    assert_as_close_as_stock(lean, stock, exact)
 
 
 def test_the_output_may_be_changed_in_place():
