@@ -18,7 +18,7 @@ from memory_cases import small_config
 
 from qlora_kit import adapters, assembly
 from qlora_kit.config import AdapterConfig, LeanConfig
-from qlora_kit.lean import mlp
+from qlora_kit.lean import linear, mlp
 from qlora_kit.lean.unread import is_output_unread
 from qlora_kit.memory.kernels import stand_ins
 from qlora_kit.memory.track import MemoryTracker, overall_peak
@@ -188,7 +188,7 @@ def test_dropout_inside_is_left():
 
 
 def test_eight_bits_with_outliers_are_left():
-    model = assembly.build_model(run_settings(bits=8), torch.device("meta"), small_config("llama"))
+    model = assembly.build_model(run_settings(bits=8, lean="off"), torch.device("meta"), small_config("llama"))
     outcome = mlp.put_on(model, LeanConfig())
     assert outcome.done == ""
     assert outcome.left.startswith("2 MLPs: 8 bits")
@@ -228,6 +228,27 @@ def test_the_last_layer_knows_that_a_tile_is_computed_anew_for_its_graph_only(fa
     assert not any(is_output_unread(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "phi"])
+def test_layers_that_run_their_factors_first_leave_the_last_product_out(family, monkeypatch):
+    """As under a checkpoint alone. (The forward pass of a tile, without gradients, calls the base itself.)"""
+    plain, model = adapted(family, checkpointing=True), adapted(family, checkpointing=True)
+    seen, product = [], linear.add_frozen_product
+    for lean in (plain, model):
+        linear.put_on(lean, LeanConfig())
+    last = {m.base_layer for n, m in model.named_modules() if n.endswith(tuple(f"mlp.{n}" for n in mlp.LAST.values()))}
+
+    def counted(branch, x, base):
+        seen.append(base)
+        product(branch, x, base)
+
+    monkeypatch.setattr(linear, "add_frozen_product", counted)
+    ours = loss_and_gradients(tiled(model), ids(2, 19))
+    assert len(last) == 2
+    assert seen
+    assert not last & set(seen)
+    torch.testing.assert_close(ours, loss_and_gradients(plain, ids(2, 19)), atol=1e-5, rtol=1e-4)
+
+
 def test_the_peak_falls_by_the_number_of_tiles():
     peaks = {n_tiles: peak_bytes(n_tiles, n_tokens=1024) for n_tiles in (1, 2, 4, 8)}
     assert peaks[1] > 100 * 1024 * 128 * 2, "the wide activations are most of it"
@@ -240,7 +261,7 @@ def peak_bytes(n_tiles, n_tokens):
     """The most bytes that the forward and the backward pass of a wide 4-bit MLP take on `meta`."""
     architecture = small_config("llama")
     architecture.intermediate_size = 8192
-    model = assembly.build_model(run_settings(bits=4, r=1), torch.device("meta"), architecture).train()
+    model = assembly.build_model(run_settings(bits=4, r=1, lean="off"), torch.device("meta"), architecture).train()
     x = torch.empty(1, n_tokens, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     tile_bytes = n_tokens // n_tiles * 8192 * 2
     with mock.patch.object(mlp, "WIDEST_BYTES", tile_bytes), MemoryTracker("meta", stand_ins=stand_ins()) as tracker:

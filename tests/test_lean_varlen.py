@@ -47,7 +47,7 @@ def adapted(family, dtype=torch.float32, checkpointing=False):
     """A tiny model in training mode whose factors are off zero; the same values in every dtype."""
     model = tiny_model(family, dtype=dtype)
     if checkpointing:
-        assembly._enable_checkpointing(model)
+        assembly.enable_checkpointing(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = adapters.inject(model, AdapterConfig(r=4))

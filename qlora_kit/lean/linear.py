@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.config import LeanConfig
 from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.unread import is_output_unread
 
 
 class LoraBranch(torch.autograd.Function):
@@ -220,7 +221,8 @@ def _train(layer: Any, x: torch.Tensor) -> torch.Tensor:
         layer.scaling[name],
         dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
     )
-    add_frozen_product(y, x_cast, base)
+    if not is_output_unread(layer):
+        add_frozen_product(y, x_cast, base)
     quantized = isinstance(base, (Linear4bit, Linear8bitLt))
     return y.to(x.dtype) if quantized else y  # as their own forward passes do
 
