@@ -43,6 +43,7 @@ LOSS_NOISE = 0.02  # a contender whose loss is off by more after the last step d
 CONTENDERS = ("stock", "lean", "lean-offload", "unsloth", "unsloth-offload")  # offload: also of the embedding
 CUDA_CASES = ("llama-3-8b:2x2048", "gpt2-large:8x1024")
 CPU_CASE = "gpt2-large:4x512"
+CPU_ABLATION_CASE = "gpt2:4x256"
 
 
 @dataclass(frozen=True)
@@ -352,14 +353,13 @@ def cpu_rows(case: Case, steps: int, warm_up: int, ablation: bool) -> list[dict[
             if LeanConfig(**off).resolved("cpu") != LeanConfig().resolved("cpu"):
                 runs[f"lean without {piece}"] = ("lean", case.config(optim="adamw", **off))
     live = {label: in_own_process(measure_live_bytes, name, config) for label, (name, config) in runs.items()}
-    timed = steps_in_turn({label: runs[label][1] for label in ("stock", "lean")}, steps, warm_up)
+    timed = steps_in_turn({label: config for label, (_, config) in runs.items()}, steps, warm_up)
     rows = []
     for label, found in live.items():
-        row = {"case": dataclasses.asdict(case), "contender": label, **found, **timed.get(label, {})}
-        if "live_bytes" in found:
+        row = {"case": dataclasses.asdict(case), "contender": label, **found, **timed[label]}
+        if "live_bytes" in found and "live_bytes" in live["stock"]:
             row["live_bytes_of_stock"] = found["live_bytes"] / live["stock"]["live_bytes"]
-        if label in timed:
-            row["tokens_per_s_of_stock"] = timed["stock"]["step_s"] / timed[label]["step_s"]
+        row["tokens_per_s_of_stock"] = timed["stock"]["step_s"] / timed[label]["step_s"]
         rows.append(_say(row))
     return judged(rows)
 
@@ -433,7 +433,9 @@ def main() -> int:
         "rows": rows,
     }
     if not on_gpu and args.cpu_case != "none":
-        result["cpu_rows"] = cpu_rows(Case.parse(args.cpu_case), args.cpu_steps, 1, args.ablation)
+        result["cpu_rows"] = cpu_rows(Case.parse(args.cpu_case), args.cpu_steps, 1, False)
+        if args.ablation:
+            result["cpu_rows"] += cpu_rows(Case.parse(CPU_ABLATION_CASE), 3 * args.cpu_steps, 2, True)
     file = write_result(args.name, result)
     write_text(file.with_suffix(".md"), markdown(json.loads(file.read_text(encoding="utf-8"))))
     print(f"on {device_name()}, written to {file.relative_to(RESULTS.parent)}, .md beside it")
