@@ -47,7 +47,7 @@ class LoraBranch(torch.autograd.Function):
     ) -> torch.Tensor:
         """The branch (..., N) of x (..., K), in the dtype of x."""
         # the kernel that dropout runs on CUDA too: PEFT's mask from the same random state
-        seen, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        seen, kept = torch.native_dropout(x, dropout, True) if dropout else (x, None)
         h_Mr = _scaled_product(_rows(seen), a_rK.to(x.dtype).T, scale)
         branch = x.new_empty((*x.shape[:-1], b_Nr.shape[0]))
         # the int8 product brings its own bias
@@ -56,7 +56,8 @@ class LoraBranch(torch.autograd.Function):
             torch.mm(h_Mr, b_Nr.to(x.dtype).T, out=_rows(branch))
         else:
             torch.addmm(bias_N.to(x.dtype), h_Mr, b_Nr.to(x.dtype).T, out=_rows(branch))
-        ctx.save_for_backward(x, h_Mr, a_rK, b_Nr, mask)
+        # the mask turned round, to fill with: on a CPU a product with it would make a copy in the dtype of x
+        ctx.save_for_backward(x, h_Mr, a_rK, b_Nr, None if kept is None else kept.logical_not_())
         ctx.base, ctx.scale = base, scale / (1 - dropout)
         return branch
 
@@ -64,12 +65,12 @@ class LoraBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
         """The gradients of x, A and B, each where it is needed."""
-        x, h_Mr, a_rK, b_Nr, mask = ctx.saved_tensors
+        x, h_Mr, a_rK, b_Nr, dropped = ctx.saved_tensors
         grad_MN = _rows(grad_y)
         grad_h_Mr = _scaled_product(grad_MN, b_Nr.to(x.dtype), ctx.scale)
         grad_a = grad_b = grad_x = None
         if ctx.needs_input_grad[1]:
-            seen = x if mask is None else x * mask  # the rest of the dropout is in the scale
+            seen = x if dropped is None else x.masked_fill(dropped, 0)  # the rest of the dropout is in the scale
             grad_a = (grad_h_Mr.T @ _rows(seen)).to(a_rK.dtype)
             del seen
         if ctx.needs_input_grad[2]:
@@ -78,10 +79,10 @@ class LoraBranch(torch.autograd.Function):
         del x  # a checkpoint's last reference: its memory is free for the gradient
         if ctx.needs_input_grad[0]:
             grad_MK = grad_MN @ frozen_weight(ctx.base, grad_MN.dtype)
-            if mask is None:
+            if dropped is None:
                 grad_MK.addmm_(grad_h_Mr, a_rK.to(grad_MK.dtype))
             else:
-                grad_MK.addcmul_(grad_h_Mr @ a_rK.to(grad_MK.dtype), _rows(mask))
+                grad_MK.add_((grad_h_Mr @ a_rK.to(grad_MK.dtype)).masked_fill_(_rows(dropped), 0))
             grad_x = grad_MK.view(shape)
         return grad_x, grad_a, grad_b, None, None, None
 

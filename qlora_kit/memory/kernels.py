@@ -57,13 +57,23 @@ def open_kernels() -> dict[Any, StandIn]:
         "optimizer_update_8bit_blockwise"
     )
     bnb = torch.ops.bitsandbytes
-    return {getattr(bnb, name).default: _opened for name in names.split() if hasattr(bnb, name)}
+    opened: dict[Any, StandIn] = {getattr(bnb, name).default: _opened for name in names.split() if hasattr(bnb, name)}
+    return {**opened, aten.native_dropout.default: _cpu_dropout}
 
 
 def _opened(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     backend = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     with tracker:
         return func.redispatch(backend, *args, **kwargs)
+
+
+def _cpu_dropout(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Fused dropout on a CPU multiplies by a copy of the mask in the input's dtype; on CUDA it has none."""
+    result = func(*args, **kwargs)
+    with tracker:
+        tracker.see(result, str(func))
+        tracker.label(torch.empty_like(args[0]), "workspaces")
+    return result
 
 
 def _scalar(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
