@@ -219,18 +219,18 @@ def measure_live_bytes(name: str, config: RunConfig) -> dict[str, Any]:
 
 
 def simulate_cuda(name: str, case: Case, config: RunConfig) -> dict[str, Any]:
-    """The peak of `torch.cuda.max_memory_allocated`, every layer simulated on `meta`."""
-    from qlora_kit import assembly
+    """The predicted peak of `torch.cuda.max_memory_allocated`: ours is planned, the stock step simulated likewise."""
     from qlora_kit.memory import rules
-    from qlora_kit.memory.plan import resolve_architecture
-    from qlora_kit.memory.simulate import Recipe, resolve_cuda_optim, simulate
+    from qlora_kit.memory.plan import plan, resolve_architecture
+    from qlora_kit.memory.simulate import Recipe, simulate
     from qlora_kit.memory.track import overall_peak
 
-    optim = "adamw" if name == "stock" else resolve_cuda_optim(config)
-    build = build_stock if name == "stock" else assembly.build_model
-    record = simulate(config, Recipe(case.tokens, optim), resolve_architecture(config), build=build)
-    peak = overall_peak(record.events)
-    library_bytes = 2 * rules.cublas_workspace_bytes(rules.DEFAULT_CAPABILITY)
+    if name != "stock":
+        planned = plan(config)
+        return {"peak_bytes": planned.peak_bytes, "phase": planned.phase, "components": planned.components}
+    recipe = Recipe(case.tokens, "adamw")
+    peak = overall_peak(simulate(config, recipe, resolve_architecture(config), build=build_stock).events)
+    library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
     return {"peak_bytes": peak.n_bytes + library_bytes, "phase": peak.region.phase, "components": peak.components}
 
 
@@ -327,7 +327,7 @@ def cuda_rows(case: Case, names: list[str], ablation: bool) -> list[dict[str, An
         elif name.startswith("unsloth"):
             found = {"status": "not yet measured: needs a GPU"}
         else:
-            found = in_own_process(simulate_cuda, name, case, config)
+            found = {"status": "ok", **simulate_cuda(name, case, config)}
         rows.append(_say({"case": dataclasses.asdict(case), "contender": label, **found}))
     return judged(rows) if torch.cuda.is_available() else rows
 
@@ -426,6 +426,7 @@ def main() -> int:
     unknown = sorted(set(names) - set(CONTENDERS))
     if unknown:
         parser.error(f"unknown contenders {', '.join(unknown)}: known are {', '.join(CONTENDERS)}")
+    _begin()
     rows = [row for text in args.cases.split(",") for row in cuda_rows(Case.parse(text), names, args.ablation)]
     on_gpu = torch.cuda.is_available()
     result: dict[str, Any] = {
