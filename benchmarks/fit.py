@@ -97,7 +97,8 @@ def longest_trained(model: str, r: int, cap_bytes: int, guess: int) -> int:
     low, high = 0, max(guess // FINEST_TOKENS, 1)
     while trains(high):
         low, high = high, high + max(high // 8, 1)
-    low = low or high // 2
+    if not low and trains(high // 2):
+        low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if trains(middle) else (low, middle)

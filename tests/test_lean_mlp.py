@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import weakref
 from unittest import mock
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_cases import settings as run_settings
 from memory_cases import small_config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit import adapters, assembly
 from qlora_kit.config import AdapterConfig, LeanConfig
@@ -296,3 +298,46 @@ def test_tiles_are_even_and_bounded(n_tokens, bytes_per_token):
     assert tile % 256 == 0
     assert (tile - 256) * bytes_per_token <= max(SIZES["WIDEST_BYTES"], 2 * 1024 * bytes_per_token)
     assert n_tiles * tile - n_tokens < n_tiles * 256
+
+
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "cohere2", "olmo",
+         "olmo2", "smollm3", "helium", "phi3", "glm", "glm4", "gpt2", "gpt_neox", "phi")  # fmt: skip
+
+
+def mlps_of(model_type, **fields):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    sizes |= {"vocab_size": 64, "num_key_value_heads": 2, "pad_token_id": None, **fields}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    return model, [m for m in model.modules() if type(m).__name__.lower().endswith("mlp")]
+
+
+def test_every_class_that_is_known_is_tested():
+    tested = {type(m).__name__ for kind in KINDS for m in mlps_of(kind)[1]}
+    assert tested == set(mlp.LAST)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_known_class_computes_what_it_did(kind, monkeypatch):
+    monkeypatch.setattr(mlp, "MIN_TILE_TOKENS", 4)
+    monkeypatch.setattr(mlp, "TILE_MULTIPLE", 1)
+    monkeypatch.setattr(mlp, "WIDEST_BYTES", 1)
+    model, [one] = mlps_of(kind)
+    assert "dropout(" not in inspect.getsource(type(one).forward).replace("self.dropout(", "")  # none without a module
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    expected = one.eval()(x)
+    assert mlp.put_on(model, LeanConfig()).done
+    torch.testing.assert_close(one(x), expected)
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 2}), ("seed_oss", {})])
+def test_a_class_that_does_more_is_left(kind, fields):
+    """Of the same layers, but with factors or a dropout in between."""
+    model, mlps = mlps_of(kind, **fields)
+    assert mlps
+    assert "is not known" in mlp.put_on(model, LeanConfig()).left

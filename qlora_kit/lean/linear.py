@@ -166,6 +166,8 @@ def put_on(model: Any, settings: LeanConfig) -> Outcome:
         if why:
             left[why] += 1
         else:
+            if isinstance(layer.base_layer, Linear4bit):
+                layer.base_layer.support_avx512bf16_for_cpu = False  # an evaluation would repack what we dequantize
             layer.__class__ = LORA_FIRST[type(layer)]
             n_done += 1
     done = f"{n_done} linear layers" if n_done else ""
@@ -200,6 +202,8 @@ def _why_always(layer: Any) -> str:
         return type(base).__name__
     if isinstance(base, Linear4bit) and getattr(base.weight, "quant_state", None) is None:
         return "weights not quantized yet"
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        return "weights repacked by an evaluation"
     if any(p.requires_grad for p in base.parameters()):
         return "the base trains"
     if "forward" in vars(base):

@@ -122,8 +122,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: torch.Tensor) -> Any:
         rows_N, gradient_ND, power_of_two = ctx.saved_tensors
         gradient_MD = gradient_ND.new_zeros(ctx.n_rows, gradient_ND.shape[1])
-        gradient_ND.mul_(loss_gradient * power_of_two)  # in place: autograd refuses a second pass over it
-        gradient_MD.index_copy_(0, rows_N, gradient_ND)
+        factor = loss_gradient * power_of_two
+        for chunk in _chunks(rows_N.shape[0], MAX_ROWS):  # in fp32: CUDA would first round the factor to 16 bits
+            gradient_CD = gradient_ND[chunk].float().mul_(factor)
+            gradient_MD.index_copy_(0, rows_N[chunk], gradient_CD.to(gradient_MD.dtype))
         return gradient_MD, None, None, None, None, None
 
 

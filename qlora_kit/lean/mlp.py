@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.config import LeanConfig
@@ -38,20 +39,38 @@ MIN_TILE_TOKENS = 1024
 TILE_MULTIPLE = 256
 """A tile is a multiple of so many tokens (but for the last one), as the tiles of a GPU's matrix products are."""
 
+GATED = (
+    "LlamaMLP",
+    "MistralMLP",
+    "Qwen2MLP",
+    "Qwen3MLP",
+    "GemmaMLP",
+    "Gemma2MLP",
+    "Gemma3MLP",
+    "GraniteMLP",
+    "CohereMLP",
+    "Cohere2MLP",
+    "OlmoMLP",
+    "Olmo2MLP",
+    "SmolLM3MLP",
+    "HeliumMLP",
+)
+"""Classes of transformers that compute down(act(gate(x)) · up(x)) and nothing else."""
+
 LAST = {
-    frozenset(("gate_proj", "up_proj", "down_proj", "act_fn")): "down_proj",
-    frozenset(("gate_up_proj", "down_proj", "activation_fn")): "down_proj",
-    frozenset(("c_fc", "c_proj", "act", "dropout")): "c_proj",
-    frozenset(("dense_h_to_4h", "dense_4h_to_h", "act")): "dense_4h_to_h",
-    frozenset(("fc1", "fc2", "activation_fn")): "fc2",
+    **dict.fromkeys((*GATED, "Phi3MLP", "GlmMLP", "Glm4MLP"), "down_proj"),
+    "GPT2MLP": "c_proj",
+    "GPTNeoXMLP": "dense_4h_to_h",
+    "PhiMLP": "fc2",
 }
-"""The names of the layers of an MLP, by which it is known, and which of them gives its output (but for a dropout).
-All of these work on each token by itself."""
+"""The classes of transformers that work on each token by itself, and which layer gives the output (but for GPT-2's
+dropout). Others of the same layers clamp, scale or drop in between, so a class is known by its name alone."""
 
 
 def put_on(model: Any, settings: LeanConfig) -> Outcome:
     """Let each MLP of `model` run on tiles of tokens; those that a tile would change are left."""
-    mlps = [module for module in model.modules() if _layer_names(module) in LAST]
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    mlps = [m for block in blocks for m in block.modules() if type(m).__name__.lower().endswith("mlp")]
     if not mlps:
         return Outcome(left="no MLP as a module of its own in this model")
     reasons = [_reason_to_leave(mlp) for mlp in mlps]
@@ -64,11 +83,10 @@ def put_on(model: Any, settings: LeanConfig) -> Outcome:
     return Outcome(done=done, left=left)
 
 
-def _layer_names(module: nn.Module) -> frozenset[str]:
-    return frozenset(name for name, _ in module.named_children())
-
-
 def _reason_to_leave(mlp: nn.Module) -> str:
+    kind = type(mlp)
+    if kind.__name__ not in LAST or not kind.__module__.startswith("transformers.models."):
+        return f"{kind.__name__} is not known"
     last = getattr(mlp, "dropout", None)
     for module in mlp.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module is not last:
@@ -92,12 +110,14 @@ def tile_tokens(n_tokens: int, bytes_per_token: int) -> int:
 
 def _tiled_class(mlp: nn.Module) -> type[nn.Module]:
     kind = type(mlp)
-    bases = (_Tiled, _Gated, kind) if hasattr(mlp, "gate_proj") else (_Tiled, kind)
-    return type(f"Tiled{kind.__name__}", bases, {})
+    bases = (_Tiled, _Gated, kind) if kind.__name__ in GATED else (_Tiled, kind)
+    return type(f"Tiled{kind.__name__}", bases, {"last_layer": LAST[kind.__name__]})
 
 
 class _Tiled(nn.Module):
     """Before the class of an MLP: runs it as that class does, from (…, D) to (…, D), tile by tile for many tokens."""
+
+    last_layer: str
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The MLP of `x`, (…, D)."""
@@ -109,7 +129,7 @@ class _Tiled(nn.Module):
         dropout = getattr(self, "dropout", None)
         share = dropout.p if dropout is not None and dropout.training else 0.0
         inside = whole if dropout is None else functools.partial(_before_dropout, self)
-        call = _Call(inside, getattr(self, LAST[_layer_names(self)]), tile, share, _like_now(x.device.type))
+        call = _Call(inside, self.get_submodule(self.last_layer), tile, share, _like_now(x.device.type))
         mask = _draw(x, share) if share else None
         parameters = [p for p in self.parameters() if p.requires_grad]
         kept = _KeepInput.apply(call, x, mask, *parameters)  # type: ignore[no-untyped-call]

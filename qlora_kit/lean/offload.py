@@ -6,7 +6,7 @@ of half a block) to the host while the device goes on, and asks for it again one
 On the device there are, beside what runs: in the forward pass the input kept last, until the next one comes; in the
 backward pass the input in use and the one that is on its way for the checkpoint before it. The copies run on a stream
 of their own. What they read or write is freed only after the device was told to wait for them, so memory is reused in
-the order of the device's work, and neither side ever waits for the other. The input kept last of all is still
+the order of the device's work, and the host never waits. The input kept last of all is still
 there when the backward pass begins, and does not come back.
 """
 
