@@ -51,8 +51,8 @@ def plan_run(config: RunConfig, device: torch.device, longest_tokens: int) -> Pr
     """
     from qlora_kit.memory import fit
     from qlora_kit.memory.baselines import BASELINES as KNOWN
-    from qlora_kit.memory.baselines import baseline_plan
-    from qlora_kit.memory.plan import plan
+    from qlora_kit.memory.baselines import possible_plan
+    from qlora_kit.memory.plan import CannotPlanError, plan
 
     rows = -(-longest_tokens // MULTIPLE) * MULTIPLE
     shown = min(rows, config.data.seq_len or rows)
@@ -63,9 +63,10 @@ def plan_run(config: RunConfig, device: torch.device, longest_tokens: int) -> Pr
         if budget is not None and planned.device_bytes > budget.n_bytes and config.lean.offload_embedding == "auto":
             config = fit.with_settings(config, {"offload_embedding": "on"})
             planned = plan(config, gpu=gpu)
-        baselines = {b.name: baseline_plan(config, b, gpu=gpu) for b in KNOWN if b.name in BASELINES}
-    except RuntimeError as error:  # an operator of the architecture that has no meta kernel
-        return Preflight(None, config.lean, reason=(str(error).splitlines() or ["unknown"])[0])
+        possible = ((b.name, possible_plan(config, b, gpu=gpu)) for b in KNOWN if b.name in BASELINES)
+        baselines = {name: found for name, found in possible if found is not None}
+    except CannotPlanError as error:
+        return Preflight(None, config.lean, reason=error.reason)
     if budget is not None and planned.device_bytes > budget.n_bytes:
         raise _too_large(config, gpu, budget, planned)
     return Preflight(planned, config.lean, baselines)

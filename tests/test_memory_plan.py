@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory_cases import cpu_optimizer, nothing_collected, real_batch, small_config
+from transformers import AutoConfig
 
-from qlora_kit import assembly, base
+from qlora_kit import assembly, base, preflight
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.memory import kernels, rules
 from qlora_kit.memory import simulate as simulation
 from qlora_kit.memory.baselines import BASELINES, baseline_plan
 from qlora_kit.memory.extrapolate import NotEvenError, extrapolate
-from qlora_kit.memory.plan import plan, resolve_tokens, with_layers
+from qlora_kit.memory.plan import CannotPlanError, plan, resolve_tokens, with_layers
 from qlora_kit.memory.simulate import Recipe, run_step, simulate
 from qlora_kit.memory.track import MemoryTracker, Region, overall_peak, peaks_by_region
 
@@ -395,3 +397,59 @@ def test_a_plan_of_70b_takes_seconds():
     assert time.process_time() - start_s < 5
     assert planned.layers == 80
     assert 34e9 < planned.peak_bytes < 45e9
+
+
+JAMBA = {
+    "num_key_value_heads": 2,
+    "num_experts": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 320,
+}
+
+
+def odd_model(folder, model_type, **fields):
+    AutoConfig.for_model(model_type, **fields).to_json_file(folder / f"{model_type}.json")
+    return str(folder / f"{model_type}.json")
+
+
+def test_a_model_that_does_not_run_on_meta_is_one_error_and_a_run_goes_on_without_a_plan(tmp_path):
+    config = run(odd_model(tmp_path, "jamba", **TINY, **JAMBA))
+    with pytest.raises(CannotPlanError, match=r"--model = .*jamba.json.*cannot be planned") as caught:
+        plan(config)
+    planned = preflight.plan_run(config, CPU, 64)
+    assert (planned.plan, planned.reason) == (None, caught.value.reason)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320}), "--targets.*out_proj.*x_proj"),
+        (("llama", {**TINY, "num_hidden_layers": 0}), "--targets.*no linear layer"),
+        (("openai-gpt", {"n_embd": 64, "n_layer": 2, "n_head": 4}), "--no-gradient-checkpointing"),
+    ],
+    ids=["mamba", "no layers", "openai-gpt"],
+)
+def test_what_the_trainer_would_refuse_is_refused_with_a_remedy(tmp_path, model, message):
+    """By the run as well, which would end there: it is no model that merely cannot be planned."""
+    config = run(odd_model(tmp_path, model[0], **model[1]))
+    for refused in (lambda: plan(config), lambda: preflight.plan_run(config, CPU, 64)):
+        with pytest.raises(UserError, match=re.compile(message, re.DOTALL)) as caught:
+            refused()
+        assert not isinstance(caught.value, CannotPlanError)
+
+
+def test_a_model_whose_blocks_cannot_be_checkpointed_is_planned_without(tmp_path):
+    model = odd_model(tmp_path, "openai-gpt", n_embd=64, n_layer=2, n_head=4, n_positions=128, vocab_size=320)
+    config = run(model, gradient_checkpointing=False)
+    assert plan(config).exact
+    assert preflight.plan_run(config, CPU, 64).baselines.keys() == {"full32", "lora16"}

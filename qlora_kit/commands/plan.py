@@ -141,8 +141,8 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
-    """The baselines with the run's own checkpointing, then with the other."""
-    from qlora_kit.memory.baselines import BASELINES, baseline_plan
+    """The baselines that the model and the GPU can run, with the run's own checkpointing, then with the other."""
+    from qlora_kit.memory.baselines import BASELINES, possible_plan
     from qlora_kit.memory.report import Compared
 
     if not request.baselines:
@@ -153,10 +153,11 @@ def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
             baseline,
             checkpointing,
             checkpointing == own and baseline.name in DEFAULT_BASELINES,
-            baseline_plan(config, baseline, checkpointing=checkpointing, gpu=request.gpu),
+            found,
         )
         for checkpointing in (own, not own)
         for baseline in BASELINES
+        if (found := possible_plan(config, baseline, checkpointing=checkpointing, gpu=request.gpu)) is not None
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from qlora_kit.config import LeanConfig, RunConfig
+from qlora_kit.errors import UserError
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan
 
@@ -47,3 +48,13 @@ def baseline_plan(
     model = dataclasses.replace(config.base, bits=baseline.bits, full=baseline.full)
     stock = dataclasses.replace(config, base=model, optim=optim, lean=LeanConfig(lean="off"))
     return plan(stock, gpu=gpu, autocast=baseline.autocast)
+
+
+def possible_plan(
+    config: RunConfig, baseline: Baseline, *, checkpointing: bool | None = None, gpu: rules.Gpu | None = None
+) -> MemoryPlan | None:
+    """The same of a `config` that was planned already; None where its model or the GPU cannot run this baseline."""
+    try:
+        return baseline_plan(config, baseline, checkpointing=checkpointing, gpu=gpu)
+    except UserError:
+        return None

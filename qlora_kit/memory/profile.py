@@ -19,7 +19,7 @@ from qlora_kit import runs
 from qlora_kit.config import RunConfig
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.memory import rules
-from qlora_kit.memory.plan import MemoryPlan, plan, resolve_architecture
+from qlora_kit.memory.plan import CannotPlanError, MemoryPlan, failures_named, plan, resolve_architecture
 from qlora_kit.memory.profile_cpu import BatchShape, CpuTracker, mark_clipping, predict
 from qlora_kit.memory.profile_cuda import CudaTracker
 from qlora_kit.memory.profile_result import Measured, MemoryProfile, Prediction
@@ -187,7 +187,15 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             predicted=self._predict(largest) if self.predicts else None,
         )
 
-    def _predict(self, largest: BatchShape) -> Prediction:
+    def _predict(self, largest: BatchShape) -> Prediction | None:
+        """What the measured steps should have taken; None for a model that cannot be planned."""
+        try:
+            with failures_named(self.config):
+                return self._prediction(largest)
+        except CannotPlanError:
+            return None
+
+    def _prediction(self, largest: BatchShape) -> Prediction:
         """The plan of the steps that were measured: of this GPU, or on a CPU of what a CPU allocates."""
         if self.device.type == "cuda":
             optim = dataclasses.replace(self.config.optim, batch_size=largest.rows)
