@@ -72,7 +72,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     planned = None
     if config.preflight:
         with say.status("planning the memory"):
-            planned = preflight.plan_run(config, device, min(inputs.seq_len, inputs.report.length_max))
+            planned = preflight.plan_run(config, device, inputs.longest_row)
         config = dataclasses.replace(config, lean=planned.lean)
     with say.status(f"loading {config.base.model}"):
         model = build_model(config, device)

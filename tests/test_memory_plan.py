@@ -453,3 +453,42 @@ def test_a_model_whose_blocks_cannot_be_checkpointed_is_planned_without(tmp_path
     config = run(model, gradient_checkpointing=False)
     assert plan(config).exact
     assert preflight.plan_run(config, CPU, 64).baselines.keys() == {"full32", "lora16"}
+
+
+SPARSE = {**TINY, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+HYBRIDS = {
+    "deepseek_v3": {
+        "num_hidden_layers": 5,
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+    "qwen3_next": {
+        "num_hidden_layers": 5,
+        "num_experts": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # PEFT's, about patterns of its own
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_experts_and_hybrids_are_run_whole(tmp_path, family):
+    """PEFT's layers for experts switch autocast off, which torch refuses on `meta`."""
+    stock = torch.autocast
+    planned = plan(run(odd_model(tmp_path, family, **{**SPARSE, **HYBRIDS[family]})))
+    assert planned.exact
+    assert sum(planned.components.values()) == planned.peak_bytes
+    assert torch.autocast is stock

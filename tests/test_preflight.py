@@ -65,6 +65,14 @@ def test_a_plan_changes_nothing_of_the_run(config):
     assert not (plain.folder / "plan.json").exists()
 
 
+@pytest.mark.parametrize(("pack", "planned_tokens"), [(True, 64), (False, 8)])
+def test_packed_rows_are_planned_full(config, pack, planned_tokens):
+    """Packed, several of the short examples (8 tokens with padding) share a row of 64."""
+    settings = dataclasses.replace(config.data, seq_len=64, pack=pack)
+    result = train(dataclasses.replace(config, data=settings), Console(file=io.StringIO()))
+    assert json.loads((result.folder / "plan.json").read_text())["seq_len"] == planned_tokens
+
+
 def test_the_plan_is_for_the_longest_row_and_not_for_more():
     config = RunConfig(base=BaseConfig(model="gpt2", weights="random"))
     short = preflight.plan_run(config, CPU, 13)

@@ -250,7 +250,7 @@ def _without_kernels(optimizer: Any, paged: list[torch.Tensor], page_from: int, 
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Keep the caller's random state, and what bitsandbytes keeps for the whole process."""
+    """Keep the caller's random state, what bitsandbytes keeps for the whole process, and torch's autocast."""
     from bitsandbytes import functional
     from bitsandbytes.optim import GlobalOptimManager
 
@@ -259,7 +259,7 @@ def nothing_left_behind() -> Iterator[None]:
     overrides = dict(manager.pid2config)
     collects = gc.isenabled()
     gc.disable()  # a collection takes longer than the step; what dies, dies by its count of references
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _no_autocast_on_meta():
         try:
             yield
         finally:
@@ -268,6 +268,21 @@ def nothing_left_behind() -> Iterator[None]:
             functional.name2qmap.clear()
             functional.name2qmap.update(tables)
             manager.pid2config = overrides
+
+
+@contextmanager
+def _no_autocast_on_meta() -> Iterator[None]:
+    """Meanwhile `torch.autocast("meta")` does nothing: torch refuses it, and PEFT's experts switch it off."""
+    stock: Any = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if device_type == "meta" else stock(device_type, *args, **kwargs)
+
+    torch.autocast = autocast  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.autocast = stock  # type: ignore[misc]
 
 
 def resolve_cuda_optim(config: RunConfig) -> str:
