@@ -21,7 +21,7 @@ from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.memory import kernels, rules
 from qlora_kit.memory import simulate as simulation
-from qlora_kit.memory.baselines import BASELINES, baseline_plan
+from qlora_kit.memory.baselines import BASELINES, baseline_plan, possible_plan
 from qlora_kit.memory.extrapolate import NotEvenError, extrapolate
 from qlora_kit.memory.plan import CannotPlanError, plan, resolve_tokens, with_layers
 from qlora_kit.memory.simulate import Recipe, run_step, simulate
@@ -452,7 +452,7 @@ def test_a_model_whose_blocks_cannot_be_checkpointed_is_planned_without(tmp_path
     model = odd_model(tmp_path, "openai-gpt", n_embd=64, n_layer=2, n_head=4, n_positions=128, vocab_size=320)
     config = run(model, gradient_checkpointing=False)
     assert plan(config).exact
-    assert preflight.plan_run(config, CPU, 64).baselines.keys() == {"full32", "lora16"}
+    assert preflight.plan_run(config, CPU, 64).baselines.keys() == {b.said for b in BASELINES if b.default}
 
 
 SPARSE = {**TINY, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -492,3 +492,34 @@ def test_experts_and_hybrids_are_run_whole(tmp_path, family):
     assert planned.exact
     assert sum(planned.components.values()) == planned.peak_bytes
     assert torch.autocast is stock
+
+
+def dtypes_of(model):
+    return {p.dtype for p in model.parameters() if p.is_floating_point()}
+
+
+def test_a_gpu_without_bf16_runs_in_fp16_as_the_trainer_does_there(tmp_path):
+    """Factors in fp32, the step under fp16 autocast; no full fine-tuning of 16-bit weights."""
+    config, t4 = run(config_file(tmp_path, "llama", 2), r=64), rules.find_gpu("t4")
+    with base.planned_for(has_bf16=False):
+        model = assembly.build_model(config, META)
+        adapters = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+        assert (dtypes_of(model), adapters) == ({torch.float16, torch.float32}, {torch.float32})
+    assert dtypes_of(assembly.build_model(config, META)) == {torch.bfloat16}
+    a100, here = (plan(config, gpu=gpu).phases["clip"].components for gpu in (None, t4))
+    assert here["adapters"] == 2 * a100["adapters"]
+    with pytest.raises(UserError, match="without bf16"):
+        plan(run(config.base.model, bits=16, full=True), gpu=t4)
+    recipes = {b.name: b.on(t4).recipe for b in BASELINES}
+    assert "fp32 under fp16 autocast" in recipes["full32"]
+    assert not any("bf16" in recipe for recipe in recipes.values())
+
+
+def test_a_gpu_without_bf16_is_compared_with_what_it_can_run(tmp_path):
+    config, t4 = run(config_file(tmp_path, "llama", 2)), rules.find_gpu("t4")
+    assert [possible_plan(config, b, gpu=t4) is None for b in BASELINES] == [False, False, True]
+    on_t4, on_a100 = (simulate(config, Recipe(64, "adamw", capability=c)) for c in ((7, 5), (8, 0)))
+    attended = "aten._scaled_dot_product_efficient_attention.default"
+    seen = {e.storage.n_bytes for e in on_t4.events if e.storage.operation == attended}
+    assert attended not in {e.storage.operation for e in on_a100.events}
+    assert 2 * 2 * 64 * 4 * 32 in seen  # batch, tokens, heads, features of two bytes

@@ -39,8 +39,8 @@ def test_the_plan_is_recorded_and_said_beside_the_baselines(config):
     assert sum(recorded["components"].values()) == recorded["peak_bytes"] > 0
     last = said.getvalue().strip().splitlines()[-1]
     assert "predicted, not measured" in last
-    assert "full fine-tuning would take" in last
-    assert "16-bit LoRA would take" in last
+    assert "full fine-tuning (fp32 weights, bf16 autocast, AdamW) would take" in last
+    assert "16-bit LoRA (bf16 base, AdamW) would take" in last
 
 
 def test_a_profiled_run_shows_predicted_beside_measured_and_trains_the_same(config):

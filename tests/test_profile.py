@@ -19,6 +19,7 @@ from memory_cases import (
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
+from qlora_kit.memory.baselines import BASELINES
 from qlora_kit.memory.plan import MemoryPlan, plan
 from qlora_kit.memory.profile import Profiler, save_profile, summary_line
 from qlora_kit.memory.profile_picture import draw_profile
@@ -218,23 +219,25 @@ def taking(plan, n_bytes):
 
 
 def test_the_last_line_says_what_was_saved_and_what_is_only_predicted(planned):
-    line = summary_line(None, taking(planned, GIB), {"full32": taking(planned, 4 * GIB)}, measured_bytes=2 * GIB)
+    line = summary_line(
+        None, taking(planned, GIB), {BASELINES[1].said: taking(planned, 4 * GIB)}, measured_bytes=2 * GIB
+    )
     assert line == (
         "memory: peak 2.00 GiB measured (predicted 1.00 GiB); "
-        "full fine-tuning would take 4.00 GiB (predicted): saves 50%"
+        "full fine-tuning (fp32 weights, bf16 autocast, AdamW) would take 4.00 GiB (predicted): saves 50%"
     )
 
 
 def test_a_negative_saving_is_reported_as_such(planned):
-    line = summary_line(None, taking(planned, 3 * GIB), {"lora16": taking(planned, 2 * GIB)})
+    line = summary_line(None, taking(planned, 3 * GIB), {BASELINES[0].said: taking(planned, 2 * GIB)})
     assert line == (
         "memory on a GPU: peak 3.00 GiB predicted, not measured; "
-        "16-bit LoRA would take 2.00 GiB (predicted): saves nothing, takes 50% more"
+        "16-bit LoRA (bf16 base, AdamW) would take 2.00 GiB (predicted): saves nothing, takes 50% more"
     )
 
 
 def test_a_cpus_figure_is_not_compared_with_a_gpus(planned, profile):
-    line = summary_line(profile, taking(planned, GIB), {"lora16": taking(planned, 2 * GIB)})
+    line = summary_line(profile, taking(planned, GIB), {BASELINES[0].said: taking(planned, 2 * GIB)})
     assert "saves 50%" in line
     assert line.endswith("of live tensors were measured")
     assert "predicted, not measured" in line

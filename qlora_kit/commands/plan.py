@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from qlora_kit.memory.report import Compared, PlanReport
 
 WIDTH = 118  # columns where the output is no terminal
-DEFAULT_BASELINES = ("lora16", "full32")  # what one would otherwise run: PEFT on a bf16 base, Trainer with bf16=True
 DEVICE = "device"  # what `--fit` calls the free memory of the CUDA device present
 
 T = TypeVar("T")
@@ -150,9 +149,9 @@ def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
     own = config.optim.gradient_checkpointing
     return tuple(
         Compared(
-            baseline,
+            baseline.on(request.gpu),
             checkpointing,
-            checkpointing == own and baseline.name in DEFAULT_BASELINES,
+            checkpointing == own and baseline.default,
             found,
         )
         for checkpointing in (own, not own)

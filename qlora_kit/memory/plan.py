@@ -92,8 +92,8 @@ def plan(config: RunConfig, *, exact: bool = False, gpu: rules.Gpu | None = None
     """Predict the memory of the run `config` on `gpu` (by default one of compute capability 8), without one.
 
     Nothing is downloaded but, for a hub model, its config.json. Layers that are all equal are simulated three and
-    four deep and extrapolated, unless `exact`. `autocast` plans fp32 weights under bf16 autocast, as transformers'
-    Trainer runs with `bf16=True` (a baseline: this toolkit does not train so). Raises `UserError`, and of its kind
+    four deep and extrapolated, unless `exact`. `autocast` plans fp32 weights under autocast, as transformers' Trainer
+    runs with `bf16=True` (a baseline: this toolkit does not train so). Raises `UserError`, and of its kind
     `CannotPlanError` for a model that does not run on `meta`.
     """
     architecture = resolve_architecture(config)

@@ -28,11 +28,6 @@ from qlora_kit.progress import human_bytes
 
 PROFILE_FILE = "profile.json"
 STEPS = 3  # optimizer states are born in the first, so that the second already shows the peak
-BASELINE_NAMES = {
-    "full32": "full fine-tuning",
-    "full16": "full fine-tuning in bf16",
-    "lora16": "16-bit LoRA",
-}
 
 
 class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -231,7 +226,7 @@ def summary_line(
 ) -> str:
     """The line at the end of a run: its peak on a GPU, and what the baselines would have taken there.
 
-    `baselines` is by the names in `baselines.BASELINES`. `measured_bytes` is CUDA's own count for the whole run,
+    `baselines` is by what they are called, their recipe with it. `measured_bytes` is CUDA's own count for the whole run,
     which needs no profile; a CPU's figure is said besides, and never compared with a GPU's.
     """
     on_cuda = profile is not None and profile.counters
@@ -249,5 +244,5 @@ def summary_line(
 
 def _against(peak_bytes: int, name: str, baseline_bytes: int) -> str:
     saved = 1 - peak_bytes / baseline_bytes
-    what = f"{BASELINE_NAMES.get(name, name)} would take {human_bytes(baseline_bytes)} (predicted)"
+    what = f"{name} would take {human_bytes(baseline_bytes)} (predicted)"
     return f"{what}: saves {saved:.0%}" if saved >= 0 else f"{what}: saves nothing, takes {-saved:.0%} more"

@@ -72,6 +72,12 @@ GPUS = {
 """Nominal sizes: a device at hand tells its own."""
 
 DEFAULT_CAPABILITY = (8, 0)
+BF16_CAPABILITY = (8, 0)
+
+
+def has_bf16(capability: tuple[int, int]) -> bool:
+    """Whether a GPU computes in bf16; where it does not, runs are in fp16. Source: `torch.cuda.is_bf16_supported`."""
+    return capability >= BF16_CAPABILITY
 
 
 def find_gpu(name: str) -> Gpu:
