@@ -328,6 +328,19 @@ def test_a_gpu_decides_the_workspaces_and_the_way_of_attention(tmp_path):
         rules.find_gpu("rtx3061")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the GPU is asked")
+@pytest.mark.parametrize(("gpu", "mib"), [("t4", 8.125), ("rtx4090", 8.125), ("h100", 32), ("rtx5090", 32)])
+def test_cublas_takes_more_from_hopper_on(gpu, mib):
+    assert rules.cublas_workspace_bytes(rules.find_gpu(gpu).capability) == mib * rules.MIB
+
+
+@pytest.mark.gpu
+def test_torch_is_asked_what_cublas_takes_on_the_gpu_at_hand():
+    asks = hasattr(torch.backends.cuda, "cublas_workspace_size")
+    found = rules.cublas_workspace_bytes(torch.cuda.get_device_capability())
+    assert found == torch.backends.cuda.cublas_workspace_size() if asks else found > 0
+
+
 def test_flash_attentions_backward_buffers():
     same_heads = rules.flash_backward_bytes((2, 4, 100, 40), (2, 4, 100, 40), 2)
     assert same_heads == (4 * 2 * 4 * 128 * 64, 4 * 2 * 4 * 128)

@@ -226,8 +226,8 @@ def summary_line(
 ) -> str:
     """The line at the end of a run: its peak on a GPU, and what the baselines would have taken there.
 
-    `baselines` is by what they are called, their recipe with it. `measured_bytes` is CUDA's own count for the whole run,
-    which needs no profile; a CPU's figure is said besides, and never compared with a GPU's.
+    `baselines` is by what they are called, their recipe with it. `measured_bytes` is CUDA's own count for the whole
+    run, which needs no profile; a CPU's figure is said besides, and never compared with a GPU's.
     """
     on_cuda = profile is not None and profile.counters
     measured = max(measured_bytes or 0, profile.peak_bytes if profile is not None and on_cuda else 0)
