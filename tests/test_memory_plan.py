@@ -85,6 +85,11 @@ def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
         {"dropout": 0.1, "grad_accum": 2},
         {"optim": "paged_adamw_32bit", "r": 64},
         {"pack": True},
+        {"lean": "off"},
+        {"half_blocks": "off"},
+        {"offload_activations": "off"},
+        {"offload_activations": "off", "half_blocks": "on"},
+        {"offload_embedding": "on", "flat_buffer": False},
     ],
     ids=str,
 )
@@ -93,6 +98,19 @@ def test_extrapolation_is_exact_for_every_switch(tmp_path, changes):
     shallow, whole = plan(config), plan(config, exact=True)
     assert not shallow.exact
     assert same(shallow, whole)
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("gemma2", ["sliding", "full"] * 6), ("qwen2", ["full", "full", "sliding"] * 5)]
+)
+def test_groups_of_layers_that_repeat_are_extrapolated(tmp_path, family, kinds):
+    """Every kind has its own attention: rows of 64 tokens are longer than the window of 16."""
+    fields = {"layer_types": [f"{kind}_attention" for kind in kinds], **WINDOW}
+    config = run(config_file(tmp_path, family, len(kinds), **fields), r=16)
+    shallow, whole = plan(config), plan(config, exact=True)
+    assert (shallow.exact, whole.exact) == (False, True)
+    assert same(shallow, whole)
+    assert (shallow.n_parameters, shallow.n_trainable) == (whole.n_parameters, whole.n_trainable)
 
 
 def test_layers_that_differ_are_run_whole(tmp_path):

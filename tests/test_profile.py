@@ -9,6 +9,7 @@ import torch
 from memory_cases import (
     BATCH,
     TOKENS,
+    collated_batch,
     cpu_optimizer,
     nothing_collected,
     profiled_peak,
@@ -181,6 +182,29 @@ def test_padding_is_predicted_too(monkeypatch):
     profile = profiled(run, monkeypatch)
     assert profile.padded
     assert abs(profile.error) < 0.005
+
+
+LEAN_QLORA = {"bits": 4, "adapter_dtype": "bf16"}
+PREDICTED = [(family, kind, {}) for family in ("gpt2", "llama") for kind in ("plain", "padded", "packed")]
+PREDICTED += [("opt", "packed", {}), ("gpt_neox", "packed", {}), ("opt", "padded", {}), ("gpt_neox", "plain", {})]
+PREDICTED += [
+    ("llama", "packed", {"varlen": False}),
+    ("gpt2", "packed", {"lean": "off"}),
+    ("llama", "plain", {"half_blocks": "on"}),
+    ("gpt2", "plain", {"dropout": 0.1}),
+    ("llama", "plain", {"optim": "adamw_8bit"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "kind", "changes"), PREDICTED, ids=str)
+def test_the_lean_step_takes_what_was_predicted(family, kind, changes, monkeypatch):
+    """Of the batch that the run makes. Not so at 8 bits: `meta` allocates there as CUDA's kernels do, not a CPU's."""
+    run = Run(settings(pack=kind == "packed", **{**LEAN_QLORA, **changes}), family)
+    run.batches = [collated_batch(kind, run.model)]
+    profile = profiled(run, monkeypatch)
+    assert abs(profile.error) < 0.005
+    assert profile.padded == (kind == "padded")
 
 
 def test_json_gives_the_profile_back(profile, tmp_path):

@@ -153,7 +153,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         padded = mask is not None and mask.dim() == 2 and not bool(mask.all())
         labels = kwargs.get("labels")
         supervised = None if labels is None else int((labels[:, 1:] != IGNORED).sum())
-        self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded, supervised))
+        batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+        batch = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+        self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded, supervised, batch))
 
     def _profile(self, measured: Measured) -> MemoryProfile:
         largest = max((s for shapes in self.shapes for s in shapes), key=lambda s: s.rows * s.tokens)
