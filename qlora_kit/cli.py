@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
+from qlora_kit import quiet
 from qlora_kit.config import RunConfig, default_of, read_settings_file, settings
 from qlora_kit.errors import UserError
 
@@ -76,22 +78,33 @@ COMMANDS = {
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `qlora-kit`; exits with 2 on a mistake that the user can mend."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        _print_commands()
-        sys.exit(0 if args else EXIT_USER_ERROR)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        _dispatch(args[0], args[1:])
+        _run(args)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        sys.exit(EXIT_BROKEN_PIPE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _run(args: list[str]) -> None:
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            _print_commands()
+            sys.exit(0 if args else EXIT_USER_ERROR)
+        _dispatch(args[0], args[1:])
+    finally:
+        sys.stdout.flush()  # while a closed pipe can still be answered
 
 
 def _terminate(*_: object) -> None:
@@ -116,6 +129,7 @@ def _dispatch(name: str, args: list[str]) -> None:
         reads = command.flags[key].read
         given[key] = value if reads is None else reads(value)
     config = _run_config(flags)
+    quiet.quiet_libraries()  # the command's module may import them
     module, function = command.door.split(":")
     getattr(importlib.import_module(f"qlora_kit.commands.{module}"), function)(config, **given)
 

@@ -44,10 +44,10 @@ class Preflight:
         return summary_line(profile, self.plan, self.baselines, measured_bytes)
 
 
-def plan_run(config: RunConfig, device: torch.device, longest_tokens: int) -> Preflight:
+def plan_run(config: RunConfig, device: torch.device, longest_tokens: int, *, checks: bool = True) -> Preflight:
     """Plan the run with rows of `longest_tokens`, and its baselines; on CUDA check that it fits what is free.
 
-    Raises `UserError` for a run that does not fit, with the remedies ranked.
+    Raises `UserError` for a run that does not fit, with the remedies ranked; without `checks` it only plans.
     """
     from qlora_kit.memory import fit
     from qlora_kit.memory.baselines import BASELINES, possible_plan
@@ -57,6 +57,7 @@ def plan_run(config: RunConfig, device: torch.device, longest_tokens: int) -> Pr
     shown = min(rows, config.data.seq_len or rows)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=shown))
     gpu, budget = fit.present_device() if device.type == "cuda" else (None, None)
+    budget = budget if checks else None
     try:
         planned = plan(config, gpu=gpu)
         if budget is not None and planned.device_bytes > budget.n_bytes and config.lean.offload_embedding == "auto":

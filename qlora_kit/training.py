@@ -225,6 +225,8 @@ def _run(
     _save(folder, trainer, inputs, record, result)
     for line in narration.closing(dataclasses.asdict(result)):
         say_line(say, line)
+    if planned is None and profile is not None:
+        planned = preflight.plan_run(config, device, inputs.longest_row, checks=False)
     if planned is not None:
         say_line(say, planned.closing_line(result.peak_bytes if device.type == "cuda" else None, profile))
     return result

@@ -57,6 +57,14 @@ def test_a_profiled_run_shows_predicted_beside_measured_and_trains_the_same(conf
     assert not (plain.folder / "profile.json").exists()
 
 
+def test_a_profiled_run_ends_with_what_was_saved_even_without_preflight(config):
+    said = io.StringIO()
+    train(dataclasses.replace(config, preflight=False, profile=True), Console(file=said, width=300))
+    last = said.getvalue().strip().splitlines()[-1]
+    assert "full fine-tuning (fp32 weights" in last
+    assert last.endswith("of live tensors were measured")
+
+
 def test_a_plan_changes_nothing_of_the_run(config):
     planned = train(config, Console(file=io.StringIO()))
     plain = train(dataclasses.replace(config, preflight=False, out=config.out + "2"), Console(file=io.StringIO()))

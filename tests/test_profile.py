@@ -273,11 +273,12 @@ def test_the_command_trains_a_few_steps_and_writes_what_they_took(tmp_path, caps
 
     out = tmp_path / "profiled"
     config = RunConfig.from_flat({"model": "demo", "out": str(out), "batch_size": 2, "device": "cpu"})
-    profile = run(config, steps=2)
+    profile = run(config, steps=2, snapshot=True)
     assert {p.name for p in out.iterdir()} == {"run.json", "metrics.jsonl", "profile.json", "profile.png"}
     assert MemoryProfile.from_dict(json.loads((out / "profile.json").read_text())) == profile
     assert profile.steps == 2
     assert abs(profile.error) < 0.01  # through the Trainer, with padding
     printed = capsys.readouterr().out
-    for name in ("optimizer states", "largest at the peak", "in all"):
+    for name in ("optimizer states", "largest at the peak", "in all", "no snapshot: "):
         assert name in printed
+    assert "16-bit LoRA (bf16 base, AdamW) would take" in printed.splitlines()[-1]
