@@ -113,6 +113,13 @@ def test_groups_of_layers_that_repeat_are_extrapolated(tmp_path, family, kinds):
     assert (shallow.n_parameters, shallow.n_trainable) == (whole.n_parameters, whole.n_trainable)
 
 
+def test_the_optimizer_has_its_place_in_the_step_even_where_it_allocates_nothing(tmp_path):
+    series = plan(run(config_file(tmp_path, "llama", 6), optim="adamw")).series
+    clip, optimizer = ([p for p in series if p.phase == phase] for phase in ("clip", "optimizer"))
+    assert [p.phase for p in series if p.phase in ("clip", "optimizer")][-1] == "optimizer"
+    assert 0 < optimizer[0].live_bytes <= clip[0].live_bytes
+
+
 def test_layers_that_differ_are_run_whole(tmp_path):
     assert plan(run(config_file(tmp_path, "gemma2", 6))).exact
     assert plan(run(config_file(tmp_path, "llama", 4))).exact

@@ -23,7 +23,7 @@ from qlora_kit.config import RunConfig
 from qlora_kit.memory.baselines import BASELINES
 from qlora_kit.memory.plan import MemoryPlan, plan
 from qlora_kit.memory.profile import Profiler, save_profile, summary_line
-from qlora_kit.memory.profile_picture import draw_profile
+from qlora_kit.memory.profile_picture import draw_profile, drawn_points
 from qlora_kit.memory.profile_result import UNATTRIBUTED, Measured, MemoryProfile
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import MemoryTracker
@@ -212,6 +212,17 @@ def test_json_gives_the_profile_back(profile, tmp_path):
     content = json.loads(file.read_text())
     assert content["error"] == profile.error
     assert MemoryProfile.from_dict(content) == profile
+
+
+def test_the_picture_shows_the_step_in_its_order(profile):
+    """Checkpoints grow in the forward pass and shrink in the backward pass; no block comes twice."""
+    points = drawn_points(profile)
+    for phase, sign in (("forward", 1), ("backward", -1)):
+        kept = [sign * p.components["checkpoints"] for p in points if p.phase == phase]
+        assert kept == sorted(kept)
+        blocks = [p.block for p in points if p.phase == phase and p.block is not None]
+        assert blocks == [0, 1][::sign]
+    assert [p.phase for p in points][-1] == "optimizer"
 
 
 def test_the_picture_is_drawn(profile, tmp_path):

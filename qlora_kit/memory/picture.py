@@ -200,7 +200,7 @@ def _label_bar(axes: Axes, x: float, y: float, bar: Bar, own: Bar) -> None:
 
 def _draw_step(axes: Axes, plan: MemoryPlan) -> list[str]:
     """Live bytes over the second step; returns the components that have a colour of their own in it."""
-    parts = list(_parts(_in_step_order(plan.series)))
+    parts = list(_parts(in_step_order(plan.series)))
     size, unit = _unit(plan.peak_bytes)
     shown = _large((part.point.components for part in parts), plan.peak_bytes)
     merged = [_merged(part.point.components, shown) for part in parts]
@@ -221,7 +221,7 @@ def _draw_step(axes: Axes, plan: MemoryPlan) -> list[str]:
     return names
 
 
-def _in_step_order(series: Sequence[Point]) -> list[Point]:
+def in_step_order(series: Sequence[Point]) -> list[Point]:
     """The most of each block and each phase, in the order of the step.
 
     A pass is outside its blocks both before and after them, and the plan has the larger moment of the two: it goes

@@ -178,6 +178,7 @@ def _before_step(tracker: MemoryTracker, optimizer: torch.optim.Optimizer) -> No
             if parameter.grad is not None:  # gathered in a buffer, it has not been seen to arrive
                 tracker.label(parameter.grad, "gradients")
     tracker.enter("optimizer")
+    tracker.mark()
 
 
 def _after_step(tracker: MemoryTracker, optimizer: torch.optim.Optimizer) -> None:
