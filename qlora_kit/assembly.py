@@ -50,7 +50,13 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass, without reentrance so that frozen inputs need no gradient."""
+    """Recompute activations in the backward pass, without reentrance so that frozen inputs need no gradient.
+
+    Raises `UserError` where transformers does not checkpoint the architecture.
+    """
+    if not model.supports_gradient_checkpointing:
+        rule = f"a {model.config.model_type} model cannot be checkpointed"
+        raise UserError.of("--gradient-checkpointing", True, rule, "Use --no-gradient-checkpointing.")
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)

@@ -25,6 +25,13 @@ class Inputs:
     report: data.AuditReport  # on the training examples
     plain_text: bool  # no training example has a prompt, so that none went through a template
 
+    @property
+    def longest_row(self) -> int:
+        """The most tokens that a training row has; a packed one is filled up, however short its examples are."""
+        if isinstance(self.train, data.PackedSet):
+            return self.seq_len
+        return min(self.seq_len, self.report.length_max)
+
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Read and encode the data that `config` names. Raises one `UserError` for all that is wrong with it."""

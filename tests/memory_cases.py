@@ -13,7 +13,8 @@ from families import FAMILIES
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
-from qlora_kit.lean import flat
+from qlora_kit.data import Collator, packed_mask_dtype
+from qlora_kit.lean import flat, varlen
 from qlora_kit.memory import kernels
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import Event, MemoryTracker, overall_peak
@@ -54,6 +55,27 @@ def real_batch(config: RunConfig, vocab: int) -> dict[str, torch.Tensor]:
     """A batch without padding."""
     ids = torch.randint(0, vocab, (config.optim.batch_size, config.data.seq_len))
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+ROWS = {  # the lengths of the examples in each row of a batch
+    "plain": [[96]] * BATCH,
+    "padded": [[96], [40], [72], [96]],
+    "packed": [[40, 30, 26], [60, 30], [96], [20] * 4],
+}
+
+
+def collated_batch(kind: str, model: Any) -> dict[str, Any]:
+    """A batch of `ROWS[kind]` as a run makes it, the first quarter of each row without a loss."""
+    rows = [{"segment_lengths": lengths, **_tokens(sum(lengths))} for lengths in ROWS[kind]]
+    if kind != "packed":
+        return Collator(0)([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    if varlen.is_on(model.config):
+        return Collator(0, packed=True, max_tokens=TOKENS, varlen=True)(rows)
+    return Collator(0, packed=True, max_tokens=TOKENS, mask_dtype=packed_mask_dtype(model.config, TOKENS))(rows)
+
+
+def _tokens(length: int) -> dict[str, list[int]]:
+    return {"input_ids": [7] * length, "labels": [-100] * (length // 4) + [7] * (length - length // 4)}
 
 
 def cpu_optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:

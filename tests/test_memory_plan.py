@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory_cases import cpu_optimizer, nothing_collected, real_batch, small_config
+from transformers import AutoConfig
 
-from qlora_kit import assembly, base
+from qlora_kit import assembly, base, preflight
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.memory import kernels, rules
 from qlora_kit.memory import simulate as simulation
-from qlora_kit.memory.baselines import BASELINES, baseline_plan
+from qlora_kit.memory.baselines import BASELINES, baseline_plan, possible_plan
 from qlora_kit.memory.extrapolate import NotEvenError, extrapolate
-from qlora_kit.memory.plan import plan, resolve_tokens, with_layers
+from qlora_kit.memory.plan import CannotPlanError, plan, resolve_tokens, with_layers
 from qlora_kit.memory.simulate import Recipe, run_step, simulate
 from qlora_kit.memory.track import MemoryTracker, Region, overall_peak, peaks_by_region
 
@@ -83,6 +85,11 @@ def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
         {"dropout": 0.1, "grad_accum": 2},
         {"optim": "paged_adamw_32bit", "r": 64},
         {"pack": True},
+        {"lean": "off"},
+        {"half_blocks": "off"},
+        {"offload_activations": "off"},
+        {"offload_activations": "off", "half_blocks": "on"},
+        {"offload_embedding": "on", "flat_buffer": False},
     ],
     ids=str,
 )
@@ -91,6 +98,26 @@ def test_extrapolation_is_exact_for_every_switch(tmp_path, changes):
     shallow, whole = plan(config), plan(config, exact=True)
     assert not shallow.exact
     assert same(shallow, whole)
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("gemma2", ["sliding", "full"] * 6), ("qwen2", ["full", "full", "sliding"] * 5)]
+)
+def test_groups_of_layers_that_repeat_are_extrapolated(tmp_path, family, kinds):
+    """Every kind has its own attention: rows of 64 tokens are longer than the window of 16."""
+    fields = {"layer_types": [f"{kind}_attention" for kind in kinds], **WINDOW}
+    config = run(config_file(tmp_path, family, len(kinds), **fields), r=16)
+    shallow, whole = plan(config), plan(config, exact=True)
+    assert (shallow.exact, whole.exact) == (False, True)
+    assert same(shallow, whole)
+    assert (shallow.n_parameters, shallow.n_trainable) == (whole.n_parameters, whole.n_trainable)
+
+
+def test_the_optimizer_has_its_place_in_the_step_even_where_it_allocates_nothing(tmp_path):
+    series = plan(run(config_file(tmp_path, "llama", 6), optim="adamw")).series
+    clip, optimizer = ([p for p in series if p.phase == phase] for phase in ("clip", "optimizer"))
+    assert [p.phase for p in series if p.phase in ("clip", "optimizer")][-1] == "optimizer"
+    assert 0 < optimizer[0].live_bytes <= clip[0].live_bytes
 
 
 def test_layers_that_differ_are_run_whole(tmp_path):
@@ -326,6 +353,19 @@ def test_a_gpu_decides_the_workspaces_and_the_way_of_attention(tmp_path):
         rules.find_gpu("rtx3061")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the GPU is asked")
+@pytest.mark.parametrize(("gpu", "mib"), [("t4", 8.125), ("rtx4090", 8.125), ("h100", 32), ("rtx5090", 32)])
+def test_cublas_takes_more_from_hopper_on(gpu, mib):
+    assert rules.cublas_workspace_bytes(rules.find_gpu(gpu).capability) == mib * rules.MIB
+
+
+@pytest.mark.gpu
+def test_torch_is_asked_what_cublas_takes_on_the_gpu_at_hand():
+    asks = hasattr(torch.backends.cuda, "cublas_workspace_size")
+    found = rules.cublas_workspace_bytes(torch.cuda.get_device_capability())
+    assert found == torch.backends.cuda.cublas_workspace_size() if asks else found > 0
+
+
 def test_flash_attentions_backward_buffers():
     same_heads = rules.flash_backward_bytes((2, 4, 100, 40), (2, 4, 100, 40), 2)
     assert same_heads == (4 * 2 * 4 * 128 * 64, 4 * 2 * 4 * 128)
@@ -395,3 +435,129 @@ def test_a_plan_of_70b_takes_seconds():
     assert time.process_time() - start_s < 5
     assert planned.layers == 80
     assert 34e9 < planned.peak_bytes < 45e9
+
+
+JAMBA = {
+    "num_key_value_heads": 2,
+    "num_experts": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 320,
+}
+
+
+def odd_model(folder, model_type, **fields):
+    AutoConfig.for_model(model_type, **fields).to_json_file(folder / f"{model_type}.json")
+    return str(folder / f"{model_type}.json")
+
+
+def test_a_model_that_does_not_run_on_meta_is_one_error_and_a_run_goes_on_without_a_plan(tmp_path):
+    config = run(odd_model(tmp_path, "jamba", **TINY, **JAMBA))
+    with pytest.raises(CannotPlanError, match=r"--model = .*jamba.json.*cannot be planned") as caught:
+        plan(config)
+    planned = preflight.plan_run(config, CPU, 64)
+    assert (planned.plan, planned.reason) == (None, caught.value.reason)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320}), "--targets.*out_proj.*x_proj"),
+        (("llama", {**TINY, "num_hidden_layers": 0}), "--targets.*no linear layer"),
+        (("openai-gpt", {"n_embd": 64, "n_layer": 2, "n_head": 4}), "--no-gradient-checkpointing"),
+    ],
+    ids=["mamba", "no layers", "openai-gpt"],
+)
+def test_what_the_trainer_would_refuse_is_refused_with_a_remedy(tmp_path, model, message):
+    """By the run as well, which would end there: it is no model that merely cannot be planned."""
+    config = run(odd_model(tmp_path, model[0], **model[1]))
+    for refused in (lambda: plan(config), lambda: preflight.plan_run(config, CPU, 64)):
+        with pytest.raises(UserError, match=re.compile(message, re.DOTALL)) as caught:
+            refused()
+        assert not isinstance(caught.value, CannotPlanError)
+
+
+def test_a_model_whose_blocks_cannot_be_checkpointed_is_planned_without(tmp_path):
+    model = odd_model(tmp_path, "openai-gpt", n_embd=64, n_layer=2, n_head=4, n_positions=128, vocab_size=320)
+    config = run(model, gradient_checkpointing=False)
+    assert plan(config).exact
+    assert preflight.plan_run(config, CPU, 64).baselines.keys() == {b.said for b in BASELINES if b.default}
+
+
+SPARSE = {**TINY, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+HYBRIDS = {
+    "deepseek_v3": {
+        "num_hidden_layers": 5,
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+    "qwen3_next": {
+        "num_hidden_layers": 5,
+        "num_experts": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # PEFT's, about patterns of its own
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_experts_and_hybrids_are_run_whole(tmp_path, family):
+    """PEFT's layers for experts switch autocast off, which torch refuses on `meta`."""
+    stock = torch.autocast
+    planned = plan(run(odd_model(tmp_path, family, **{**SPARSE, **HYBRIDS[family]})))
+    assert planned.exact
+    assert sum(planned.components.values()) == planned.peak_bytes
+    assert torch.autocast is stock
+
+
+def dtypes_of(model):
+    return {p.dtype for p in model.parameters() if p.is_floating_point()}
+
+
+def test_a_gpu_without_bf16_runs_in_fp16_as_the_trainer_does_there(tmp_path):
+    """Factors in fp32, the step under fp16 autocast; no full fine-tuning of 16-bit weights."""
+    config, t4 = run(config_file(tmp_path, "llama", 2), r=64), rules.find_gpu("t4")
+    with base.planned_for(has_bf16=False):
+        model = assembly.build_model(config, META)
+        adapters = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+        assert (dtypes_of(model), adapters) == ({torch.float16, torch.float32}, {torch.float32})
+    assert dtypes_of(assembly.build_model(config, META)) == {torch.bfloat16}
+    a100, here = (plan(config, gpu=gpu).phases["clip"].components for gpu in (None, t4))
+    assert here["adapters"] == 2 * a100["adapters"]
+    with pytest.raises(UserError, match="without bf16"):
+        plan(run(config.base.model, bits=16, full=True), gpu=t4)
+    recipes = {b.name: b.on(t4).recipe for b in BASELINES}
+    assert "fp32 under fp16 autocast" in recipes["full32"]
+    assert not any("bf16" in recipe for recipe in recipes.values())
+
+
+def test_a_gpu_without_bf16_is_compared_with_what_it_can_run(tmp_path):
+    config, t4 = run(config_file(tmp_path, "llama", 2)), rules.find_gpu("t4")
+    assert [possible_plan(config, b, gpu=t4) is None for b in BASELINES] == [False, False, True]
+    on_t4, on_a100 = (simulate(config, Recipe(64, "adamw", capability=c)) for c in ((7, 5), (8, 0)))
+    attended = "aten._scaled_dot_product_efficient_attention.default"
+    seen = {e.storage.n_bytes for e in on_t4.events if e.storage.operation == attended}
+    assert attended not in {e.storage.operation for e in on_a100.events}
+    assert 2 * 2 * 64 * 4 * 32 in seen  # batch, tokens, heads, features of two bytes

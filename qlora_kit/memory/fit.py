@@ -249,8 +249,13 @@ def _longest(planner: Planner, budget: Budget, batches: list[Fitting], positions
 def savings(planner: Planner, budget: Budget | None) -> tuple[Change, ...]:
     """What other settings would save, the most first, each planned; those that save nothing are left out."""
     now = planner.plan()
-    changes = (_changed(planner, now, change, budget) for change in _candidates(planner.config, now))
-    return _ranked(changes)
+    found = []
+    for change in _candidates(planner.config, now):
+        try:
+            found.append(_changed(planner, now, change, budget))
+        except UserError:  # the model or the GPU cannot run with it
+            continue
+    return _ranked(found)
 
 
 def switched_on(planner: Planner) -> tuple[Change, ...]:

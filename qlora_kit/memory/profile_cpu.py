@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
-from qlora_kit.lean import flat
+from qlora_kit.lean import flat, varlen
 from qlora_kit.memory import kernels
 from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.simulate import META, make_optimizer, nothing_left_behind, run_step
@@ -36,12 +36,16 @@ _BORING = ("/torch/", "/memory/track.py", "/memory/profile", "/memory/kernels.py
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A forward pass: rows, tokens in each, whether some of them are padding, and how many have a loss (None: all)."""
+    """A forward pass: rows, tokens in each, whether some of them are padding, and how many have a loss (None: all).
+
+    `batch` is what the model was called with, its tensors on `meta` (None: rows without packing).
+    """
 
     rows: int
     tokens: int
     padded: bool = False
     supervised: int | None = None
+    batch: Mapping[str, Any] | None = None
 
 
 class CpuTracker(MemoryTracker):  # type: ignore[no-untyped-call]  # torch's class is untyped
@@ -130,7 +134,9 @@ def _optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     return make_optimizer(model, config, optim.replace("_32bit", ""), [])
 
 
-def _batch(shape: BatchShape) -> dict[str, torch.Tensor]:
+def _batch(shape: BatchShape) -> dict[str, Any]:
+    if shape.batch is not None:
+        return {name: torch.empty_like(v) if torch.is_tensor(v) else v for name, v in shape.batch.items()}
     names = ("input_ids", "labels", "attention_mask")
     return {name: torch.zeros((shape.rows, shape.tokens), dtype=torch.int64, device=META) for name in names}
 
@@ -171,7 +177,7 @@ def _places(shapes: Sequence[BatchShape]) -> Callable[..., Any]:
 
 
 class _CpuChoices(TorchFunctionMode):
-    """Takes on `meta` the attention that torch takes on a CPU: fused where there is no dropout."""
+    """Takes on `meta` the attention that torch takes on a CPU: fused without dropout, one segment at a time."""
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -179,6 +185,9 @@ class _CpuChoices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention and not kwargs.get("dropout_p"):
             return _attention(*args, **kwargs)
+        if func is varlen.attend_at_once:
+            with self:
+                return varlen.attend_one_by_one(*args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit import assembly
+from qlora_kit import assembly, base
 from qlora_kit.config import RunConfig
 from qlora_kit.lean import flat
 from qlora_kit.memory import kernels, rules
@@ -39,8 +39,9 @@ Build = Callable[[RunConfig, torch.device, Any], Any]
 class Recipe:
     """What to simulate beside the run's settings.
 
-    `optim` is the resolved optimizer; `autocast`: fp32 weights under bf16 autocast, as Trainer's `bf16=True` does;
-    `capability` is that of the GPU; `depth`: how many times the simulated layers the planned model has.
+    `optim` is the resolved optimizer; `autocast`: fp32 weights under autocast, as Trainer's `bf16=True` does (or, on a
+    GPU without bf16, `fp16=True`, which our own 16-bit runs there have too); `capability` is
+    that of the GPU; `depth`: how many times the simulated layers the planned model has.
     """
 
     seq_len: int
@@ -77,16 +78,16 @@ def simulate(
     `build` makes the model: the trainer's own, unless a benchmark compares it with another.
     Leaves nothing behind in the process. Raises `UserError` for a model that cannot be found or built.
     """
-    from qlora_kit.base import count_parameters
-
     results = results if results is not None else MetaResults()
     tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins(), run=results.run)
-    with nothing_left_behind():
+    has_bf16 = rules.has_bf16(recipe.capability)
+    with nothing_left_behind(), base.planned_for(has_bf16):
         model = build(config, META, architecture)
         model.train()
         paged: list[torch.Tensor] = []
         optimizer = make_optimizer(model, config, recipe.optim, paged, recipe.depth)
-        count = count_parameters(model)
+        count = base.count_parameters(model)
+        autocast = _autocast_of(config, recipe)
         with watch(tracker, model, optimizer), kernels.CudaChoices(recipe.capability), tracker:
             for step in range(STEPS):
                 tracker.begin_step()
@@ -94,7 +95,6 @@ def simulate(
                     _bear_states(tracker, model, optimizer, config.optim.clip)
                     continue
                 batches = [make_batch(config, recipe.seq_len, model.config) for _ in range(config.optim.grad_accum)]
-                autocast = _meta_autocast if recipe.autocast else None
                 run_step(tracker, model, optimizer, batches, config.optim.clip, autocast)
                 del batches
         tracker.stop()
@@ -146,12 +146,18 @@ def _forward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast:
         return model(**batch, num_items_in_batch=n_items).loss  # type: ignore[no-any-return]
     with autocast(False):
         outputs = model(**batch, num_items_in_batch=n_items)
-    outputs["logits"] = outputs["logits"].float()  # accelerate gives a user fp32 outputs
+    if outputs.logits is not None:
+        outputs["logits"] = outputs["logits"].float()  # accelerate gives a user fp32 outputs
     return outputs.loss  # type: ignore[no-any-return]
 
 
-def _meta_autocast(recomputes: bool) -> MetaAutocast:
-    return MetaAutocast(caches=not recomputes)
+def _autocast_of(config: RunConfig, recipe: Recipe) -> Autocast | None:
+    """The autocast that the Trainer runs the step under; None without."""
+    in_fp16 = base.compute_dtype(config.base, META) == torch.float16
+    if not recipe.autocast and not in_fp16:
+        return None
+    lower = torch.bfloat16 if rules.has_bf16(recipe.capability) else torch.float16
+    return lambda recomputes: MetaAutocast(not recomputes, lower)
 
 
 def make_batch(config: RunConfig, seq_len: int, model_config: Any) -> dict[str, Any]:
@@ -250,7 +256,7 @@ def _without_kernels(optimizer: Any, paged: list[torch.Tensor], page_from: int, 
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Keep the caller's random state, and what bitsandbytes keeps for the whole process."""
+    """Keep the caller's random state, what bitsandbytes keeps for the whole process, and torch's autocast."""
     from bitsandbytes import functional
     from bitsandbytes.optim import GlobalOptimManager
 
@@ -259,7 +265,7 @@ def nothing_left_behind() -> Iterator[None]:
     overrides = dict(manager.pid2config)
     collects = gc.isenabled()
     gc.disable()  # a collection takes longer than the step; what dies, dies by its count of references
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _no_autocast_on_meta():
         try:
             yield
         finally:
@@ -268,6 +274,21 @@ def nothing_left_behind() -> Iterator[None]:
             functional.name2qmap.clear()
             functional.name2qmap.update(tables)
             manager.pid2config = overrides
+
+
+@contextmanager
+def _no_autocast_on_meta() -> Iterator[None]:
+    """Meanwhile `torch.autocast("meta")` does nothing: torch refuses it, and PEFT's experts switch it off."""
+    stock: Any = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if device_type == "meta" else stock(device_type, *args, **kwargs)
+
+    torch.autocast = autocast  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.autocast = stock  # type: ignore[misc]
 
 
 def resolve_cuda_optim(config: RunConfig) -> str:

@@ -136,6 +136,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         """Say which phase, and which block in it, what follows belongs to."""
         self.region = Region(self.region.step, phase, block)
 
+    def mark(self) -> None:
+        """Note how much lives now, so that this part of the step is there even if nothing changes in it."""
+        self.events.append(Event(0, Storage(0, "workspaces", ""), self.region))
+
     def _notice_recomputation(self) -> None:
         """In the backward pass, gradients are on, or a layer runs, only where a block is recomputed."""
         recomputes = self.layers_running > 0 or torch.is_grad_enabled()

@@ -65,13 +65,15 @@ def _quantization_tensors(module: nn.Module, parameter: Any) -> Iterator[torch.T
 
 
 def find_blocks(model: Any) -> list[nn.Module]:
-    """The transformer blocks in their order: the longest list of modules that transformers can checkpoint."""
+    """The transformer blocks in their order: the longest list of modules, of those that transformers can checkpoint.
+
+    Empty where the model has none; older architectures have a list that cannot be checkpointed.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     blocks = [m for m in lists if all(isinstance(b, GradientCheckpointingLayer) for b in m)]
-    assert blocks, "a causal language model has blocks"
-    return max(blocks, key=len)
+    return max(blocks or lists, key=len, default=[])
 
 
 def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:
@@ -176,6 +178,7 @@ def _before_step(tracker: MemoryTracker, optimizer: torch.optim.Optimizer) -> No
             if parameter.grad is not None:  # gathered in a buffer, it has not been seen to arrive
                 tracker.label(parameter.grad, "gradients")
     tracker.enter("optimizer")
+    tracker.mark()
 
 
 def _after_step(tracker: MemoryTracker, optimizer: torch.optim.Optimizer) -> None:
