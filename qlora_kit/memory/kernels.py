@@ -58,7 +58,7 @@ def open_kernels() -> dict[Any, StandIn]:
     )
     bnb = torch.ops.bitsandbytes
     opened: dict[Any, StandIn] = {getattr(bnb, name).default: _opened for name in names.split() if hasattr(bnb, name)}
-    return {**opened, aten.native_dropout.default: _cpu_dropout}
+    return {**opened, aten.native_dropout.default: cpu_dropout}
 
 
 def _opened(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -67,7 +67,7 @@ def _opened(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: di
         return func.redispatch(backend, *args, **kwargs)
 
 
-def _cpu_dropout(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def cpu_dropout(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Fused dropout on a CPU multiplies by a copy of the mask in the input's dtype; on CUDA it has none."""
     result = func(*args, **kwargs)
     with tracker:

@@ -145,7 +145,8 @@ def _stand_ins() -> dict[Any, Any]:
     """Those of bitsandbytes' 4-bit products serve here too: a CPU dequantizes the weight likewise."""
     aten = torch.ops.aten
     flash = aten._scaled_dot_product_flash_attention_backward.default
-    return {func: stand_in for func, stand_in in kernels.stand_ins().items() if func is not flash}
+    shared = {func: stand_in for func, stand_in in kernels.stand_ins().items() if func is not flash}
+    return {**shared, aten.native_dropout.default: kernels.cpu_dropout}
 
 
 def _answer(padded: bool) -> Callable[..., Any]:
