@@ -5,7 +5,7 @@
 On a GPU torch may take no more than so much memory (`torch.cuda.set_per_process_memory_fraction`), and the shape of
 Llama-3.1-8B trains for 20 steps inside it: 2 x 2048 tokens in 6 GiB, and at batch 1, r = 32 the longest context in
 8 GiB, searched with real steps from the planner's answer. (The CUDA context lies outside that count; the result says
-how much it takes.) Without a GPU the same cases are planned only, and marked so. Writes fit_gpu.json or fit_cpu.json.
+how much it takes.) Without a GPU the same cases are planned only, and marked so. Writes fit_<GPU>.json or fit_cpu.json.
 """
 
 from __future__ import annotations

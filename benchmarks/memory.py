@@ -6,7 +6,7 @@
 On a GPU every case runs in a process of its own with random weights and batches of full length: two steps for the
 peak of `torch.cuda.max_memory_allocated`, then some more for the time. Without a GPU the peaks on CUDA are
 predicted only, and the models of `--measure-cpu` are measured on the CPU at a small batch: live bytes, beside what
-is predicted for a CPU. Needs no network: put the repository on PYTHONPATH. Writes memory_gpu or memory_cpu .json,
+is predicted for a CPU. Needs no network: put the repository on PYTHONPATH. Writes memory_<GPU> or memory_cpu .json,
 .md and .png into benchmarks/results. `--report` makes the table and the picture again from the JSON.
 """
 

@@ -111,8 +111,7 @@ def step() -> str:
     for name, shown in names.items():
         cells = [f"{peaks[case, name] / 10**9:.2f}" for case in cases]
         lines.append("| " + " | ".join([shown, *cells]) + " |")
-    rows = {row["contender"]: row for row in result["cpu_rows"]}
-    lean = rows["lean"]
+    lean = next(row for row in result["cpu_rows"] if row["contender"] == "lean" and "live_bytes" in row)
     lines += [
         "",
         f"4 bits, r = {result['rows'][0]['case']['r']}; peaks {result['peaks']}.",
@@ -138,6 +137,42 @@ def fits() -> str:
         f"{longest['tokens']:,} tokens fit into {longest['cap_bytes'] / 2**30:.0f} GiB (embedding on the host).\n"
         f"Made on {place(result)}."
     )
+
+
+def accuracy() -> str:
+    """The sentences on how far predictions are from what was recorded."""
+    result = read("planner_accuracy_profiler_cpu")
+    families = ", ".join(sorted({row["family"] for row in result["rows"]}))
+    lines = [
+        f"Over {result['cases']} cases on a CPU ({families}; full, LoRA and QLoRA), the predicted peak and that of "
+        f"torch's own profiler differ by at most {result['worst_error']:.2%} ({result['median_error']:.2%} at the "
+        "median). Weights in 8 bits are not among them: their kernels on a CPU allocate otherwise than CUDA's, which "
+        "a plan is for.",
+        f"Measured on {place(result)}.",
+    ]
+    for file in sorted(RESULTS.glob("planner_accuracy_*.json")):
+        if file.stem != "planner_accuracy_profiler_cpu":
+            on_gpu = read(file.stem)
+            lines += [
+                f"Over {on_gpu['cases']} cases against `torch.cuda.max_memory_allocated`: at most "
+                f"{on_gpu['worst_error']:.2%}, {on_gpu['median_error']:.2%} at the median.",
+                f"Measured on {place(on_gpu)}.",
+            ]
+    return "\n".join(lines)
+
+
+def draw_plan(file: Path) -> None:
+    """The plan that the README shows, as `qlora-kit plan --plot` draws it."""
+    from qlora_kit.quiet import quiet_libraries
+
+    quiet_libraries()
+    from qlora_kit.commands.plan import Request, make_report
+    from qlora_kit.config import RunConfig
+    from qlora_kit.memory.picture import write_picture
+
+    config = RunConfig.from_flat({"model": "llama-3-8b", "bits": 4, "r": 16, "batch_size": 2, "seq_len": 2048})
+    request = Request(gpu=None, budget=None, fit=False, exact=False, baselines=True)
+    write_picture(make_report(config, request, lambda early: None), file)
 
 
 def draw_parity(file: Path) -> None:
@@ -166,7 +201,14 @@ def draw_parity(file: Path) -> None:
     plt.close(figure)
 
 
-BLOCKS = {"memory": memory, "model-states": model_states, "parity": parity, "step": step, "fit": fits}
+BLOCKS = {
+    "accuracy": accuracy,
+    "memory": memory,
+    "model-states": model_states,
+    "parity": parity,
+    "step": step,
+    "fit": fits,
+}
 
 
 def filled(text: str) -> str:
@@ -191,6 +233,7 @@ def main() -> int:
         return int(filled(text) != text)
     write_text(readme, filled(text))
     draw_parity(ROOT / "docs" / "parity.png")
+    draw_plan(ROOT / "docs" / "plan.png")
     return 0
 
 

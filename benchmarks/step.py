@@ -7,7 +7,7 @@
 The same random weights, tokens and learning rate for every contender, each in a process of its own. On a GPU: the peak
 of allocated and reserved memory, the median time of a step, and the loss after 20 steps, which must agree or the row is
 void. Without a GPU: the peaks on CUDA by simulation on `meta` (not yet validated on hardware), and on the CPU live
-bytes and the ratio of the times of two contenders that step in turn. Writes step_gpu or step_cpu .json and .md.
+bytes and the ratio of the times of two contenders that step in turn. Writes step_<GPU> or step_cpu, .json and .md.
 
 `stock` is PEFT on `prepare_model_for_kbit_training` with the optimizer of transformers' Trainer's defaults, AdamW; the
 others have paged 8-bit AdamW on CUDA.

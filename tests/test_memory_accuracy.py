@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from memory_cases import record, settings, small_config
+from memory_cases import BATCH, TOKENS, record, settings, small_config
+
+from qlora_kit.memory.profile_cpu import BatchShape, predict
+from qlora_kit.memory.track import overall_peak
 
 FAMILIES = ("gpt2", "llama", "opt", "gpt_neox")
 PLAIN = {"gradient_checkpointing": False}
@@ -17,8 +20,8 @@ WAYS = {
 }
 CASES = [(family, way, 0.0, False) for family in FAMILIES for way in WAYS.values()]
 CASES += [
-    ("gpt2", {"dropout": 0.1}, 0.1, False),
-    ("llama", {"bits": 4, "dropout": 0.1}, 0.0, False),
+    ("gpt2", {"dropout": 0.1, "lean": "off"}, 0.1, False),
+    ("llama", {"bits": 4, "dropout": 0.1, "lean": "off"}, 0.0, False),
     ("opt", {"full": True, **PLAIN}, 0.1, False),
     ("llama", {"optim": "adamw_8bit"}, 0.0, False),
     ("llama", {"optim": "adamw_8bit", "full": True}, 0.0, False),
@@ -51,7 +54,35 @@ def test_the_peak_is_that_of_the_profilers_own_record(case):
 
 @pytest.mark.accuracy
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("opt", {"dropout": 0.1, "lean": "off"}, 0.1, False),
+        ("llama", {"bits": 4, "dropout": 0.1, "lean": "off"}, 0.0, False),
+        ("gpt2", {"bits": 4}, 0.1, False),
+    ],
+    ids=name_of,
+)
+def test_the_prediction_is_that_of_the_profilers_own_record(case):
+    """Within 0.5 %. Not predicted for a CPU: 8-bit weights (their kernels differ from CUDA's) and autocast."""
+    family, way, dropout, _ = case
+    config = settings(**way)
+    shapes = [[BatchShape(BATCH, TOKENS)]] * 2
+    predicted = overall_peak(predict(config, small_config(family, dropout=dropout), shapes)).n_bytes
+    assert predicted == pytest.approx(record(config, small_config(family, dropout=dropout)).profiled_bytes, rel=0.005)
+
+
+@pytest.mark.accuracy
+@pytest.mark.filterwarnings("ignore")
 def test_in_bf16_only_the_scratch_of_onednn_is_missing():
     """A CPU's bf16 products repack their inputs in buffers that no dispatcher sees; CUDA has none of them."""
     recorded = record(settings(bits=16, adapter_dtype="bf16"), small_config("llama"))
     assert -0.15 < recorded.error <= 0.005
+
+
+@pytest.mark.accuracy
+@pytest.mark.filterwarnings("ignore")
+def test_of_fused_dropout_only_the_scratch_of_its_kernel_is_missing():
+    """On a CPU it draws its mask in buffers of its own, which no dispatcher sees; CUDA's kernel has none of them."""
+    recorded = record(settings(bits=4, dropout=0.1), small_config("llama"))
+    assert -0.10 < recorded.error <= 0.005

@@ -426,6 +426,16 @@ def test_a_large_model_on_meta_builds_in_well_under_a_second():
         assert time.process_time() - start_s < 1.0 * float(os.environ.get("QLORA_KIT_SLOWNESS", "1"))
 
 
+def test_a_plan_of_7b_takes_less_than_three_seconds():
+    import time
+
+    config = run("llama-2-7b", batch_size=1, seq_len=2048)
+    plan(run("llama-2-7b", batch_size=1))
+    start_s = time.process_time()
+    plan(config)
+    assert time.process_time() - start_s < 3
+
+
 def test_a_plan_of_70b_takes_seconds():
     import time
 

@@ -44,7 +44,7 @@ PALETTE = {  # Tol's muted colours, which the colour-blind tell apart; neighbour
 }
 BUDGET_LINE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 LEGEND_COLUMNS = 5
-PHASE_WIDTH = 0.14  # of a part without blocks, as a share of the width of all blocks of a pass
+PHASE_WIDTH = 0.22  # of a part without blocks, as a share of the width of all blocks of a pass
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _label_phases(axes: Axes, parts: Sequence[Part]) -> None:
             axes.axvline(left, color="#888888", linewidth=0.6, linestyle=":")
         ticks.append((left + right) / 2)
         names.append(phase)
-    axes.set_xticks(ticks, names, fontsize=10)
+    axes.set_xticks(ticks, names, fontsize=9)
     axes.tick_params(axis="x", length=0)
 
 

@@ -251,11 +251,3 @@ def overall_peak(events: Iterable[Event]) -> Peak:
     """The moment with the most live bytes of all; zero bytes where there was no event."""
     peaks = peaks_by_region(events).values()
     return max(peaks, key=lambda peak: peak.n_bytes, default=Peak(0, Region(0, "load"), ""))
-
-
-def timeline(events: Iterable[Event]) -> Iterator[tuple[Region, dict[str, int]]]:
-    """The live bytes by category after each event, for a picture; the dict is reused, so copy what you keep."""
-    live = dict.fromkeys(CATEGORIES, 0)
-    for event in events:
-        live[event.storage.category] = live.get(event.storage.category, 0) + event.change_bytes
-        yield event.region, live
