@@ -33,10 +33,11 @@ class Weight:
     name: str
     shape: tuple[int, ...]  # as the unquantized model has it
     dtype: torch.dtype  # what loading casts it to, before any quantization
-    quantized: bool
-    transposed: bool  # a Conv1D's, stored in × out
-    embedding: bool
-    linear: bool
+    kept_in_fp32: bool  # although the model is loaded in 16 bits
+    quantized: bool = False
+    transposed: bool = False  # a Conv1D's, stored in × out
+    embedding: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) 
 
 def _weights(model: Any, dtype: torch.dtype) -> Iterable[Weight]:
     """Every parameter and saved buffer of the model on `meta`, tied ones under each of their names."""
+    import torch
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -86,15 +88,19 @@ def _weights(model: Any, dtype: torch.dtype) -> Iterable[Weight]:
         transposed = isinstance(module, Conv1D) or (quantized and issubclass(module.source_cls, Conv1D))
         for key, value in _own_tensors(module):
             name = f"{prefix}.{key}" if prefix else key
-            is_weight = key == "weight"
+            in_fp32 = kept is not None and kept.search(name) is not None and value.is_floating_point()
+            if key != "weight":
+                yield Weight(name, tuple(value.shape), torch.float32 if in_fp32 else value.dtype, in_fp32)
+                continue
             yield Weight(
                 name,
-                _dense_shape(module, transposed) if quantized and is_weight else tuple(value.shape),
-                _dtype_of(name, value, quantized and is_weight, dtype, kept),
-                quantized and is_weight,
-                transposed and is_weight,
-                isinstance(module, nn.Embedding) and is_weight,
-                isinstance(module, (nn.Linear, Conv1D)) and is_weight,
+                _dense_shape(module, transposed) if quantized else tuple(value.shape),
+                torch.float32 if in_fp32 else dtype if quantized else value.dtype,
+                in_fp32,
+                quantized,
+                transposed,
+                isinstance(module, nn.Embedding),
+                isinstance(module, (nn.Linear, Conv1D)),
             )
 
 
@@ -107,16 +113,6 @@ def _own_tensors(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 def _dense_shape(layer: Any, transposed: bool) -> tuple[int, int]:
     """The shape of a quantized layer's weight in the files."""
     return (layer.in_features, layer.out_features) if transposed else (layer.out_features, layer.in_features)
-
-
-def _dtype_of(
-    name: str, value: torch.Tensor, quantized: bool, dtype: torch.dtype, kept: re.Pattern[str] | None
-) -> torch.dtype:
-    import torch
-
-    if quantized:
-        return dtype
-    return torch.float32 if kept is not None and kept.search(name) and value.is_floating_point() else value.dtype
 
 
 def _kept_in_fp32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:

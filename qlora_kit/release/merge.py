@@ -1,0 +1,163 @@
+"""The merge, from what is asked to a finished release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from qlora_kit import host_memory, quiet, runs
+from qlora_kit.config import BaseConfig
+from qlora_kit.errors import Faults, UserError
+from qlora_kit.progress import BytesProgress
+from qlora_kit.release import content, proof, stream
+from qlora_kit.release.factors import Adapter, open_adapter
+from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
+from qlora_kit.release.outputs import Outputs, plan_outputs
+from qlora_kit.release.place import Place
+from qlora_kit.release.quantize import Quantization
+from qlora_kit.release.request import Request, RunRecord, check_base, records_of, seen_dtype_name
+from qlora_kit.release.shards import SHARD_BYTES, Shard, plan_shards, writing
+from qlora_kit.release.source import Checkpoint, open_base
+from qlora_kit.release.stream import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+SPARE_BYTES = 64 << 20  # for everything that is not weights
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a merge reads, opened and checked."""
+
+    records: Sequence[RunRecord]
+    adapters: Sequence[Adapter]
+    base_folder: Path
+    base_hash: str
+    checkpoint: Checkpoint
+    seen_dtype: torch.dtype
+    layout: Layout
+    outputs: Outputs
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One finished set of weights: into which base, where, and the proofs of its tensors."""
+
+    into: str
+    folder: Path
+    recipe: Recipe
+    tensors: Sequence[proof.TensorProof]
+
+
+def read_inputs(request: Request, say: Console) -> Inputs:
+    """Open everything that `request` names and check that it belongs together. Raises `UserError`."""
+    import torch
+
+    faults = Faults()
+    records = faults.collect(lambda: records_of(request))
+    adapters = [faults.collect(lambda own=own: open_adapter(*own)) for own in request.adapters]  # type: ignore[misc]
+    opened = faults.collect(lambda: open_base(request.base))
+    faults.raise_if_any()
+    assert records is not None
+    assert opened is not None
+    found = [adapter for adapter in adapters if adapter is not None]
+    folder, checkpoint = opened
+    with say.status("hashing the base"):
+        base_hash = check_base(request, records)
+    _check_together(found)
+    dtype: torch.dtype = getattr(torch, seen_dtype_name(request, records))
+    layout = read_layout(request.base, dtype, checkpoint)
+    for adapter in found:
+        check_fits(adapter, layout)
+    check_mappable(found, layout, request.base.bits <= 8 and request.into != "original")
+    return Inputs(
+        records, found, folder, base_hash, checkpoint, dtype, layout, plan_outputs(layout, checkpoint, found)
+    )
+
+
+def _check_together(adapters: Sequence[Adapter]) -> None:
+    """Check that the adapters have a common meaning. Raises `UserError`."""
+    if len(adapters) < 2:
+        return
+    given = [adapter.given for adapter in adapters]
+    if any(adapter.uses_dora for adapter in adapters):
+        rule = "include one with DoRA, whose lengths are meant for its own directions alone"
+        raise UserError.of("--adapter", given, rule, "Merge it alone.")
+    replaced = [name for adapter in adapters for name in adapter.whole]
+    twice = sorted({name for name in replaced if replaced.count(name) > 1})
+    if twice:
+        rule = f"each hold {twice[0]} whole, and PEFT runs only one of them at a time"
+        raise UserError.of("--adapter", given, rule, "Merge one of them alone.")
+
+
+def recipe_of(request: Request, inputs: Inputs, into: str) -> Recipe:
+    """What decides the weights of a merge into `into`."""
+    original = into == "original"
+    pack = Quantization(4, "nf4", request.base.double_quant) if request.format == "nf4" else None
+    names: frozenset[str] = frozenset()
+    if pack is not None:
+        layout = inputs.layout
+        if request.base.bits != 4:
+            as_nf4 = BaseConfig(**{**vars(request.base), "bits": 4})
+            layout = read_layout(as_nf4, inputs.seen_dtype, inputs.checkpoint)
+        names = frozenset(name for name, weight in layout.weights.items() if weight.quantized)
+    return Recipe(None if original else request.how, original, request.torch_dtype, pack, names)
+
+
+def plan_files(inputs: Inputs, recipe: Recipe, limit_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """The files of the release."""
+    plans = [plan for out in inputs.outputs.weights for plan in stream.plans_of(out, inputs.checkpoint, recipe)]
+    return plan_shards(plans, limit_bytes)
+
+
+def write_candidate(
+    request: Request, inputs: Inputs, into: str, folder: Path, say: Console, limit_bytes: int = SHARD_BYTES
+) -> Candidate:
+    """Write and prove the weights of a merge into `into`, with all that a server needs beside them, in `folder`.
+
+    Raises `UserError` where a tensor is not right, or the disk is full.
+    """
+    recipe = recipe_of(request, inputs, into)
+    shards = plan_files(inputs, recipe, limit_bytes)
+    folder.mkdir()
+    total = sum(inputs.checkpoint.entries[out.source].n_bytes for out in inputs.outputs.weights)
+    progress = BytesProgress(f"merging into the {into} base", total, say)
+    try:
+        with writing(folder, shards) as writer:
+            written = stream.write_all(inputs.outputs.weights, inputs.checkpoint, recipe, writer, progress.advance)
+            tensors = list(written)
+    finally:
+        progress.stop()
+    proof.check_files(folder, shards)
+    dtype = str(request.torch_dtype).removeprefix("torch.")
+    content.write_config(inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack)
+    tokenizers = [adapter.folder for adapter in inputs.adapters]
+    if request.base.tokenizer is not None:
+        tokenizers.append(Path(request.base.tokenizer))
+    content.copy_side_files(inputs.base_folder, [*tokenizers, inputs.base_folder], folder)
+    return Candidate(into, folder, recipe, tensors)
+
+
+def merge(request: Request, console: Console | None = None) -> Path:
+    """Make the release that `request` describes, prove it, and return its folder.
+
+    Everything that can be wrong is found before anything is written; nothing is left of a release that fails its
+    proof. Progress goes to `console` (standard error by default). Raises `UserError`.
+    """
+    quiet.quiet_libraries()
+    host_memory.return_large_blocks()
+    say = console if console is not None else Console(stderr=True)
+    place = Place.at(request.out)
+    place.check(request.overwrite)
+    inputs = read_inputs(request, say)
+    with place.made() as working:
+        needed = sum(s.n_bytes for into in request.bases for s in plan_files(inputs, recipe_of(request, inputs, into)))
+        runs.require_space(working, needed + SPARE_BYTES)
+        candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]
+        place.put(candidates[0].folder)
+    return place.final
