@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from qlora_kit import host_memory, quiet, runs
-from qlora_kit.config import BaseConfig
+from qlora_kit import base, host_memory, quiet, runs
+from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
 from qlora_kit.progress import BytesProgress
-from qlora_kit.release import content, proof, stream
+from qlora_kit.release import content, live, proof, stream, verify
+from qlora_kit.release.blocks import adapter_of_first_blocks, blocks_that_fit, first_blocks
 from qlora_kit.release.factors import Adapter, open_adapter
 from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
 from qlora_kit.release.outputs import Outputs, plan_outputs
@@ -81,7 +83,11 @@ def read_inputs(request: Request, say: Console) -> Inputs:
 
 
 def _check_together(adapters: Sequence[Adapter]) -> None:
-    """Check that the adapters have a common meaning. Raises `UserError`."""
+    """Check that the adapters and their weights have a common meaning. Raises `UserError`."""
+    for adapter in adapters:
+        if adapter.weight != 1.0 and adapter.settings.get("bias", "none") != "none":
+            rule = f"cannot have the weight {adapter.weight:g}: it trained the base's biases, which PEFT does not scale"
+            raise UserError.of("--adapter", adapter.given, rule, "Merge it with weight 1.")
     if len(adapters) < 2:
         return
     given = [adapter.given for adapter in adapters]
@@ -143,6 +149,51 @@ def write_candidate(
     return Candidate(into, folder, recipe, tensors)
 
 
+def prove(request: Request, inputs: Inputs, candidate: Candidate, folder: Path) -> verify.ModelProof:
+    """Compare the release with the live model in processes of their own. Raises `UserError` where they differ."""
+    parameters = sum(entry.numel for entry in inputs.checkpoint.entries.values())
+    needed = parameters * verify.MODEL_BYTES + verify.PROCESS_BYTES
+    available = verify.available_bytes()
+    model, release, chosen, blocks = request.base.model, candidate.folder, list(request.adapters), "all"
+    folder.mkdir()
+    if needed > available:
+        count = blocks_that_fit(inputs.checkpoint.entries, available - verify.PROCESS_BYTES, verify.MODEL_BYTES)
+        blocks = f"the first {count}"
+        model = str(first_blocks(inputs.base_folder, count, folder / "base"))
+        release = first_blocks(candidate.folder, count, folder / "release")
+        chosen = [
+            (str(adapter_of_first_blocks(adapter.folder, count, folder / f"adapter-{number}")), adapter.weight)
+            for number, adapter in enumerate(inputs.adapters)
+        ]
+    vocabulary = max(entry.shape[0] for name, entry in inputs.checkpoint.entries.items() if len(entry.shape) == 2)
+    job = live.Job(
+        _run_config(request, inputs, model).to_dict(),
+        str(inputs.seen_dtype).removeprefix("torch."),
+        chosen,
+        candidate.recipe.original,
+        str(request.torch_dtype).removeprefix("torch."),
+        vars(candidate.recipe.pack) if candidate.recipe.pack is not None else None,
+        sorted(candidate.recipe.packed_names),
+        verify.token_budget(parameters, vocabulary),
+        request.data_given,
+        str(folder),
+    )
+    verify.Sides(job, release, folder, together=2 * needed <= available).run()
+    tokenizer = base.load_tokenizer(_run_config(request, inputs, model).base)
+    return verify.judge(
+        folder, candidate.into, request.dtype, request.held, candidate.recipe.pack is not None, blocks, tokenizer
+    )
+
+
+def _run_config(request: Request, inputs: Inputs, model: str) -> RunConfig:
+    """The settings of the live side: the tokenizer is the one that came with the adapter, where one did."""
+    own = request.base.tokenizer
+    with_tokenizer = [a for a in inputs.adapters if (a.folder / "tokenizer.json").is_file()]
+    tokenizer = str(with_tokenizer[0].folder) if own is None and with_tokenizer else own
+    changed = dataclasses.replace(request.base, model=model, tokenizer=tokenizer)
+    return RunConfig(base=changed, data=request.data, seed=request.seed)
+
+
 def merge(request: Request, console: Console | None = None) -> Path:
     """Make the release that `request` describes, prove it, and return its folder.
 
@@ -159,5 +210,8 @@ def merge(request: Request, console: Console | None = None) -> Path:
         needed = sum(s.n_bytes for into in request.bases for s in plan_files(inputs, recipe_of(request, inputs, into)))
         runs.require_space(working, needed + SPARE_BYTES)
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]
+        with say.status("comparing the release with the live model"):
+            model_proof = prove(request, inputs, candidates[0], working / "proof")
+        say.print_json(data=model_proof.to_dict())
         place.put(candidates[0].folder)
     return place.final
