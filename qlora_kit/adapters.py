@@ -151,6 +151,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = Fals
     Raises `UserError` where the folder holds no adapter, or one for another model.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -159,6 +160,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = Fals
         peft_model = PeftModel.from_pretrained(
             model, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False
         )
+        load_factors(peft_model, folder)
+    except (SafetensorError, OSError) as error:
+        rule = f"cannot be read ({str(error).splitlines()[0]})"
+        raise UserError.of("--adapter", str(folder), rule, "Copy or train it again.") from None
     except (ValueError, RuntimeError) as error:
         raise UserError.of(
             "--adapter",
@@ -166,7 +171,6 @@ def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = Fals
             f"does not fit this base ({str(error).splitlines()[0]})",
             "Give the base it was trained on.",
         ) from None
-    load_factors(peft_model, folder)
     return peft_model
 
 

@@ -204,6 +204,19 @@ def load_base(
     return model
 
 
+def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
+    """A whole model on `device` as its files are, in their dtype and quantization, frozen; `config.bits` is ignored.
+
+    Raises `UserError` where it is not found or cannot be read.
+    """
+    if device.type == "cpu":
+        host_memory.return_large_blocks()
+    model = _load_pretrained(load_model_config(config), config, device, None)
+    _keep_weights_plain(model)
+    model.requires_grad_(False)
+    return model
+
+
 def quantization(config: BaseConfig, dtype: torch.dtype) -> Any:
     """The quantization settings for `config.bits`, or None for 16 and 32."""
     from transformers import BitsAndBytesConfig
@@ -219,8 +232,9 @@ def quantization(config: BaseConfig, dtype: torch.dtype) -> Any:
 
 
 def _load_pretrained(
-    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, dtype: torch.dtype
+    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, dtype: torch.dtype | None
 ) -> PreTrainedModel:
+    """The model in the files of `config`, quantized as told from `dtype`; None for both as the files have them."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -229,14 +243,14 @@ def _load_pretrained(
             model_source(config),
             config=architecture,
             revision=config.revision,
-            dtype=dtype,
-            quantization_config=quantization(config, dtype),
+            dtype="auto" if dtype is None else dtype,
+            quantization_config=None if dtype is None else quantization(config, dtype),
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
         if "out of memory" in str(error):
             raise
         raise UserError.of(

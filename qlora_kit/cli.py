@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +15,8 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
-from qlora_kit.config import RunConfig, default_of, read_settings_file, settings
-from qlora_kit.errors import UserError
+from qlora_kit.config import DEFAULT_NEW_TOKENS, RunConfig, default_of, read_settings_file, settings
+from qlora_kit.errors import Faults, UserError
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Flag:
     """A flag of one command only: its help, its type, and what reads its text."""
 
     help: str
-    kind: type = str
+    kind: type = str  # str, bool, or list for one that may be given several times
     read: Callable[[str], Any] | None = None
 
 
@@ -29,12 +32,15 @@ class Flag:
 class Command:
     """A command: what it does, the function behind it in `commands` ("module:function"), and flags of its own.
 
-    The function is called with the settings and, by name, those of its own flags that were given.
+    The function is called with the settings and, by name, those of its own flags that were given. A command that
+    reads a finished run takes only `settings`, each with a help that fits there ("" for the setting's own), and is
+    called with those that were given, by name: the run has the others.
     """
 
     help: str
     door: str
     flags: Mapping[str, Flag] = field(default_factory=dict)
+    settings: Mapping[str, str] | None = None
 
 
 def _rows(text: str) -> tuple[int, ...]:
@@ -45,15 +51,34 @@ def _rows(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _count(text: str) -> int:
-    """A number of steps. Raises `UserError`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError.of("--steps", text, "must be a whole number, at least 1", "For example --steps 3.")
-    return int(text)
+def _count(flag: str, example: int) -> Callable[[str], int]:
+    """What reads a number of things; it raises `UserError`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError.of(flag, text, "must be a whole number, at least 1", f"For example {flag} {example}.")
+        return int(text)
+
+    return read
+
+
+def _number(flag: str, rule: str, holds: Callable[[float], bool], example: float) -> Callable[[str], float]:
+    """What reads a number for which `holds`; it raises `UserError` with the `rule`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and holds(value)):
+            raise UserError.of(flag, text, rule, f"For example {flag} {example:g}.")
+        return value
+
+    return read
 
 
 PROFILE_FLAGS = {
-    "steps": Flag("optimizer steps to measure (default: 3)", read=_count),
+    "steps": Flag("optimizer steps to measure (default: 3)", read=_count("--steps", 3)),
     "snapshot": Flag("also write a file for PyTorch's memory viewer (CUDA only)", bool),
 }
 PLAN_FLAGS = {
@@ -64,6 +89,54 @@ PLAN_FLAGS = {
     "plot": Flag("draw the plan into this PNG file"),
     "baselines": Flag("compare with 16-bit LoRA and full fine-tuning (default: yes)", bool),
 }
+RUN_FLAG = "finished run folder"
+BASE_FLAG = "the run's base, where it lies elsewhere now"
+GENERATE_FLAGS = {
+    "run": Flag(f"{RUN_FLAG}: its trained model answers, on the base as it was trained on"),
+    "base": Flag(BASE_FLAG),
+    "prompt": Flag("prompt to answer; may be given several times (unset: --data, or lines of standard input)", list),
+    "max_new_tokens": Flag(
+        f"most tokens of an answer (default: {DEFAULT_NEW_TOKENS})",
+        read=_count("--max-new-tokens", DEFAULT_NEW_TOKENS),
+    ),
+    "temperature": Flag(
+        "0: always the likeliest token; higher: drawn, and the more varied (default: 0)",
+        read=_number("--temperature", "must be a number, at least 0", lambda v: v >= 0, 0.7),
+    ),
+    "top_p": Flag(
+        "draw from the likeliest tokens that together have this probability (default: 1)",
+        read=_number("--top-p", "must be greater than 0 and at most 1", lambda v: 0 < v <= 1, 0.9),
+    ),
+    "raw": Flag("go on with the prompt as it stands, in no template (as after training on plain text)", bool),
+    "json": Flag("print one JSON object a prompt, as for --data", bool),
+}
+GENERATE_SETTINGS = {
+    "model": "model folder or hub id that answers instead of a run, e.g. a release",
+    "revision": "",
+    "bits": "load --model in 4 | 8 | 16 | 32 bits; unset: as it was saved",
+    "tokenizer": "",
+    "data": "answer the prompts of this file, folder or data set, in the forms of training; JSON lines",
+    "columns": "",
+    "batch_size": "prompts of --data answered at once (default: 4, or the run's)",
+    "seed": "seed of what --temperature draws (default: 42)",
+    "device": "",
+    "trust_remote_code": "",
+}
+EVAL_FLAGS = {
+    "run": Flag(RUN_FLAG),
+    "release": Flag("also evaluate this model folder or hub id, on the same tokens"),
+    "base": Flag(BASE_FLAG),
+    "json": Flag("print JSON instead of a table", bool),
+}
+EVAL_SETTINGS = {
+    "data": "data to evaluate on; unset: what the run held out",
+    "columns": "",
+    "seq_len": "tokens an example may have; unset: the run's",
+    "exact_match": "answer so many prompts, and count exact matches (unset: as many as the run did)",
+    "batch_size": "examples in a forward pass (default: the run's)",
+    "device": "",
+    "trust_remote_code": "",
+}
 COMMANDS = {
     "train": Command("fine-tune a model: the base frozen in 4 bits, LoRA factors on top", "train:run"),
     "plan": Command("predict the memory of a run, and what fits; needs no GPU", "plan:run", PLAN_FLAGS),
@@ -73,9 +146,22 @@ COMMANDS = {
         "preview:preview",
         {"rows": Flag("numbers of the examples to show, e.g. 1,5,17 (default: 1,2,3)", read=_rows)},
     ),
+    "generate": Command(
+        "answer prompts with the model of a finished run, or with any other",
+        "generate:run",
+        GENERATE_FLAGS,
+        GENERATE_SETTINGS,
+    ),
+    "eval": Command(
+        "loss, perplexity and exact match of base, adapter and release, side by side",
+        "evaluate:run",
+        EVAL_FLAGS,
+        EVAL_SETTINGS,
+    ),
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_PIPE_CLOSED = 141
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `| head` has read enough; Python would complain once more when it closes the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE_CLOSED)
 
 
 def _terminate(*_: object) -> None:
@@ -112,29 +201,46 @@ def _dispatch(name: str, args: list[str]) -> None:
     command = COMMANDS[name]
     flags = _parse(name, command, args)
     given = {key: flags.pop(key) for key in command.flags if key in flags}
-    for key, value in given.items():
-        reads = command.flags[key].read
-        given[key] = value if reads is None else reads(value)
-    config = _run_config(flags)
+    given = _read(command, given)
     module, function = command.door.split(":")
-    getattr(importlib.import_module(f"qlora_kit.commands.{module}"), function)(config, **given)
+    door = getattr(importlib.import_module(f"qlora_kit.commands.{module}"), function)
+    door(_run_config(flags) if command.settings is None else flags, **given)
+
+
+def _read(command: Command, given: dict[str, Any]) -> dict[str, Any]:
+    """The values of a command's own flags. Raises one `UserError` for all that break a rule."""
+    faults = Faults()
+    for key, text in list(given.items()):
+        reads = command.flags[key].read
+        if reads is not None:
+            given[key] = faults.collect(functools.partial(reads, text))
+    faults.raise_if_any()
+    return given
 
 
 def _parse(name: str, command: Command, args: list[str]) -> dict[str, Any]:
     """The flags that were given, as text by setting; unset ones are absent. tyro answers `--help` and unknown flags."""
-    shared = {"config": Flag("YAML or JSON file of settings, or a run's run.json; flags win")}
-    fields: dict[str, Any] = {key: _flag(flag.kind, flag.help, "") for key, flag in {**command.flags, **shared}.items()}
+    own = dict(command.flags)
+    if command.settings is None:
+        own["config"] = Flag("YAML or JSON file of settings, or a run's run.json; flags win")
+    fields: dict[str, Any] = {key: _flag(flag.kind, flag.help, "") for key, flag in own.items()}
     for _, setting, hint in settings():
+        if command.settings is not None and setting.name not in command.settings:
+            continue
         default = default_of(setting)
-        shown = "" if default in (None, {}, ()) else f"(default: {default})"
-        fields[setting.name] = _flag(bool if hint is bool else str, setting.metadata["help"], shown)
+        shown = "" if default in (None, {}, ()) or command.settings is not None else f"(default: {default})"
+        text = (command.settings or {}).get(setting.name) or setting.metadata["help"]
+        fields[setting.name] = _flag(bool if hint is bool else str, text, shown)
     flags_type = TypedDict("Flags", fields, total=False)  # type: ignore[misc]
-    return dict(tyro.cli(flags_type, prog=f"qlora-kit {name}", description=command.help, args=args))
+    lists: Any = {key: [] for key, flag in own.items() if flag.kind is list}  # tyro cannot leave these out
+    parsed = tyro.cli(flags_type, prog=f"qlora-kit {name}", description=command.help, args=args, default=lists)
+    return {key: value for key, value in parsed.items() if value != []}
 
 
 def _flag(kind: type, text: str, default: str) -> Any:
     metavar = None if kind is bool else "VALUE"
-    return Annotated[kind, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default)]
+    given: Any = tyro.conf.UseAppendAction[list[str]] if kind is list else kind
+    return Annotated[given, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default)]
 
 
 def _run_config(flags: dict[str, Any]) -> RunConfig:

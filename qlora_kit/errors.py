@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -54,3 +55,17 @@ class Faults:
         """Raise one `UserError` with every fault found."""
         if self._found:
             raise UserError(self._found)
+
+
+@contextmanager
+def said_of(setting: str, instead_of: str, remedy: str | None = None) -> Iterator[None]:
+    """Say mistakes of the setting `instead_of` of `setting`, which is what the user gave, with `remedy` if given."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            replace(fault, setting=setting, remedy=fault.remedy if remedy is None else remedy)
+            if fault.setting == instead_of
+            else fault
+            for fault in error.faults
+        ) from None

@@ -23,6 +23,7 @@ class Inputs:
     held_out: list[data.Example]
     seq_len: int
     report: data.AuditReport  # on the training examples
+    plain_text: bool  # no training example has a prompt, so that none went through a template
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -43,12 +44,14 @@ def read_inputs(config: RunConfig) -> Inputs:
     assert held_out is not None
     if config.data.eval_fraction:
         examples, held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)
-    train_set = _encode(config, examples, tokenizer, seq_len, "--data")
-    eval_set = _encode(config, held_out, tokenizer, seq_len, "--eval-data") if held_out else None
+    train_set = encode(config, examples, tokenizer, seq_len, "--data")
+    eval_set = encode(config, held_out, tokenizer, seq_len, "--eval-data") if held_out else None
+    plain_text = all(example.prompt is None and example.messages is None for example in examples)
     if not config.data.pack:
-        return Inputs(tokenizer, train_set, eval_set, held_out, seq_len, train_set.report)
+        return Inputs(tokenizer, train_set, eval_set, held_out, seq_len, train_set.report, plain_text)
+    packed = data.pack(train_set, seq_len)
     packed_eval = data.pack(eval_set, seq_len) if eval_set is not None else None
-    return Inputs(tokenizer, data.pack(train_set, seq_len), packed_eval, held_out, seq_len, train_set.report)
+    return Inputs(tokenizer, packed, packed_eval, held_out, seq_len, train_set.report, plain_text)
 
 
 def _read_held_out(config: RunConfig) -> list[data.Example]:
@@ -56,9 +59,21 @@ def _read_held_out(config: RunConfig) -> list[data.Example]:
     return [] if source is None else data.read_examples(source, config.data.columns, "--eval-data")
 
 
-def _encode(
+def held_out_examples(config: RunConfig) -> list[data.Example]:
+    """The examples that a run of `config` does not train on: its own data for it, or the share that it splits off.
+
+    None where it holds nothing out. Raises `UserError` for data that cannot be read.
+    """
+    if not config.data.eval_fraction:
+        return _read_held_out(config)
+    examples = data.read_examples(config.data.data, config.data.columns)
+    return data.split_examples(examples, config.data.eval_fraction, config.seed)[1]
+
+
+def encode(
     config: RunConfig, examples: list[data.Example], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
 ) -> data.EncodedSet:
+    """The tokens of `examples` as `config` lays them out and cuts them; `setting` is the one that errors name."""
     return data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
 
 

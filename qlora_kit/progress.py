@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -42,6 +44,27 @@ def human_bytes(count: float) -> str:
 def say_line(console: Console, line: str) -> None:
     """Print `line` as it is: no markup, no colours guessed, no wrapping in a pipe."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def counted(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` are done: call what this gives with each number done. A bar, or lines in a pipe."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, last_s = 0, time.monotonic()
+
+    def tick(count: int) -> None:
+        nonlocal done, last_s
+        done += count
+        if time.monotonic() - last_s > LINE_EVERY_S:
+            last_s = time.monotonic()
+            say_line(console, f"{label}: {done}/{total}")
+
+    yield tick
 
 
 class TrainingProgress:

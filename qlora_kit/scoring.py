@@ -5,19 +5,24 @@ Scoring leaves no trace: mode and random state are put back, so that a run with 
 
 from __future__ import annotations
 
+import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from qlora_kit import data
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 ANSWER_BATCH = 32  # prompts answered at once
+MAX_ANSWER_TOKENS = 256  # longest answer that exact match lets a model give
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,28 @@ class Loss:
 
     mean: float
     tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean, capped where a float ends."""
+        return math.exp(min(self.mean, 700))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the likeliest at temperature 0, else drawn from the likeliest that make up `top_p`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered, and whether it was cut off before it ended by itself."""
+
+    text: str
+    is_cut: bool
 
 
 @contextmanager
@@ -69,39 +96,94 @@ def answer(
 
     An answer also ends where the model's positions do; a prompt that fills them gets an empty one.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    rooms = [max(0, min(max_new_tokens, positions - len(prompt))) for prompt in prompts]
-    answers = [""] * len(prompts)
     with undisturbed(model):
-        for room in sorted(set(rooms) - {0}):  # prompts with the same room go together, so that none shortens another
-            members = [index for index, own in enumerate(rooms) if own == room]
-            for start in range(0, len(members), ANSWER_BATCH):
-                part = members[start : start + ANSWER_BATCH]
-                for index, text in zip(
-                    part, _generate(model, tokenizer, [prompts[i] for i in part], room), strict=True
-                ):
-                    answers[index] = text
+        return [found.text for found in answer_all(model, tokenizer, prompts, Sampling(max_new_tokens))]
+
+
+def answer_all(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    batch_size: int = ANSWER_BATCH,
+    tick: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """As `answer`, by `sampling`, `batch_size` at a time; call it within `undisturbed`, which keeps the random state.
+
+    `tick` is called with the number of prompts answered since the last call.
+    """
+    rooms = [room(model, len(prompt), sampling.max_new_tokens) for prompt in prompts]
+    answers = [Answer("", is_cut=True)] * len(prompts)
+    tick(rooms.count(0))
+    for own in sorted(set(rooms) - {0}):  # prompts with the same room go together, so that none shortens another
+        members = [index for index, other in enumerate(rooms) if other == own]
+        for start in range(0, len(members), batch_size):
+            part = members[start : start + batch_size]
+            width, out = generate_ids(model, tokenizer, [prompts[i] for i in part], own, sampling)
+            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            for index, text, ids in zip(part, texts, out[:, width:].tolist(), strict=True):
+                answers[index] = Answer(text, is_cut=tokenizer.eos_token_id not in ids)
+            tick(len(part))
     return answers
 
 
-def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, part: list[list[int]], max_new_tokens: int) -> list[str]:
+def room(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
+    """The tokens that an answer may have before `max_new_tokens` or the model's positions end it."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    return max(0, min(max_new_tokens, positions - prompt_tokens))
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+) -> tuple[int, torch.Tensor]:
+    """Prompts padded on the left to one width, and (B, T) tokens: prompts of that width, then answers, then padding.
+
+    `max_new_tokens` counts, not that of `sampling`. `streamer` gets each token as it comes (B = 1 then).
+    """
     import torch
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id
+    draws = sampling.temperature > 0
+    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        do_sample=draws,
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
+        **chosen,
     )
-    width = max(len(prompt) for prompt in part)
-    ids_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in part], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
-    out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
-    texts: list[str] = tokenizer.batch_decode(out_BT[:, width:], skip_special_tokens=True)
-    return texts
+    width = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings, streamer=streamer)
+    return width, out_BT
+
+
+def count_exact_matches(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[data.Example],
+    tick: Callable[[int], None] = lambda count: None,
+) -> float:
+    """The share of the prompts of `examples` that the model answers to the letter.
+
+    `tick` is called with the number of prompts answered since the last call. Raises `UserError` where the chat
+    template fails.
+    """
+    expected = [example.completion for example in examples]
+    longest = max(len(ids) for ids in tokenizer(expected, add_special_tokens=False)["input_ids"])
+    prompts = [data.encode_prompt(example, tokenizer) for example in examples]
+    sampling = Sampling(min(longest + 8, MAX_ANSWER_TOKENS))
+    with undisturbed(model):
+        answers = answer_all(model, tokenizer, prompts, sampling, tick=tick)
+    return exact_match([found.text for found in answers], expected)
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:

@@ -121,7 +121,7 @@ class AdapterTrainer(Trainer):
             loss = mean_loss(self.model, self._held_out(eval_dataset))
         metrics = {
             f"{metric_key_prefix}_loss": loss.mean,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss.mean, 700)),
+            f"{metric_key_prefix}_perplexity": loss.perplexity,
             f"{metric_key_prefix}_tokens": loss.tokens,
             f"{metric_key_prefix}_s": round(time.monotonic() - start_s, 3),
         }

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 PLAN_FILE = "plan.json"
 RESUME_REMEDY = "Leave it as it was, or start a new run."
 SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
-MAX_ANSWER_TOKENS = 256  # longest answer that exact match lets a model give
 
 
 @dataclass(frozen=True)
@@ -271,6 +270,7 @@ def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs,
         "examples": {"train": len(inputs.train), "evaluation": len(inputs.evaluation) if inputs.evaluation else 0},
         "truncated": inputs.report.truncated,
         "dropped": inputs.report.examples - inputs.report.kept,
+        "plain_text": inputs.plain_text,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": runs.versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -282,11 +282,7 @@ def _exact_match(config: RunConfig, model: Any, inputs: Inputs) -> float | None:
     if config.evaluation.exact_match is None:
         return None
     asked = inputs.held_out[: config.evaluation.exact_match]
-    expected = [example.completion for example in asked]
-    longest = max(len(ids) for ids in inputs.tokenizer(expected, add_special_tokens=False)["input_ids"])
-    prompts = [data.encode_prompt(example, inputs.tokenizer) for example in asked]
-    answers = scoring.answer(model, inputs.tokenizer, prompts, min(longest + 8, MAX_ANSWER_TOKENS))
-    return scoring.exact_match(answers, expected)
+    return scoring.count_exact_matches(model, inputs.tokenizer, asked)
 
 
 def _sampler(model: Any, inputs: Inputs) -> Callable[[], dict[str, str]] | None:

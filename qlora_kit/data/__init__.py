@@ -2,16 +2,17 @@
 
 from qlora_kit.data.audit import AuditReport
 from qlora_kit.data.collate import Collator, packed_mask_dtype
-from qlora_kit.data.columns import Example, Message
+from qlora_kit.data.columns import Example, Message, prompt_of
 from qlora_kit.data.encode import (
     Encoded,
     EncodedSet,
     encode_example,
     encode_prompt,
     encode_set,
+    encode_text,
     resolve_seq_len,
 )
-from qlora_kit.data.load import read_examples, split_examples
+from qlora_kit.data.load import read_examples, read_prompts, split_examples
 from qlora_kit.data.pack import PackedSet, pack
 from qlora_kit.data.tokenizer import prepare_tokenizer
 
@@ -26,10 +27,13 @@ __all__ = [
     "encode_example",
     "encode_prompt",
     "encode_set",
+    "encode_text",
     "pack",
     "packed_mask_dtype",
     "prepare_tokenizer",
+    "prompt_of",
     "read_examples",
+    "read_prompts",
     "resolve_seq_len",
     "split_examples",
 ]

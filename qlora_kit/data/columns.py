@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from qlora_kit.data.problems import Problems
@@ -178,6 +178,48 @@ SHAPES = (  # the first one that fits is taken: a data set with both an answer a
     Shape(("question", "response"), ("system",), _read_pair),
     TEXT,
 )
+
+
+def prompts_from(records: list[Record], columns: Mapping[str, str], source: str, setting: str) -> list[Example]:
+    """The prompts in `records`, as conversations without their answers; a column of answers may be absent.
+
+    Of plain text the whole text is the prompt. Raises `UserError` as `examples_from` does.
+    """
+    unanswered: list[Record] = []
+    for _, group in groupby(records, key=lambda record: record.file):
+        in_file = list(group)
+        answers = _answer_column(in_file, columns)
+        unanswered += [_without(record, answers) for record in in_file]
+    return [_without_answer(example) for example in examples_from(unanswered, columns, source, setting)]
+
+
+def _answer_column(records: list[Record], columns: Mapping[str, str]) -> str | None:
+    """The column of answers in the records of a file, there or not; None where their shape has none apart."""
+    if columns:
+        return columns.get("completion", "completion") if "prompt" in columns else None
+    there = {column for record in records for column in record.values}
+    whole = next((shape for shape in SHAPES if set(shape.required) <= there), None)
+    pairs = [shape for shape in SHAPES if shape.read is _read_pair]
+    found = whole or next((shape for shape in pairs if shape.required[0] in there), None)
+    return found.required[1] if found is not None and found in pairs else None
+
+
+def _without(record: Record, answers: str | None) -> Record:
+    return record if answers is None else Record(record.file, record.origin, {**record.values, answers: ""})
+
+
+def _without_answer(example: Example) -> Example:
+    if example.prompt is None:
+        return prompt_of(example.completion, example.origin)
+    if example.messages is None:
+        return prompt_of(example.prompt, example.origin)
+    asked = tuple(takewhile(lambda message: message.role != "assistant", example.messages))
+    return Example(example.prompt, "", asked, example.origin)
+
+
+def prompt_of(text: str, origin: str) -> Example:
+    """A conversation that opens with `text` and waits for its answer."""
+    return Example(text, "", (Message("user", text),), origin)
 
 
 def examples_from(records: list[Record], columns: Mapping[str, str], source: str, setting: str) -> list[Example]:

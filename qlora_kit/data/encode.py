@@ -95,6 +95,11 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[
     return ids[: supervised.index(True)] if any(supervised) else ids
 
 
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a plain text that is to go on: in no template, as training sees such a text."""
+    return leading_ids(tokenizer) + token_ids(tokenizer, [text])[0]
+
+
 def _opening_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return opening_of(example, tokenizer)

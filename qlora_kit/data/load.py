@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from qlora_kit.data.columns import Example, examples_from
+from qlora_kit.data.columns import Example, examples_from, prompts_from
 from qlora_kit.data.read import read_records
 from qlora_kit.errors import UserError
 
@@ -19,6 +19,11 @@ def read_examples(source: str, columns: Mapping[str, str], setting: str = "--dat
     Raises `UserError` for a source that is missing, empty, unreadable (file and line) or in no known shape.
     """
     return examples_from(read_records(source, setting), columns, source, setting)
+
+
+def read_prompts(source: str, columns: Mapping[str, str], setting: str = "--data") -> list[Example]:
+    """Every prompt of `source` without its answer, which need not be there; otherwise as `read_examples`."""
+    return prompts_from(read_records(source, setting), columns, source, setting)
 
 
 def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

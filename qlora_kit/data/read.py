@@ -315,7 +315,7 @@ def _choose_split(splits: list[str], source: str, setting: str, held_out: bool) 
     if len(splits) == 1 and not held_out:
         return splits[0]
     wanted = "held-out" if held_out else "training"
-    remedy = "Use --eval-fraction instead." if held_out else "Download it and give the file."
+    remedy = "Use --eval-fraction, or download it and give the file." if held_out else "Download it and give the file."
     raise UserError.of(setting, source, f"has no {wanted} split (it has {', '.join(splits)})", remedy)
 
 

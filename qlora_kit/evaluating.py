@@ -1,0 +1,228 @@
+"""Loss, perplexity and exact match of a run's base, of what it trained, and of a release, on the same tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qlora_kit import base, data, inputs, reopening, scoring
+from qlora_kit.config import BaseConfig, RunConfig
+from qlora_kit.errors import UserError, said_of
+from qlora_kit.progress import counted
+from qlora_kit.reopening import FinishedRun
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one model does; `exact_match` is a share, None where no prompt was asked."""
+
+    model: str  # what it is, in words
+    loss: scoring.Loss
+    exact_match: float | None
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every model is scored on: encoded examples, and those whose prompts are asked."""
+
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    encoded: data.EncodedSet
+    asked: list[data.Example]
+    seq_len: int
+
+    @property
+    def longest_tokens(self) -> int:
+        """The tokens of the longest example."""
+        return max(len(row.input_ids) for row in self.encoded.rows)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores by name (base, adapter or full, release), what they were taken on, and what to be warned of."""
+
+    source: str
+    seq_len: int
+    report: data.AuditReport
+    asked: int
+    scores: dict[str, Score]
+    warning: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, ready for JSON; what is no finite number is None."""
+        return {
+            "data": self.source,
+            "examples": self.report.examples,
+            "dropped": self.report.examples - self.report.kept,
+            "truncated": self.report.truncated,
+            "seq_len": self.seq_len,
+            "tokens": self.report.supervised_tokens,
+            "exact_match_prompts": self.asked,
+            "warning": self.warning,
+            "models": {name: _plain(score) for name, score in self.scores.items()},
+        }
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    loss = score.loss
+    numbers = {"loss": loss.mean, "perplexity": loss.perplexity, "exact_match": score.exact_match}
+    finite = {name: n if n is not None and math.isfinite(n) else None for name, n in numbers.items()}
+    return {"model": score.model, **finite}
+
+
+def read_material(run: FinishedRun, source: str | None) -> Material:
+    """The data in `source`, or without one what the run held out, laid out and cut as the run did it.
+
+    Raises `UserError` where there is none, or it cannot be read or encoded.
+    """
+    config = run.config
+    tokenizer = reopening.run_tokenizer(run)
+    if source is not None:
+        config = _holding_out(config, source)
+    with said_of("--data", instead_of="--eval-data"):
+        examples = inputs.held_out_examples(config)
+    if not examples:
+        raise UserError.of("--data", source, "is needed: the run held no data out", "Give --data FILE.")
+    positions = base.max_positions(base.load_model_config(run.model_settings))
+    seq_len = data.resolve_seq_len(run.seq_len, tokenizer, positions)
+    encoded = inputs.encode(config, examples, tokenizer, seq_len, "--data")
+    asked = [] if run.is_plain_text else [e for e in examples if e.prompt is not None or e.messages is not None]
+    count = config.evaluation.exact_match or 0
+    return Material(_described(config, source), tokenizer, encoded, asked[:count], seq_len)
+
+
+def _holding_out(config: RunConfig, source: str) -> RunConfig:
+    held_out = dataclasses.replace(config.data, eval_data=source, eval_fraction=0.0)
+    return dataclasses.replace(config, data=held_out)
+
+
+def _described(config: RunConfig, source: str | None) -> str:
+    if source is not None:
+        return source
+    if config.data.eval_fraction:
+        return f"{config.data.data} (the {config.data.eval_fraction:g} of it that the run held out)"
+    return f"{config.data.held_out_source} (held out by the run)"
+
+
+def evaluate(run: FinishedRun, source: str | None, release: str | None, console: Console) -> Evaluation:
+    """Score the base of `run`, what it trained, and `release` where one is given; one model is loaded at a time.
+
+    `source` is as in `read_material`. Progress goes to `console`. Raises `UserError`, before any model is loaded
+    for all but weights that cannot be read.
+    """
+    material = read_material(run, source)
+    device = base.resolve_device(run.config.base.device)
+    with console.status("checking the base"):
+        warning = reopening.check_base(run)
+    released = None if release is None else _check_release(run, release, material)
+    scores = {}
+    for name, title, model, context in _models(run, released, device, console):
+        with context:
+            inputs.check_vocabulary(material.tokenizer, model)
+            scores[name] = _score(name, title, model, material, run.config.optim.batch_size, console)
+        del model  # before the next one is loaded
+    return Evaluation(material.source, material.seq_len, material.encoded.report, len(material.asked), scores, warning)
+
+
+Loaded = tuple[str, str, Any, AbstractContextManager[Any]]
+
+
+def _models(run: FinishedRun, released: BaseConfig | None, device: torch.device, console: Console) -> Iterator[Loaded]:
+    """Each model by its name and in words, loaded when its turn comes and forgotten after it, and how to switch to it.
+
+    The base is the adapter's own, with the adapter switched off.
+    """
+    settings = run.config.base
+    title = f"{settings.model} at {settings.bits} bits"
+
+    def loaded(title: str, load: Callable[[], Any]) -> Any:
+        _free(device)
+        with console.status(f"loading {title}"):
+            return load()
+
+    if settings.full:
+        yield "base", title, loaded("the base", lambda: reopening.load_run_base(run, device)), nullcontext()
+        title += ", every weight trained"
+        yield "full", title, loaded("what was trained", lambda: reopening.load_run_model(run, device)), nullcontext()
+    else:
+        model = loaded("base and adapter", lambda: reopening.load_run_model(run, device))
+        yield "base", title, model, model.disable_adapter()
+        yield "adapter", f"{title}, LoRA r = {run.config.adapter.r}", model, nullcontext()
+        del model
+    if released is not None:
+        model = loaded(released.model, lambda: base.load_as_saved(released, device))
+        yield "release", f"{released.model}, {_saved_as(model)}", model, nullcontext()
+
+
+def _free(device: torch.device) -> None:
+    """Give back what the last model took."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _saved_as(model: Any) -> str:
+    method = getattr(model, "quantization_method", None)
+    return str(model.dtype).removeprefix("torch.") + (f", {getattr(method, 'value', method)}" if method else "")
+
+
+def _check_release(run: FinishedRun, release: str, material: Material) -> BaseConfig:
+    """The settings of the release. Raises `UserError` where it is none, or could not be fed the run's tokens."""
+    own = run.config.base
+    config = BaseConfig(
+        model=release,
+        bits=16,
+        tokenizer=str(run.weights),
+        device=own.device,
+        trust_remote_code=own.trust_remote_code,
+    )
+    with said_of("--release", instead_of="--model"):
+        positions = base.max_positions(base.load_model_config(config))
+    if positions is not None and positions < material.longest_tokens:
+        rule = f"has {positions} positions, and the longest example has {material.longest_tokens} tokens"
+        raise UserError.of("--release", release, rule, f"Give --seq-len {positions}.")
+    folder = Path(release)
+    if (folder / "tokenizer.json").is_file():
+        with said_of("--release", instead_of="--tokenizer"):
+            tokenizer = base.load_tokenizer(dataclasses.replace(config, tokenizer=release))
+        if tokenizer.get_vocab() != material.tokenizer.get_vocab():
+            rule = "has another vocabulary than the run, so the same tokens mean something else to it"
+            raise UserError.of("--release", release, rule, "Give a release of this run.")
+    return config
+
+
+def _score(name: str, title: str, model: Any, material: Material, batch_size: int, console: Console) -> Score:
+    rows = material.encoded
+    starts = range(0, len(rows), batch_size)
+    with counted(console, f"{name}: loss", len(rows)) as tick:
+        loss = scoring.mean_loss(model, _batches(material, model.device, starts, batch_size, tick))
+    exact = None
+    if material.asked:
+        with counted(console, f"{name}: answers", len(material.asked)) as tick:
+            exact = scoring.count_exact_matches(model, material.tokenizer, material.asked, tick)
+    return Score(title, loss, exact)
+
+
+def _batches(
+    material: Material, device: torch.device, starts: range, batch_size: int, tick: Callable[[int], None]
+) -> Iterator[dict[str, torch.Tensor]]:
+    collate = data.Collator(material.tokenizer.pad_token_id, max_tokens=material.seq_len)
+    rows = material.encoded
+    for start in starts:
+        part = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+        yield {name: tensor.to(device) for name, tensor in collate(part).items()}
+        tick(len(part))
