@@ -182,8 +182,9 @@ def load_base(
     """The base model on `device`, quantized as told, every weight frozen unless `config.full`.
 
     Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `dtype`, unset that of
-    `compute_dtype` (another is for the release of a run that was made on another kind of device). On the `meta` device the model has the same structure but no values, whatever `config.weights` says: for the
-    planner. `architecture` overrides the one that `config` names (which must be None for pretrained weights).
+    `compute_dtype` (another is for the release of a run that was made on another kind of device). On the `meta`
+    device the model has the same structure but no values, whatever `config.weights` says: for the planner.
+    `architecture` overrides the one that `config` names (which must be None for pretrained weights).
     Raises `UserError` where it is not found or cannot be read.
     """
     assert architecture is None or config.weights == "random" or device.type == "meta", "it would not fit the weights"

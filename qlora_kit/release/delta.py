@@ -60,7 +60,8 @@ def _dora_rows(seen: torch.Tensor, rows: slice, change: Change) -> torch.Tensor:
     assert change.magnitude is not None
     turned = torch.addmm(seen, change.left[rows], change.right, alpha=change.scale)
     lengths = torch.linalg.norm(turned, dim=1)
-    return (change.magnitude[rows] / lengths)[:, None] * turned
+    lengthened: torch.Tensor = (change.magnitude[rows] / lengths)[:, None] * turned
+    return lengthened
 
 
 def replaced(seen: torch.Tensor, whole: torch.Tensor, share: float) -> torch.Tensor:

@@ -166,7 +166,7 @@ def main(job: Job) -> None:
         save_file(stock.row_logits(model, asked.rows), out / f"{name}.safetensors")
         found[name] = stock.greedy(model, asked.prompt, asked.end)
 
-    model = load_literally(config.base, seen, job.adapters)
+    model: Any = load_literally(config.base, seen, job.adapters)
     answer(model, "literal")
     model = put_on(widen(model.unload()), job.adapters)
     model = _all_in_fp32(model)

@@ -14,7 +14,7 @@ from qlora_kit import base, host_memory, quiet, runs
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
 from qlora_kit.progress import BytesProgress
-from qlora_kit.release import content, live, proof, stream, verify
+from qlora_kit.release import content, live, proof, report, stream, verify
 from qlora_kit.release.blocks import adapter_of_first_blocks, blocks_that_fit, first_blocks
 from qlora_kit.release.factors import Adapter, open_adapter
 from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
@@ -77,9 +77,7 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     for adapter in found:
         check_fits(adapter, layout)
     check_mappable(found, layout, request.base.bits <= 8 and request.into != "original")
-    return Inputs(
-        records, found, folder, base_hash, checkpoint, dtype, layout, plan_outputs(layout, checkpoint, found)
-    )
+    return Inputs(records, found, folder, base_hash, checkpoint, dtype, layout, plan_outputs(layout, checkpoint, found))
 
 
 def _check_together(adapters: Sequence[Adapter]) -> None:
@@ -194,11 +192,20 @@ def _run_config(request: Request, inputs: Inputs, model: str) -> RunConfig:
     return RunConfig(base=changed, data=request.data, seed=request.seed)
 
 
-def merge(request: Request, console: Console | None = None) -> Path:
-    """Make the release that `request` describes, prove it, and return its folder.
+@dataclass(frozen=True)
+class Result:
+    """A finished release: its folder, and what `merge_report.json` in it says."""
+
+    folder: Path
+    report: report.Report
+
+
+def merge(request: Request, console: Console | None = None, whole_model: bool = True) -> Result:
+    """Make the release that `request` describes, prove it, and put it in its place.
 
     Everything that can be wrong is found before anything is written; nothing is left of a release that fails its
-    proof. Progress goes to `console` (standard error by default). Raises `UserError`.
+    proof. Progress goes to `console` (standard error by default). Without `whole_model` only the tensors are proven,
+    which needs no other process: for measuring the merge alone. Raises `UserError`.
     """
     quiet.quiet_libraries()
     host_memory.return_large_blocks()
@@ -210,8 +217,31 @@ def merge(request: Request, console: Console | None = None) -> Path:
         needed = sum(s.n_bytes for into in request.bases for s in plan_files(inputs, recipe_of(request, inputs, into)))
         runs.require_space(working, needed + SPARE_BYTES)
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]
-        with say.status("comparing the release with the live model"):
-            model_proof = prove(request, inputs, candidates[0], working / "proof")
-        say.print_json(data=model_proof.to_dict())
-        place.put(candidates[0].folder)
-    return place.final
+        chosen = candidates[0]
+        model_proof = None
+        if whole_model:
+            with say.status("comparing the release with the live model"):
+                model_proof = prove(request, inputs, chosen, working / "proof")
+        found = _report(request, inputs, chosen, model_proof)
+        report.write_report(found, chosen.folder)
+        place.put(chosen.folder)
+    return Result(place.final, found)
+
+
+def _report(
+    request: Request, inputs: Inputs, chosen: Candidate, model_proof: verify.ModelProof | None
+) -> report.Report:
+    licences = {"base": content.licence_of(inputs.base_folder), "data": None}
+    return report.make_report(
+        request,
+        inputs.base_hash,
+        inputs.adapters,
+        inputs.records,
+        chosen.into,
+        licences,
+        inputs.outputs.left_out,
+        inputs.outputs.untied,
+        chosen.tensors,
+        model_proof,
+        None,
+    )

@@ -86,7 +86,7 @@ class TensorCheck:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to `dtype`; a little more than half its epsilon. None from fp32 to fp32."""
+    """The largest relative error of rounding fp32 to `dtype`: half its epsilon, and a little more."""
     import torch
 
     return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * (1 + 2**-12)

@@ -24,7 +24,7 @@ BUILT_IN = (
     "bus. Whoever wants to take a bicycle along pays two crowns more, and children under six pay nothing at all.",
     "Water boils at a lower temperature on a mountain than at the sea, because the air above it weighs less. This is "
     "why an egg takes longer to cook there: it is not the boiling that cooks it, but the heat.",
-    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total",
 )
 
 
@@ -83,7 +83,9 @@ def _examples(config: RunConfig, data_given: bool) -> tuple[list[data.Example], 
         return [], ""
 
 
-def _within(budget: int, rows: Sequence[list[int]], labels: Sequence[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+def _within(
+    budget: int, rows: Sequence[list[int]], labels: Sequence[list[int]]
+) -> tuple[list[list[int]], list[list[int]]]:
     """The first rows, each cut at `MAX_ROW_TOKENS`, and the last where the budget ends; all learned if none is."""
     kept_rows: list[list[int]] = []
     kept_labels: list[list[int]] = []

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import base
+from qlora_kit import base, reopening
 from qlora_kit.config import BaseConfig, DataConfig, flag
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.release.quantize import Quantization
-from qlora_kit.release.source import read_json
 from qlora_kit.runs import RUN_FILE
 
 if TYPE_CHECKING:
@@ -74,7 +73,9 @@ class Request:
     @property
     def bases(self) -> tuple[str, ...]:
         """The kinds of base to merge into: trained, original, or both."""
-        return ("trained", "original") if self.into == "best" else ("original" if self.into == "original" else "trained",)
+        return (
+            ("trained", "original") if self.into == "best" else ("original" if self.into == "original" else "trained",)
+        )
 
     @property
     def how(self) -> Quantization:
@@ -97,17 +98,6 @@ class RunRecord:
     given: str
     content: Mapping[str, Any]
 
-    @classmethod
-    def read(cls, given: str) -> RunRecord:
-        """The record of the finished run in the folder `given`. Raises `UserError`."""
-        folder = Path(given)
-        if not folder.is_dir():
-            raise UserError.of("--run", given, "is no folder", "Give the folder of a finished run, such as runs/x.")
-        content = read_json(folder / RUN_FILE, "--run", given)
-        if not isinstance(content.get("settings"), dict) or "base_hash" not in content:
-            raise UserError.of("--run", given, f"its {RUN_FILE} is not that of a run", "Give a finished run.")
-        return cls(given, content)
-
     @property
     def base_hash(self) -> str:
         """The content hash of the base that it trained on."""
@@ -116,17 +106,20 @@ class RunRecord:
     @property
     def dtype_name(self) -> str:
         """The dtype that it loaded the base in, as torch calls it."""
-        return str(self.content.get("resolved", {}).get("dtype", "bfloat16"))
+        return str(self.content["resolved"].get("dtype", "bfloat16"))
 
 
 def records_of(request: Request) -> list[RunRecord]:
-    """The records of the runs that the adapters come from, as far as they lie where a run puts them."""
+    """The records of the runs that the adapters come from, as far as they lie where a run puts them.
+
+    Raises `UserError`.
+    """
     folders = [request.run] if request.run is not None else []
     for given, _ in request.adapters:
         run = Path(given).parent
         if Path(given).name == "adapter" and (run / RUN_FILE).is_file() and str(run) not in folders:
             folders.append(str(run))
-    return [RunRecord.read(folder) for folder in folders]
+    return [RunRecord(folder, reopening.find_run(folder, {}).record) for folder in folders]
 
 
 def seen_dtype_name(request: Request, records: Iterable[RunRecord]) -> str:
@@ -162,6 +155,8 @@ def check_base(request: Request, records: Iterable[RunRecord]) -> str:
                 f"is not the base that {record.given} was trained on: its content hash is {found[:19]}…, "
                 f"and that of the run's base is {record.base_hash[:19]}…"
             )
-            remedy = "Give the one that it was trained on, or add --allow-other-base to merge into this one all the same."
+            remedy = (
+                "Give the one that it was trained on, or add --allow-other-base to merge into this one all the same."
+            )
             raise UserError.of("--base", request.base.model, rule, remedy)
     return found

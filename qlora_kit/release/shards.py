@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit import runs
 from qlora_kit.release.source import DTYPES, INDEX_FILE, SINGLE_FILE, Entry
@@ -49,11 +49,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its name, the tensors in it with their places, and the bytes of its header with the length before it."""
+    """One file: its name, the tensors in it with their places, and what comes before the data."""
 
     name: str
     tensors: Mapping[str, tuple[TensorPlan, int]]  # the offset counts from the beginning of the file
-    header: bytes
+    header: bytes  # with the length in front of it
     n_bytes: int
 
 
@@ -159,7 +159,7 @@ def index_of(shards: Sequence[Shard]) -> dict[str, object]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
-def _as_bytes(values: torch.Tensor) -> object:
+def _as_bytes(values: torch.Tensor) -> Any:
     import torch
 
     return values.contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qlora_kit import base, hub
 from qlora_kit.config import BaseConfig
@@ -105,7 +105,7 @@ def read_bytes(entry: Entry, offset: int, count: int) -> torch.Tensor:
     import torch
 
     buffer = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start + offset)
         done = 0
@@ -143,7 +143,7 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> Entry:
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if dtype not in DTYPES:
         raise BadFileError(f"{file.name}: {name} has the dtype {dtype!r}, which cannot be merged")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise BadFileError(f"{file.name}: the header gives {name} an impossible shape or place")
     entry = Entry(file, dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
     if entry.n_bytes != entry.numel * entry.torch_dtype.itemsize:
@@ -151,7 +151,7 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> Entry:
     return entry
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 

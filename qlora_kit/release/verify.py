@@ -189,7 +189,9 @@ def judge(folder: Path, into: str, dtype: str, held: str, packed: bool, blocks: 
         _limit(rounding, dtype, packed),
         _answer(ours[name], theirs["exact"], tokenizer),
         compare(folder / "literal.safetensors", folder / "served.safetensors", asked.labels),
-        compare(folder / "live.safetensors", folder / "exact.safetensors", asked.labels) if name == "original" else None,
+        compare(folder / "live.safetensors", folder / "exact.safetensors", asked.labels)
+        if name == "original"
+        else None,
         rounding,
     )
     _check(proof)
@@ -220,12 +222,12 @@ def _check_keys(found: Mapping[str, Any], partial: bool) -> None:
 
 def _answer(reference: Mapping[str, Any], release: Mapping[str, Any], tokenizer: Any) -> Answer:
     ours, theirs = reference["tokens"], release["tokens"]
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ours, theirs)]
+    our_text, their_text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ours, theirs))
     if ours == theirs:
-        return Answer(*texts, same=True)
+        return Answer(our_text, their_text, same=True)
     parted = next(i for i, pair in enumerate(zip([*ours, None], [*theirs, None], strict=False)) if pair[0] != pair[1])
     lead = reference["leads"][parted] if parted < len(reference["leads"]) else 0.0
-    return Answer(*texts, same=False, parted_at=parted, lead=lead)
+    return Answer(our_text, their_text, same=False, parted_at=parted, lead=lead)
 
 
 def _check(proof: ModelProof) -> None:
@@ -244,4 +246,3 @@ def _check(proof: ModelProof) -> None:
             f"its greedy answer parts from that of {proof.reference} at token {answer.parted_at}, where the first "
             f"choice leads by {answer.lead:.3g}, more than the {allowed:.3g} that may differ"
         )
-
