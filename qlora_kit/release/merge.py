@@ -77,7 +77,9 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     for adapter in found:
         check_fits(adapter, layout)
     check_mappable(found, layout, request.base.bits <= 8 and request.into != "original")
-    return Inputs(records, found, folder, base_hash, checkpoint, dtype, layout, plan_outputs(layout, checkpoint, found))
+    return Inputs(
+        records, found, folder, base_hash, checkpoint, dtype, layout, plan_outputs(layout, checkpoint, found, dtype)
+    )
 
 
 def _check_together(adapters: Sequence[Adapter]) -> None:
@@ -113,21 +115,19 @@ def recipe_of(request: Request, inputs: Inputs, into: str) -> Recipe:
     return Recipe(None if original else request.how, original, request.torch_dtype, pack, names)
 
 
-def plan_files(inputs: Inputs, recipe: Recipe, limit_bytes: int = SHARD_BYTES) -> list[Shard]:
+def plan_files(inputs: Inputs, recipe: Recipe) -> list[Shard]:
     """The files of the release."""
     plans = [plan for out in inputs.outputs.weights for plan in stream.plans_of(out, inputs.checkpoint, recipe)]
-    return plan_shards(plans, limit_bytes)
+    return plan_shards(plans, SHARD_BYTES)
 
 
-def write_candidate(
-    request: Request, inputs: Inputs, into: str, folder: Path, say: Console, limit_bytes: int = SHARD_BYTES
-) -> Candidate:
+def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, say: Console) -> Candidate:
     """Write and prove the weights of a merge into `into`, with all that a server needs beside them, in `folder`.
 
     Raises `UserError` where a tensor is not right, or the disk is full.
     """
     recipe = recipe_of(request, inputs, into)
-    shards = plan_files(inputs, recipe, limit_bytes)
+    shards = plan_files(inputs, recipe)
     folder.mkdir()
     total = sum(inputs.checkpoint.entries[out.source].n_bytes for out in inputs.outputs.weights)
     progress = BytesProgress(f"merging into the {into} base", total, say)

@@ -20,7 +20,8 @@ class Output:
 
     name: str  # in the release's files
     source: str  # in the base's files
-    weight: Weight | None  # None for a tensor that loading converts, and that is copied as it is
+    loaded: torch.dtype  # what loading casts it to
+    weight: Weight | None  # None for a tensor that loading splits, joins or reshapes, and that is copied as it is
     factors: tuple[tuple[Adapter, Factor], ...] = ()  # low-rank changes
     whole: tuple[tuple[Adapter, str], ...] = ()  # replacements: the names in the adapter's file
     biases: tuple[tuple[Adapter, Factor], ...] = ()  # what the factors' own biases add
@@ -40,9 +41,10 @@ class Outputs:
     untied: bool
 
 
-def plan_outputs(layout: Layout, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Outputs:
+def plan_outputs(layout: Layout, checkpoint: Checkpoint, adapters: Sequence[Adapter], dtype: torch.dtype) -> Outputs:
     """What the release holds: the base's tensors in their order, without those that the model does not use.
 
+    `dtype` is the one that the model is loaded in.
     Where an adapter changes one of several weights that share a tensor, they part, as in the live model.
     """
     weights, left_out, untied = [], [], False
@@ -51,7 +53,7 @@ def plan_outputs(layout: Layout, checkpoint: Checkpoint, adapters: Sequence[Adap
         if live is not None:
             weights.append(_output(file_name, file_name, live, adapters))
         elif file_name in layout.converted:
-            weights.append(Output(file_name, file_name, None))
+            weights.append(Output(file_name, file_name, dtype, None))
         else:
             left_out.append(file_name)
     for group in layout.tied:
@@ -68,7 +70,8 @@ def _output(name: str, source: str, weight: Weight, adapters: Sequence[Adapter])
     factors = [(adapter, adapter.factors[module]) for adapter in adapters if module in adapter.factors]
     whole = [(adapter, adapter.whole[weight.name]) for adapter in adapters if weight.name in adapter.whole]
     biases = [(adapter, factor) for adapter, factor in factors if factor.bias is not None and key == "bias"]
-    return Output(name, source, weight, tuple(factors) if key == "weight" else (), tuple(whole), tuple(biases))
+    of_weight = tuple(factors) if key == "weight" else ()
+    return Output(name, source, weight.dtype, weight, of_weight, tuple(whole), tuple(biases))
 
 
 def _alike(group: Sequence[str], adapters: Sequence[Adapter]) -> bool:
@@ -92,7 +95,7 @@ def _same_whole(group: Sequence[str], adapter: Adapter) -> bool:
 def seen_dtype(output: Output, checkpoint: Checkpoint, original: bool) -> torch.dtype:
     """The dtype that the base's tensor is cast to first: what loading made of it, or its own where `original`."""
     own = checkpoint.entries[output.source].torch_dtype
-    return own if original or output.weight is None or not own.is_floating_point else output.weight.dtype
+    return own if original or not own.is_floating_point else output.loaded
 
 
 def written_dtype(output: Output, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.dtype:

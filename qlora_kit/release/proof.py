@@ -69,9 +69,8 @@ class TensorCheck:
         self.changed += int((cast != seen.to(self.dtype)).sum())
 
     def _does_not_fit(self, merged: torch.Tensor) -> UserError:
-        name = str(self.dtype).removeprefix("torch.")
         rule = f"cannot hold {self.name}, which has weights up to {float(merged.abs().max()):g}"
-        return UserError.of("--dtype", name, rule, "Use --dtype bf16 or fp32.")
+        return UserError.of("--dtype", short_name(self.dtype), rule, "Use --dtype bf16 or fp32.")
 
     def result(self) -> TensorProof:
         """What was found. Raises `UserError` where an adapter changed nothing, or nothing that is left."""
@@ -79,10 +78,15 @@ class TensorCheck:
             raise broken(f"the adapter changes nothing in {self.name}")
         if self.adapted and not self.changed:
             rule = f"rounds away all that the adapter changed in {self.name}"
-            name = str(self.dtype).removeprefix("torch.")
-            raise UserError.of("--dtype", name, rule, "Use --dtype fp32.")
+            raise UserError.of("--dtype", short_name(self.dtype), rule, "Use --dtype fp32.")
         norms = self.delta_squares**0.5, self.lost_squares**0.5
         return TensorProof(self.name, self.elements, self.adapted, self.changed, *norms)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """A dtype as `--dtype` calls it."""
+    name = str(dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
 
 
 def rounding(dtype: torch.dtype) -> float:
