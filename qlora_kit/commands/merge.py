@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +52,14 @@ def make_request(
     chosen = [own for own in parsed if own is not None]
     if not chosen and run is not None:
         chosen = [(f"{run.rstrip('/')}/adapter", 1.0)]
+    data = dataclasses.replace(config.data, eval_data=None, eval_fraction=0.0) if "data" in given else config.data
     return Request(
         base=config.base,
         adapters=tuple(chosen),
         out=config.out or "",
         run=run,
         overwrite=config.overwrite,
-        data=config.data,
+        data=data if "data" in given or run is not None else None,
         data_given="data" in given,
         seed=config.seed,
         **choices,

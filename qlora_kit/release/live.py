@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from qlora_kit.release.questions import Questions
+
 ROWS_FILE, LIVE_FILE, ERROR_FILE = "rows.json", "live.json", "error.json"
+LIVE = "live"
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class Job:
     config: dict[str, Any]  # the settings of a `RunConfig`
     seen_dtype: str
     adapters: list[tuple[str, float]]
-    original: bool  # also compare with the base's own weights
+    bases: list[str]  # what was merged into: "trained", "original" or both
     dtype: str  # of the release, as torch calls it
     pack: dict[str, Any] | None  # the fields of a `Quantization`
     packed_names: list[str]
     token_budget: int
-    data_given: bool
+    data_use: str  # one of `questions.DATA_USES`
     out: str  # the folder to write to
 
 
@@ -143,44 +146,60 @@ def round_weights(model: Any, dtype: torch.dtype, pack: Quantization | None, pac
 
 
 def main(job: Job) -> None:
-    """Answer the questions with the live model in its own arithmetic, in fp32, and with its weights rounded.
+    """Answer the questions with the live model in its own arithmetic and in fp32, and with its weights rounded.
 
-    Writes into the folder `job.out`, last of all `live.json`.
+    Writes into the folder `job.out`: first the questions, then the logits as `literal`, `live` and, to compare a
+    merge into the original base with, `original`, each rounded as `rounded-…`; last of all `live.json`.
     """
     import torch
-    from safetensors.torch import save_file
 
-    from qlora_kit.release import questions, stock
+    from qlora_kit.release import questions
 
     quiet.quiet_libraries()
     quiet.quiet_progress_bars()
     host_memory.return_large_blocks()
-    out = Path(job.out)
     config = RunConfig.from_flat(read_settings({"settings": job.config}))
-    asked = questions.ask(config, job.data_given, job.token_budget)
-    runs.write_json(out / ROWS_FILE, asked.to_dict())
-    seen, dtype = getattr(torch, job.seen_dtype), getattr(torch, job.dtype)
-    found: dict[str, Any] = {}
-
-    def answer(model: Any, name: str) -> None:
-        save_file(stock.row_logits(model, asked.rows), out / f"{name}.safetensors")
-        found[name] = stock.greedy(model, asked.prompt, asked.end)
-
-    model: Any = load_literally(config.base, seen, job.adapters)
-    answer(model, "literal")
-    model = put_on(widen(model.unload()), job.adapters)
-    model = _all_in_fp32(model)
-    answer(model, "live")
-    if job.original:
+    answers = _Answers(questions.ask(config, job.data_use, job.token_budget), Path(job.out))
+    model: Any = load_literally(config.base, getattr(torch, job.seen_dtype), job.adapters)
+    answers.of(model, "literal")
+    model = _all_in_fp32(put_on(widen(model.unload()), job.adapters))
+    answers.of(model, LIVE)
+    if "trained" in job.bases:
+        answers.of_rounded(model, "trained", job)
+    if "original" in job.bases:
         del model
         as_it_was = BaseConfig(**{**asdict(config.base), "bits": 32})
         model = _all_in_fp32(load_literally(as_it_was, torch.float32, job.adapters))
-        answer(model, "original")
-    if dtype != torch.float32 or job.pack is not None:
-        model = model.merge_and_unload()
-        round_weights(model, dtype, Quantization(**job.pack) if job.pack else None, job.packed_names)
-        answer(model, "rounded")
-    runs.write_json(out / LIVE_FILE, found)
+        answers.of(model, "original")
+        answers.of_rounded(model, "original", job)
+    runs.write_json(Path(job.out) / LIVE_FILE, answers.found)
+
+
+class _Answers:
+    """Asks models the same questions, and keeps what they say in files."""
+
+    def __init__(self, asked: Questions, out: Path) -> None:
+        self.asked, self.out = asked, out
+        self.found: dict[str, Any] = {}
+        runs.write_json(out / ROWS_FILE, asked.to_dict())
+
+    def of(self, model: Any, name: str) -> None:
+        from safetensors.torch import save_file
+
+        from qlora_kit.release import stock
+
+        save_file(stock.row_logits(model, self.asked.rows), self.out / f"{name}.safetensors")
+        self.found[name] = stock.greedy(model, self.asked.prompt, self.asked.end)
+
+    def of_rounded(self, model: Any, name: str, job: Job) -> None:
+        """The same with the weights of `model` merged and rounded as in the release; nothing for one in fp32."""
+        import torch
+
+        dtype = getattr(torch, job.dtype)
+        if dtype != torch.float32 or job.pack is not None:
+            merged = model.merge_and_unload()
+            round_weights(merged, dtype, Quantization(**job.pack) if job.pack else None, job.packed_names)
+            self.of(merged, f"rounded-{name}")
 
 
 def run(job_file: Path) -> None:

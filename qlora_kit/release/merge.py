@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from qlora_kit import base, host_memory, quiet, runs
-from qlora_kit.config import BaseConfig, RunConfig
+from qlora_kit.config import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
 from qlora_kit.progress import BytesProgress
 from qlora_kit.release import content, live, proof, report, stream, verify
@@ -147,40 +147,62 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
     return Candidate(into, folder, recipe, tensors)
 
 
-def prove(request: Request, inputs: Inputs, candidate: Candidate, folder: Path) -> verify.ModelProof:
-    """Compare the release with the live model in processes of their own. Raises `UserError` where they differ."""
+def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], folder: Path) -> list[verify.ModelProof]:
+    """Compare each release with the live model in processes of their own. Raises `UserError` where they differ."""
     parameters = sum(entry.numel for entry in inputs.checkpoint.entries.values())
+    vocabulary = max(entry.shape[0] for entry in inputs.checkpoint.entries.values() if len(entry.shape) == 2)
     needed = parameters * verify.MODEL_BYTES + verify.PROCESS_BYTES
     available = verify.available_bytes()
-    model, release, chosen, blocks = request.base.model, candidate.folder, list(request.adapters), "all"
     folder.mkdir()
+    shown = _as_they_are(request, candidates)
     if needed > available:
-        count = blocks_that_fit(inputs.checkpoint.entries, available - verify.PROCESS_BYTES, verify.MODEL_BYTES)
-        blocks = f"the first {count}"
-        model = str(first_blocks(inputs.base_folder, count, folder / "base"))
-        release = first_blocks(candidate.folder, count, folder / "release")
-        chosen = [
-            (str(adapter_of_first_blocks(adapter.folder, count, folder / f"adapter-{number}")), adapter.weight)
-            for number, adapter in enumerate(inputs.adapters)
-        ]
-    vocabulary = max(entry.shape[0] for name, entry in inputs.checkpoint.entries.items() if len(entry.shape) == 2)
+        room = available - verify.PROCESS_BYTES
+        count = blocks_that_fit(inputs.checkpoint.entries, room, verify.MODEL_BYTES)
+        shown = _first_blocks(inputs, candidates, count, folder)
+    recipe = candidates[0].recipe
+    config = _run_config(request, inputs, shown.base)
     job = live.Job(
-        _run_config(request, inputs, model).to_dict(),
-        str(inputs.seen_dtype).removeprefix("torch."),
-        chosen,
-        candidate.recipe.original,
-        str(request.torch_dtype).removeprefix("torch."),
-        vars(candidate.recipe.pack) if candidate.recipe.pack is not None else None,
-        sorted(candidate.recipe.packed_names),
-        verify.token_budget(parameters, vocabulary),
-        request.data_given,
-        str(folder),
+        config=config.to_dict(),
+        seen_dtype=str(inputs.seen_dtype).removeprefix("torch."),
+        adapters=list(shown.adapters),
+        bases=list(shown.releases),
+        dtype=str(request.torch_dtype).removeprefix("torch."),
+        pack=vars(recipe.pack) if recipe.pack is not None else None,
+        packed_names=sorted(recipe.packed_names),
+        token_budget=verify.token_budget(parameters, vocabulary),
+        data_use=request.data_use,
+        out=str(folder),
     )
-    verify.Sides(job, release, folder, together=2 * needed <= available).run()
-    tokenizer = base.load_tokenizer(_run_config(request, inputs, model).base)
-    return verify.judge(
-        folder, candidate.into, request.dtype, request.held, candidate.recipe.pack is not None, blocks, tokenizer
-    )
+    verify.Sides(job, shown.releases, folder, together=2 * needed <= available).run()
+    tokenizer = base.load_tokenizer(config.base)
+    cases = [
+        verify.Case(into, request.dtype, request.held, recipe.pack is not None, shown.blocks) for into in shown.releases
+    ]
+    return [verify.judge(folder, case, tokenizer) for case in cases]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What the proof looks at: everything, or stand-ins with the first blocks of each."""
+
+    base: str
+    releases: Mapping[str, Path]
+    adapters: Sequence[tuple[str, float]]
+    blocks: str
+
+
+def _as_they_are(request: Request, candidates: Sequence[Candidate]) -> _Shown:
+    releases = {candidate.into: candidate.folder for candidate in candidates}
+    return _Shown(request.base.model, releases, request.adapters, "all")
+
+
+def _first_blocks(inputs: Inputs, candidates: Sequence[Candidate], count: int, folder: Path) -> _Shown:
+    chosen = [
+        (str(adapter_of_first_blocks(adapter.folder, count, folder / f"adapter-{number}")), adapter.weight)
+        for number, adapter in enumerate(inputs.adapters)
+    ]
+    releases = {c.into: first_blocks(c.folder, count, folder / f"release-{c.into}") for c in candidates}
+    return _Shown(str(first_blocks(inputs.base_folder, count, folder / "base")), releases, chosen, f"the first {count}")
 
 
 def _run_config(request: Request, inputs: Inputs, model: str) -> RunConfig:
@@ -189,7 +211,7 @@ def _run_config(request: Request, inputs: Inputs, model: str) -> RunConfig:
     with_tokenizer = [a for a in inputs.adapters if (a.folder / "tokenizer.json").is_file()]
     tokenizer = str(with_tokenizer[0].folder) if own is None and with_tokenizer else own
     changed = dataclasses.replace(request.base, model=model, tokenizer=tokenizer)
-    return RunConfig(base=changed, data=request.data, seed=request.seed)
+    return RunConfig(base=changed, data=request.data or DataConfig(), seed=request.seed)
 
 
 @dataclass(frozen=True)
@@ -217,19 +239,35 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
         needed = sum(s.n_bytes for into in request.bases for s in plan_files(inputs, recipe_of(request, inputs, into)))
         runs.require_space(working, needed + SPARE_BYTES)
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]
-        chosen = candidates[0]
-        model_proof = None
+        chosen, model_proof, choice = candidates[0], None, None
         if whole_model:
             with say.status("comparing the release with the live model"):
-                model_proof = prove(request, inputs, chosen, working / "proof")
-        found = _report(request, inputs, chosen, model_proof)
+                proofs = prove(request, inputs, candidates, working / "proof")
+            chosen, model_proof, choice = choose(candidates, proofs)
+        found = _report(request, inputs, chosen, model_proof, choice)
         report.write_report(found, chosen.folder)
         place.put(chosen.folder)
     return Result(place.final, found)
 
 
+def choose(
+    candidates: Sequence[Candidate], proofs: Sequence[verify.ModelProof]
+) -> tuple[Candidate, verify.ModelProof, dict[str, Any] | None]:
+    """The release with the lower loss, its proof, and where there were two how both did."""
+    if len(candidates) == 1:
+        return candidates[0], proofs[0], None
+    scores = {candidate.into: own.score for candidate, own in zip(candidates, proofs, strict=True)}
+    best = min(range(len(candidates)), key=lambda number: scores[candidates[number].into]["loss"])
+    chosen = candidates[best].into
+    return candidates[best], proofs[best], {"chosen": chosen, "source": proofs[best].source, "scores": scores}
+
+
 def _report(
-    request: Request, inputs: Inputs, chosen: Candidate, model_proof: verify.ModelProof | None
+    request: Request,
+    inputs: Inputs,
+    chosen: Candidate,
+    model_proof: verify.ModelProof | None,
+    choice: dict[str, Any] | None,
 ) -> report.Report:
     licences = {"base": content.licence_of(inputs.base_folder), "data": None}
     return report.make_report(
@@ -243,5 +281,5 @@ def _report(
         inputs.outputs.untied,
         chosen.tensors,
         model_proof,
-        None,
+        choice,
     )

@@ -19,6 +19,7 @@ MAX_ROW_TOKENS = 512
 MAX_PROMPT_TOKENS = 256
 ROOM_TOKENS = 32  # that the positions must leave for the answer to the prompt
 IGNORED = -100
+DATA_USES = ("none", "preferred", "needed")  # what data the settings name, and whether it must be read
 BUILT_IN = (
     "The ferry leaves the harbour at eight in the morning and is back before dark. On Sundays it waits for the last "
     "bus. Whoever wants to take a bicycle along pays two crowns more, and children under six pay nothing at all.",
@@ -48,17 +49,22 @@ class Questions:
         return cls(**json.loads(file.read_text(encoding="utf-8")))
 
 
-def ask(config: RunConfig, data_given: bool, token_budget: int) -> Questions:
+def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     """The questions of a run's proof, of `token_budget` tokens at most.
 
-    They come from `--data` where it was given, else from the run's held-out data, else from its training data, else
-    from a built-in text. Raises `UserError` for a `--data` that cannot be read.
+    They come from the held-out data of `config`, else from its training data; where `data_use` (of `DATA_USES`) says
+    so, or allows it and these cannot be read, from a built-in text. Raises `UserError` for data that must be read.
     """
     tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base))
     positions = base.max_positions(base.load_model_config(config.base))
     seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
-    examples, source = _examples(config, data_given)
-    if not examples:
+    if data_use == "none":
+        return _built_in(tokenizer, token_budget, seq_len)
+    try:
+        examples, source = _examples(config)
+    except UserError:  # it was moved since; any text will do for a proof, but not for a choice
+        if data_use == "needed":
+            raise
         return _built_in(tokenizer, token_budget, seq_len)
     encoded = data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on).rows
     rows, labels = _within(token_budget, [row.input_ids for row in encoded], [row.labels for row in encoded])
@@ -66,21 +72,16 @@ def ask(config: RunConfig, data_given: bool, token_budget: int) -> Questions:
     return Questions(rows, labels, prompt, tokenizer.eos_token_id, source)
 
 
-def _examples(config: RunConfig, data_given: bool) -> tuple[list[data.Example], str]:
-    """The first of the sources that can be read, and its name for the report."""
-    if data_given:
-        return data.read_examples(config.data.data, config.data.columns), f"`{config.data.data}`"
+def _examples(config: RunConfig) -> tuple[list[data.Example], str]:
+    """The held-out examples, else those to train on, and their name for the report. Raises `UserError`."""
     held_out = config.data.held_out_source
-    try:
-        if held_out is not None:
-            return data.read_examples(held_out, config.data.columns, "--eval-data"), f"held-out data `{held_out}`"
-        examples = data.read_examples(config.data.data, config.data.columns)
-        if config.data.eval_fraction:
-            _, kept = data.split_examples(examples, config.data.eval_fraction, config.seed)
-            return kept, f"the held-out share of `{config.data.data}`"
-        return examples, f"training data `{config.data.data}`"
-    except UserError:  # it was moved since: the proof needs some text, not this one
-        return [], ""
+    if held_out is not None:
+        return data.read_examples(held_out, config.data.columns, "--eval-data"), f"held-out data `{held_out}`"
+    examples = data.read_examples(config.data.data, config.data.columns)
+    if config.data.eval_fraction:
+        _, kept = data.split_examples(examples, config.data.eval_fraction, config.seed)
+        return kept, f"the held-out share of `{config.data.data}`"
+    return examples, f"`{config.data.data}`"
 
 
 def _within(

@@ -104,7 +104,7 @@ def command_of(request: Request) -> str:
             words += ["--adapter", given if weight == 1.0 else f"{given}:{weight:g}"]
         words += ["--base", request.base.model, "--bits", str(request.base.bits)]
     words += ["--into", request.into, "--dtype", request.dtype, "--format", request.format, "--out", request.out]
-    if request.data_given:
+    if request.data_given and request.data is not None:
         words += ["--data", request.data.data]
     if request.allow_other_base:
         words.append("--allow-other-base")

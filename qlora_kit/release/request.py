@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class Request:
     format: str = "dense"
     overwrite: bool = False
     allow_other_base: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig | None = None  # what the proof asks; None: a built-in text
     data_given: bool = False  # on the command line, rather than by the run
     seed: int = 42
 
@@ -55,8 +55,25 @@ class Request:
         if self.into in TRAINED_AS and (self.base.bits, self.base.quant_type) not in self._kinds(self.into):
             rule = f"is not how the adapter saw its base, which was held in {self.held}"
             faults.append(Fault("--into", self.into, rule, "Use --into trained, which is the default, or original."))
+        if self.into == "best" and not self._has_judge:
+            rule = "is needed to choose between two bases"
+            faults.append(Fault("--data", None, rule, "Give examples of what the model is for, with --data FILE."))
         if faults:
             raise UserError(faults)
+
+    @property
+    def _has_judge(self) -> bool:
+        """Whether there is data to score releases on that the adapter was not trained on."""
+        if self.data is None or self.data_given:
+            return self.data is not None
+        return self.data.held_out_source is not None or self.data.eval_fraction > 0
+
+    @property
+    def data_use(self) -> str:
+        """How much the proof depends on the data, in the words of `questions.DATA_USES`."""
+        if self.data is None:
+            return "none"
+        return "needed" if self.data_given or self.into == "best" else "preferred"
 
     @staticmethod
     def _kinds(word: str) -> set[tuple[int, str]]:

@@ -71,6 +71,13 @@ class ModelProof:
     from_live: Comparison | None  # the release of `--into original` against the model that trained
     rounding: Comparison | None
 
+    @property
+    def score(self) -> dict[str, float]:
+        """How well the release does on the data: its loss, and its KL from the model that trained."""
+        against_live = self.exact if self.from_live is None else self.from_live
+        assert against_live.loss is not None, "the questions have something supervised"
+        return {"loss": against_live.loss, "kl": against_live.kl}
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
         content = asdict(self)
@@ -100,42 +107,43 @@ def available_bytes() -> int:
 
 @dataclass(frozen=True)
 class Sides:
-    """The two processes of a proof, and whether the machine has room for both at once."""
+    """The processes of a proof: the live model, and each release by what it was merged into."""
 
     job: live.Job
-    release: Path
+    releases: Mapping[str, Path]
     folder: Path
-    together: bool
+    together: bool  # whether the machine has room for two at once
 
     def run(self) -> None:
-        """Let both answer; what they say is then in `folder`. Raises `UserError`."""
+        """Let all of them answer; what they say is then in `folder`, of a release in a folder of its own.
+
+        Raises `UserError`.
+        """
         job_file = self.folder / "job.json"
         runs.write_json(job_file, asdict(self.job))
-        commands = [
-            [sys.executable, "-m", "qlora_kit.release.live", str(job_file)],
-            [sys.executable, str(Path(__file__).with_name("stock.py")), *self._stock_arguments()],
-        ]
+        commands = [[sys.executable, "-m", "qlora_kit.release.live", str(job_file)]]
+        stock = str(Path(__file__).with_name("stock.py"))
+        for into, release in self.releases.items():
+            (self.folder / into).mkdir()
+            places = (release, self.folder / live.ROWS_FILE, self.folder / into)
+            commands.append([sys.executable, stock, *map(str, places)])
+        at_once = 2 if self.together else 1
+        for first in range(0, len(commands), at_once):
+            self._answer(commands[first : first + at_once])
+
+    def _answer(self, commands: Sequence[list[str]]) -> None:
         with _killed_at_the_end() as started:
             for command in commands:
-                log = (self.folder / f"{len(started)}.log").open("wb")
-                with log:
+                with (self.folder / f"{len(list(self.folder.glob('*.log')))}.log").open("wb") as log:
                     started.append(subprocess.Popen(command, env=_environment(), stdout=log, stderr=log))  # noqa: S603
-                if not self.together:
-                    self._wait(started[-1:])
-            self._wait(started)
-
-    def _stock_arguments(self) -> list[str]:
-        return [str(self.release), str(self.folder / live.ROWS_FILE), str(self.folder)]
-
-    def _wait(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        waiting = list(processes)
-        while waiting:
-            for process in list(waiting):
+            waiting = list(started)
+            while waiting:
+                process = waiting.pop(0)
                 try:
                     code = process.wait(POLL_S)
                 except subprocess.TimeoutExpired:
+                    waiting.append(process)
                     continue
-                waiting.remove(process)
                 if code:
                     raise self._failure(code)
 
@@ -168,47 +176,59 @@ def _killed_at_the_end() -> Iterator[list[subprocess.Popen[bytes]]]:
                 process.wait()
 
 
-def judge(folder: Path, into: str, dtype: str, held: str, packed: bool, blocks: str, tokenizer: Any) -> ModelProof:
+@dataclass(frozen=True)
+class Case:
+    """What a release claims to be, for its judge."""
+
+    into: str
+    dtype: str
+    held: str  # how the adapter saw the base
+    packed: bool
+    blocks: str  # "all", or which of them are compared
+
+
+def judge(folder: Path, case: Case, tokenizer: Any) -> ModelProof:
     """Compare what both sides left in `folder`. Raises `UserError` where the release is not what it should be."""
     asked = Questions.read(folder / live.ROWS_FILE)
-    theirs = json.loads((folder / "release.json").read_text(encoding="utf-8"))
+    own = folder / case.into
+    theirs = json.loads((own / "release.json").read_text(encoding="utf-8"))
     ours = json.loads((folder / live.LIVE_FILE).read_text(encoding="utf-8"))
-    _check_keys(theirs, partial=blocks != "all")
-    name = "original" if into == "original" else "live"
-    reference = folder / f"{name}.safetensors"
-    exact = compare(reference, folder / "exact.safetensors", asked.labels)
-    rounded = folder / "rounded.safetensors"
-    rounding = compare(reference, rounded, asked.labels) if rounded.is_file() else None
+    _check_keys(theirs, partial=case.blocks != "all")
+    name = "original" if case.into == "original" else live.LIVE
+
+    def against(reference: str, model: Path) -> Comparison:
+        return compare(folder / f"{reference}.safetensors", model, asked.labels)
+
+    rounded = folder / f"rounded-{case.into}.safetensors"
+    rounding = against(name, rounded) if rounded.is_file() else None
     proof = ModelProof(
-        _reference_text(into, held),
-        asked.source,
-        len(asked.rows),
-        blocks,
-        theirs["class"],
-        exact,
-        _limit(rounding, dtype, packed),
-        _answer(ours[name], theirs["exact"], tokenizer),
-        compare(folder / "literal.safetensors", folder / "served.safetensors", asked.labels),
-        compare(folder / "live.safetensors", folder / "exact.safetensors", asked.labels)
-        if name == "original"
-        else None,
-        rounding,
+        reference=_reference_text(case),
+        source=asked.source,
+        rows=len(asked.rows),
+        blocks=case.blocks,
+        loaded_as=theirs["class"],
+        exact=against(name, own / "exact.safetensors"),
+        limit=_limit(rounding, case),
+        answer=_answer(ours[name], theirs["exact"], tokenizer),
+        served=against("literal", own / "served.safetensors"),
+        from_live=against(live.LIVE, own / "exact.safetensors") if name == "original" else None,
+        rounding=rounding,
     )
     _check(proof)
     return proof
 
 
-def _reference_text(into: str, held: str) -> str:
-    if into == "original":
+def _reference_text(case: Case) -> str:
+    if case.into == "original":
         return "the base's own weights with the adapter, in fp32 arithmetic"
-    return f"the live model (the base in {held}, dequantized, with the adapter), in fp32 arithmetic"
+    return f"the live model (the base in {case.held}, dequantized, with the adapter), in fp32 arithmetic"
 
 
-def _limit(rounding: Comparison | None, dtype: str, packed: bool) -> Limit:
+def _limit(rounding: Comparison | None, case: Case) -> Limit:
     """fp32 has no rounding to speak of; otherwise the live model's own weights are rounded to see what it does."""
     if rounding is None:
         return Limit(EXACT_LIMIT, "the order of operations in fp32")
-    what = "quantized to nf4" if packed else f"rounded to {dtype}"
+    what = "quantized to nf4" if case.packed else f"rounded to {case.dtype}"
     why = f"{ROUNDING_MARGIN:g} times what the live model's own merged weights, {what}, differ by"
     return Limit(max(EXACT_LIMIT, ROUNDING_MARGIN * rounding.relative_max), why)
 
