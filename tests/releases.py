@@ -1,4 +1,4 @@
-"""Tiny adapters with factors off zero, and what a release of them must answer, worked out without `qlora_kit.release`."""
+"""Tiny adapters with factors off zero, and what releases of them must answer, worked out without our merge."""
 
 from __future__ import annotations
 

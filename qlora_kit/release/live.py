@@ -87,6 +87,17 @@ def _scale(peft_model: Any, name: str, share: float) -> None:
                 own.data = torch.lerp(original.data.float(), own.data.float(), share).to(own.dtype)
 
 
+def take_off(peft_model: Any) -> Any:
+    """The base as it was without its adapters; PEFT's `unload` alone would keep the tensors that they hold whole."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in peft_model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for name in module.modules_to_save:
+                module.modules_to_save[name] = module.original_module
+    return peft_model.unload()
+
+
 def widen(model: Any) -> Any:
     """Replace every quantized layer by a plain one with the weights it computes with, and take all to fp32, in place.
 
@@ -162,7 +173,7 @@ def main(job: Job) -> None:
     answers = _Answers(questions.ask(config, job.data_use, job.token_budget), Path(job.out))
     model: Any = load_literally(config.base, getattr(torch, job.seen_dtype), job.adapters)
     answers.of(model, "literal")
-    model = _all_in_fp32(put_on(widen(model.unload()), job.adapters))
+    model = _all_in_fp32(put_on(widen(take_off(model)), job.adapters))
     answers.of(model, LIVE)
     if "trained" in job.bases:
         answers.of_rounded(model, "trained", job)
@@ -214,4 +225,7 @@ def run(job_file: Path) -> None:
 
 
 if __name__ == "__main__":
+    from qlora_kit.release.orphan import end_with_parent
+
+    end_with_parent()
     run(Path(sys.argv[1]))

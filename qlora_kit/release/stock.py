@@ -2,7 +2,8 @@
 
     python stock.py RELEASE ROWS OUT
 
-It imports nothing of qlora_kit, so that what it finds is what the stock libraries find. ROWS is a JSON file of token
+It imports nothing of qlora_kit (but for `orphan`, beside it), so that what it finds is what the stock libraries
+find. ROWS is a JSON file of token
 ids and may still be in the making. Into the folder OUT go `release.json` and the logits in fp32 of every row:
 `served.safetensors` in the arithmetic of the release's dtype, `exact.safetensors` in fp32.
 """
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+    from orphan import end_with_parent  # type: ignore[import-not-found]  # it lies beside this script
+
+    end_with_parent()  # before the imports that take seconds
     sys.path.pop(0)  # this folder: its modules must not stand for others of the same name
 
 import torch

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qlora_kit import runs
 from qlora_kit.errors import Fault, UserError
@@ -135,7 +135,7 @@ class Sides:
         with _killed_at_the_end() as started:
             for command in commands:
                 with (self.folder / f"{len(list(self.folder.glob('*.log')))}.log").open("wb") as log:
-                    started.append(subprocess.Popen(command, env=_environment(), stdout=log, stderr=log))  # noqa: S603
+                    started.append(_start(command, log))
             waiting = list(started)
             while waiting:
                 process = waiting.pop(0)
@@ -156,6 +156,13 @@ class Sides:
         return broken(f"a process of its proof ended with code {code}: {said[-1] if said else 'it said nothing'}")
 
 
+def _start(command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start a process that writes to `log`, and that ends when this one does (see `orphan`)."""
+    return subprocess.Popen(  # noqa: S603
+        command, env=_environment(), stdin=subprocess.PIPE, stdout=log, stderr=log
+    )
+
+
 def _environment() -> dict[str, str]:
     """The child finds this package where this process did, and asks no hub."""
     package = str(Path(__file__).resolve().parents[2])
@@ -174,6 +181,8 @@ def _killed_at_the_end() -> Iterator[list[subprocess.Popen[bytes]]]:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
 
 
 @dataclass(frozen=True)

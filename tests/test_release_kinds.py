@@ -1,4 +1,4 @@
-"""Releases of every family and kind of adapter, against stock PEFT on the weights of the live base."""
+"""Releases of every kind of adapter and base, against stock PEFT on the weights of the live base."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, save_tiny
+from families import save_tiny
 from releases import (
-    IDS,
     check_release,
     difference,
     expected_model,
@@ -40,24 +39,6 @@ def bases(tmp_path_factory):
         return made[family]
 
     return base_of
-
-
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_release_answers_as_the_live_model_does(bases, tmp_path, family, bits):
-    base, adapter = bases(family), make_adapter(bases(family), tmp_path / "adapter", bits)
-    model = check_release(base, [(adapter, 1.0)], tmp_path / "fp32", bits)
-    expected = expected_model(base, [(adapter, 1.0)], bits)
-    answer = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(IDS, **answer), expected.generate(IDS, **answer))
-
-    release(base, [(adapter, 1.0)], tmp_path / "bf16", bits)
-    served = stock(tmp_path / "bf16")
-    assert served.dtype == torch.bfloat16
-    exact = logits_of(expected)
-    by_rounding = difference(logits_of(expected.merge_and_unload().to(torch.bfloat16).float()), exact)
-    found = difference(logits_of(served.float()), exact)
-    assert 0 < found <= 1.25 * by_rounding
 
 
 @pytest.mark.parametrize("family", SOME)
