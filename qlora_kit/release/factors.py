@@ -166,7 +166,7 @@ def _check_partners(given: str, settings: Mapping[str, Any], parts: Mapping[str,
     needed = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if settings.get("use_dora") else [])]
     lacking = [f"{module}.{part}" for module, own in parts.items() for part in needed if part not in own]
     if lacking:
-        rule = f"lacks {len(lacking)} tensors: {', '.join(lacking[:3])}"
+        rule = f"lacks {len(lacking)} of its tensors: {', '.join(lacking[:3])}"
         raise UserError.of(SETTING, given, rule, "Save or fetch it again.")
 
 

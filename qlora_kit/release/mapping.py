@@ -176,7 +176,7 @@ def _check_complete(
     ]
     faults = []
     if absent and not converted:
-        faults.append(f"its files lack {len(absent)} weights: {', '.join(absent[:3])}")
+        faults.append(f"its files lack {len(absent)} of its weights: {', '.join(absent[:3])}")
     for name, file_name in file_names.items():
         shape = checkpoint.entries[file_name].shape
         if shape != weights[name].shape:
@@ -194,7 +194,7 @@ def check_fits(adapter: Adapter, layout: Layout) -> None:
     layers = {module: name for module, name in layout.modules.items() if layout.weights[name].linear}
     lacking = [module for module in targeted(adapter.settings, layers) if not _covers(adapter, module)]
     if lacking and not faults:
-        faults.append(f"lacks the factors of {len(lacking)} layers: {', '.join(lacking[:3])}")
+        faults.append(f"lacks the factors of {len(lacking)} of the layers that it names: {', '.join(lacking[:3])}")
     if faults:
         shown = faults[:3] + ([f"and {len(faults) - 3} more such faults"] if len(faults) > 3 else [])
         raise UserError(Fault(SETTING, adapter.given, fault, OTHER_ARCHITECTURE) for fault in shown)
