@@ -127,7 +127,10 @@ def test_the_weight_of_an_adapter_stands_after_a_colon(tmp_path):
         ({"ensure_weight_tying": True}, ["ensure_weight_tying"]),
         ({"r": 8}, ["shapes", "rank is 8"]),
         ({"use_dora": True}, ["lacks", "lora_magnitude_vector"]),
-        ({"target_modules": ["q_proj", "o_proj", "lm_head"]}, ["lacks the factors of 1 of the layers that it names: lm_head"]),
+        (
+            {"target_modules": ["q_proj", "o_proj", "lm_head"]},
+            ["lacks the factors of 1 of the layers that it names: lm_head"],
+        ),
     ],
 )
 def test_adapters_that_are_no_plain_lora(capsys, tmp_path, copy, settings, messages):

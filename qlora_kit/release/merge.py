@@ -236,8 +236,7 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
     place.check(request.overwrite)
     inputs = read_inputs(request, say)
     with place.made() as working:
-        needed = sum(s.n_bytes for into in request.bases for s in plan_files(inputs, recipe_of(request, inputs, into)))
-        runs.require_space(working, needed + SPARE_BYTES)
+        runs.require_space(working, _needed_bytes(request, inputs, whole_model))
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]
         chosen, model_proof, choice = candidates[0], None, None
         if whole_model:
@@ -248,6 +247,14 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
         report.write_report(found, chosen.folder)
         place.put(chosen.folder)
     return Result(place.final, found)
+
+
+def _needed_bytes(request: Request, inputs: Inputs, whole_model: bool) -> int:
+    """Space for every release that is made, and for what the proof writes down."""
+    recipes = [recipe_of(request, inputs, into) for into in request.bases]
+    weights = sum(shard.n_bytes for recipe in recipes for shard in plan_files(inputs, recipe))
+    logits = verify.MAX_LOGIT_BYTES * verify.LOGIT_FILES * len(recipes) if whole_model else 0
+    return weights + logits + SPARE_BYTES
 
 
 def choose(

@@ -31,6 +31,7 @@ MAX_TOKENS = 2048
 MIN_TOKENS = 64
 MULTIPLY_ADDS = 5e11  # of one pass over the questions, so that a large model does not take hours on a CPU
 MAX_LOGIT_BYTES = 1 << 27  # of one file of logits
+LOGIT_FILES = 6  # for one release
 PROCESS_BYTES = 1 << 30  # a process that proves takes so much beside the model
 MODEL_BYTES = 5  # and so much for each weight: in fp32, and what it was made from
 POLL_S = 0.1
