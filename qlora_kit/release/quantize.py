@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # weights that share a scale; what bitsandbytes takes unless told otherwise, and nothing here tells it
 SCALES_BLOCK = 256  # scales that share a scale, with double quantization
-PIECE_BYTES = 1 << 22  # fp32 bytes of the rows worked on at once
+PIECE_BYTES = 1 << 19  # fp32 bytes of the rows worked on at once: they stay in the cache, and in malloc's own memory
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qlora_kit.release.source import Checkpoint
 if TYPE_CHECKING:
     import torch
 
-COPY_ELEMENTS = 1 << 20  # of a tensor that is only cast
+COPY_ELEMENTS = 1 << 17  # of a tensor that is only cast
 STATE_BYTES = 512  # room for the numbers of a packed weight's state, whose JSON is padded with spaces
 
 
