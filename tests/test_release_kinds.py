@@ -284,3 +284,33 @@ def test_a_change_that_the_dtype_swallows_is_refused(bases, tmp_path):
     with pytest.raises(UserError, match="rounds away all that the adapter changed"):
         release(bases("llama"), [(adapter, 1.0)], tmp_path / "out", 16)
     release(bases("llama"), [(adapter, 1.0)], tmp_path / "out", 16, dtype="fp32")
+
+
+@pytest.mark.parametrize("room", [1, 1 << 40])
+def test_several_tensors_at_once_give_the_same_file(bases, tmp_path, monkeypatch, room):
+    """With room for one at a time, and for all."""
+    adapter = make_adapter(bases("gpt2"), tmp_path / "adapter")
+    one = release(bases("gpt2"), [(adapter, 1.0)], tmp_path / "one").folder
+    monkeypatch.setattr("qlora_kit.release.stream.LARGEST_AT_ONCE", room)
+    torch.set_num_threads(3)
+    try:
+        three = release(bases("gpt2"), [(adapter, 1.0)], tmp_path / "three").folder
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert (one / "model.safetensors").read_bytes() == (three / "model.safetensors").read_bytes()
+
+
+def test_an_error_in_one_of_several_threads_ends_the_merge(bases, tmp_path):
+    base = renamed(bases("llama"), tmp_path / "large", lambda name: name)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3] = 1e6
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(bases("llama"), tmp_path / "adapter", 16)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(UserError, match="cannot hold"):
+            release(base, [(adapter, 1.0)], tmp_path / "out", 16, dtype="fp16")
+    finally:
+        torch.set_num_threads(1)
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,11 +70,12 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     assert opened is not None
     found = [adapter for adapter in adapters if adapter is not None]
     folder, checkpoint = opened
-    with say.status("hashing the base"):
-        base_hash = check_base(request, records)
     _check_together(found)
     dtype: torch.dtype = getattr(torch, seen_dtype_name(request, records))
-    layout = read_layout(request.base, dtype, checkpoint)
+    with ThreadPoolExecutor(1) as beside, say.status("hashing the base"):
+        hashing = beside.submit(check_base, request, records)
+        layout = read_layout(request.base, dtype, checkpoint)
+        base_hash = hashing.result()
     for adapter in found:
         check_fits(adapter, layout)
     check_mappable(found, layout, request.base.bits <= 8 and request.into != "original")

@@ -99,19 +99,24 @@ class ShardWriter:
         self.shard_of = {name: shard for shard in shards for name in shard.tensors}
         self.files: dict[str, int] = {}
 
-    def plan_of(self, name: str) -> TensorPlan:
-        """What was planned for the tensor `name`."""
-        return self.shard_of[name].tensors[name][0]
+    def begin(self) -> None:
+        """Make every file in its full size, with its header."""
+        for shard in self.shards:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+            file = os.open(self.folder / shard.name, flags, 0o644)
+            self.files[shard.name] = file
+            os.pwrite(file, shard.header, 0)
+            os.ftruncate(file, shard.n_bytes)
 
     def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
-        """Write `values` as the elements of the tensor `name` from element `start` on."""
+        """Write `values` as the elements of the tensor `name` from element `start` on; threads may do so at once."""
         plan, place = self.shard_of[name].tensors[name]
         assert dtype_name(values.dtype) == plan.dtype, f"{name}: {values.dtype} for {plan.dtype}"
         offset = place + start * ITEM_BYTES[plan.dtype]
         content = memoryview(_as_bytes(values))
         assert start * ITEM_BYTES[plan.dtype] + len(content) <= plan.n_bytes, f"{name} is longer than planned"
         while content:
-            written = os.pwrite(self._open(self.shard_of[name]), content[: 1 << 30], offset)
+            written = os.pwrite(self.files[self.shard_of[name].name], content[: 1 << 30], offset)
             content, offset = content[written:], offset + written
 
     def entry(self, name: str) -> Entry:
@@ -120,18 +125,10 @@ class ShardWriter:
         plan, place = shard.tensors[name]
         return Entry(self.folder / shard.name, plan.dtype, plan.shape, place, plan.n_bytes)
 
-    def _open(self, shard: Shard) -> int:
-        if shard.name not in self.files:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-            self.files[shard.name] = os.open(self.folder / shard.name, flags, 0o644)
-            os.pwrite(self.files[shard.name], shard.header, 0)
-            os.ftruncate(self.files[shard.name], shard.n_bytes)
-        return self.files[shard.name]
-
     def finish(self) -> None:
         """Put all that was written on the disk, and with several files their index beside them."""
-        for shard in self.shards:
-            os.fsync(self._open(shard))
+        for file in self.files.values():
+            os.fsync(file)
         if len(self.shards) > 1:
             runs.write_json(self.folder / INDEX_FILE, index_of(self.shards))
 
@@ -146,6 +143,7 @@ def writing(folder: Path, shards: Sequence[Shard]) -> Iterator[ShardWriter]:
     """A writer of `shards` in `folder`; what it wrote is on the disk at the end."""
     writer = ShardWriter(folder, shards)
     try:
+        writer.begin()
         yield writer
         writer.finish()
     finally:

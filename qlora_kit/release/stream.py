@@ -12,11 +12,13 @@ from qlora_kit.release.outputs import Output
 from qlora_kit.release.quantize import Quantization
 from qlora_kit.release.shards import ShardWriter, TensorPlan, dtype_name
 from qlora_kit.release.source import Checkpoint
+from qlora_kit.release.threads import Room, in_threads
 
 if TYPE_CHECKING:
     import torch
 
 COPY_ELEMENTS = 1 << 17  # of a tensor that is only cast
+LARGEST_AT_ONCE = 2  # weights worked on at once take at most so many times the largest in fp32, unless there is one
 STATE_BYTES = 512  # room for the numbers of a packed weight's state, whose JSON is padded with spaces
 
 
@@ -69,16 +71,37 @@ def write_all(
 ) -> Iterator[proof.TensorProof]:
     """Write every weight and yield its proof; `advance` hears the name and the bytes read of each.
 
-    Raises `UserError` where one is not right, or not to be had in the dtype.
+    As many are worked on at once as torch has threads and `LARGEST_AT_ONCE` allows. Raises `UserError` where one is
+    not right, or not to be had in the dtype.
     """
-    for output in planned:
-        if recipe.packs(output):
-            yield _write_packed(output, checkpoint, recipe, writer)
-        elif output.adapted or _is_quantized(output, recipe):
-            yield _write_matrix(output, checkpoint, recipe, writer)
-        else:
-            yield _write_copy(output, checkpoint, recipe, writer)
+    largest = max((checkpoint.entries[output.source].numel for output in planned), default=0)
+    room = Room(LARGEST_AT_ONCE * 4 * largest)
+
+    def work(output: Output) -> proof.TensorProof:
+        with room.taken(_held_bytes(output, checkpoint, recipe)):
+            return _write(output, checkpoint, recipe, writer)
+
+    for output, found in zip(planned, in_threads(work, planned), strict=True):
+        yield found
         advance(output.name, checkpoint.entries[output.source].n_bytes)
+
+
+def _write(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> proof.TensorProof:
+    if recipe.packs(output):
+        return _write_packed(output, checkpoint, recipe, writer)
+    if output.adapted or _is_quantized(output, recipe):
+        return _write_matrix(output, checkpoint, recipe, writer)
+    return _write_copy(output, checkpoint, recipe, writer)
+
+
+def _held_bytes(output: Output, checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """About what working on a weight holds in memory, beside pieces of rows."""
+    entry = checkpoint.entries[output.source]
+    if not (output.adapted or _is_quantized(output, recipe) or recipe.packs(output)):
+        return 0
+    turned = entry.n_bytes + entry.numel * recipe.dtype.itemsize if _is_transposed(output) else 0
+    whole = entry.n_bytes if turned or _is_quantized(output, recipe) else 0
+    return whole + turned + entry.numel
 
 
 def _is_quantized(output: Output, recipe: Recipe) -> bool:
