@@ -160,21 +160,31 @@ def stock(folder: Path) -> float:
     return start_s
 
 
-def measure(way: str, folder: Path) -> dict[str, Any]:
-    """Run one way in a process of its own; its seconds and its peak resident bytes."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
+def in_a_process(*words: str) -> tuple[Any, int]:
+    """Run this script with `words`; what its last line says, and its peak resident bytes.
+
+    This process must stay small: the system counts what it holds at the start of another as the other's.
+    """
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said)
+        process = subprocess.Popen([sys.executable, __file__, *words], stdout=said, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise SystemExit(f"{way} failed with code {process.returncode}")
+            raise SystemExit(f"{words} failed with code {process.returncode}")
         said.seek(0)
-        seconds = float(said.read().split()[-1])
-    shutil.rmtree(folder / way, ignore_errors=True)
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{WAYS[way]}: {seconds:.1f} s, peak {peak / 2**20:,.0f} MiB", flush=True)
-    return {"what": WAYS[way], "seconds": seconds, "peak_bytes": peak}
+        return json.loads(said.read().splitlines()[-1]), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(way: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """The seconds of one way (the least of `repeats`, each in a process of its own) and its largest peak."""
+    seconds, peaks = [], []
+    for _ in range(repeats):
+        found, peak = in_a_process("--folder", str(folder), "--way", way)
+        shutil.rmtree(folder / way, ignore_errors=True)
+        seconds.append(found)
+        peaks.append(peak)
+    print(f"{WAYS[way]}: {min(seconds):.1f} s, peak {max(peaks) / 2**20:,.0f} MiB", flush=True)
+    return {"what": WAYS[way], "seconds": min(seconds), "all_seconds": seconds, "peak_bytes": max(peaks)}
 
 
 def main() -> None:
@@ -183,16 +193,19 @@ def main() -> None:
     parser.add_argument("--shape", default="tinyllama-1.1b")
     parser.add_argument("--folder", type=Path, required=True, help="where to write; needs 3 times the base's size")
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--way", help="run one way in this process (what the script does for each)")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each way; the quickest counts")
+    parser.add_argument("--way", help="run one way in this process, or `make` (what the script does for each)")
     arguments = parser.parse_args()
     if arguments.way:
-        print(run(arguments.way, arguments.folder))
+        make = arguments.way == "make"
+        found = make_inputs(arguments.shape, arguments.folder) if make else run(arguments.way, arguments.folder)
+        print(json.dumps(found))
         return
     folder = arguments.folder / f"merge-{arguments.shape.replace('/', '-')}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        inputs = make_inputs(arguments.shape, folder)
-        ways = {way: measure(way, folder) for way in arguments.ways.split(",")}
+        inputs, _ = in_a_process("--folder", str(folder), "--way", "make", "--shape", arguments.shape)
+        ways = {way: measure(way, folder, arguments.repeats) for way in arguments.ways.split(",")}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     bound = 3 * inputs["largest_tensor_fp32_bytes"] + SPARE_BYTES
