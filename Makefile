@@ -13,6 +13,7 @@ export OMP_WAIT_POLICY := passive
 demo: $(STAMP)
 	$(BIN)/python scripts/train.py --model demo --data demo --bits 4 --r 16 --lr 2e-3 --batch-size 16 --max-steps 125 \
 	    --exact-match 200 --out runs/demo --overwrite
+	$(BIN)/python scripts/merge.py --run runs/demo --out release/demo --overwrite
 
 # Two processes: a test keeps to one core.
 test: $(STAMP)
@@ -33,4 +34,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs release

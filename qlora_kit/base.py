@@ -192,13 +192,18 @@ def max_positions(architecture: PretrainedConfig) -> int | None:
 
 
 def load_base(
-    config: BaseConfig, device: torch.device, seed: int = 0, architecture: PretrainedConfig | None = None
+    config: BaseConfig,
+    device: torch.device,
+    seed: int = 0,
+    architecture: PretrainedConfig | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The base model on `device`, quantized as told, every weight frozen unless `config.full`.
 
-    Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `compute_dtype`.
-    On the `meta` device the model has the same structure but no values, whatever `config.weights` says: for the
-    planner. `architecture` overrides the one that `config` names (which must be None for pretrained weights).
+    Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `dtype`, unset that of
+    `compute_dtype` (another is for the release of a run that was made on another kind of device). On the `meta`
+    device the model has the same structure but no values, whatever `config.weights` says: for the planner.
+    `architecture` overrides the one that `config` names (which must be None for pretrained weights).
     Raises `UserError` where it is not found or cannot be read.
     """
     assert architecture is None or config.weights == "random" or device.type == "meta", "it would not fit the weights"
@@ -206,12 +211,13 @@ def load_base(
         host_memory.return_large_blocks()
     if architecture is None:
         architecture = load_model_config(config)
+    dtype = compute_dtype(config, device) if dtype is None else dtype
     if device.type == "meta":
-        model = _build_meta(architecture, config, device)
+        model = _build_meta(architecture, config, device, dtype)
     elif config.weights == "random":
-        model = _build_random(architecture, config, device, seed)
+        model = _build_random(architecture, config, device, seed, dtype)
     else:
-        model = _load_pretrained(architecture, config, device)
+        model = _load_pretrained(architecture, config, device, dtype)
     _keep_weights_plain(model)
     model.requires_grad_(config.full)
     model.config.use_cache = False  # no cache in training; generation asks for its own
@@ -225,13 +231,13 @@ def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
     """
     if device.type == "cpu":
         host_memory.return_large_blocks()
-    model = _load_pretrained(load_model_config(config), config, device, as_saved=True)
+    model = _load_pretrained(load_model_config(config), config, device, None)
     _keep_weights_plain(model)
     model.requires_grad_(False)
     return model
 
 
-def quantization(config: BaseConfig, device: torch.device) -> Any:
+def quantization(config: BaseConfig, dtype: torch.dtype) -> Any:
     """The quantization settings for `config.bits`, or None for 16 and 32."""
     from transformers import BitsAndBytesConfig
 
@@ -240,14 +246,15 @@ def quantization(config: BaseConfig, device: torch.device) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type=config.quant_type,
             bnb_4bit_use_double_quant=config.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype(config, device),
+            bnb_4bit_compute_dtype=dtype,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if config.bits == 8 else None
 
 
 def _load_pretrained(
-    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, as_saved: bool = False
+    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, dtype: torch.dtype | None
 ) -> PreTrainedModel:
+    """The model in the files of `config`, quantized as told from `dtype`; None for both as the files have them."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -256,8 +263,8 @@ def _load_pretrained(
             model_source(config),
             config=architecture,
             revision=config.revision,
-            dtype="auto" if as_saved else compute_dtype(config, device),
-            quantization_config=None if as_saved else quantization(config, device),
+            dtype="auto" if dtype is None else dtype,
+            quantization_config=None if dtype is None else quantization(config, dtype),
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
@@ -285,13 +292,12 @@ def _check_loaded(config: BaseConfig, loaded: dict[str, Any]) -> None:
 
 
 def _build_random(
-    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, seed: int
+    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Seeded weights of true shapes, made and quantized one layer at a time so that 16-bit copies never add up."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    dtype = compute_dtype(config, device)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
     originals = {
@@ -299,7 +305,7 @@ def _build_random(
         for name, module in model.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     }
-    _replace_linear_layers(model, config, device)
+    _replace_linear_layers(model, config, dtype)
     for name in list(originals):
         _materialize(model, name, originals.pop(name), dtype, device, seed)
     for buffer_owner in model.modules():
@@ -311,13 +317,13 @@ def _build_random(
     return model.eval()
 
 
-def _replace_linear_layers(model: PreTrainedModel, config: BaseConfig, device: torch.device) -> None:
+def _replace_linear_layers(model: PreTrainedModel, config: BaseConfig, dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers, still empty, in the place of those to quantize, and mark the model as quantized."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    settings = quantization(config, device)
+    settings = quantization(config, dtype)
     if settings is None:
         return
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
@@ -327,16 +333,18 @@ def _replace_linear_layers(model: PreTrainedModel, config: BaseConfig, device: t
     model.config.quantization_config = settings
 
 
-def _build_meta(architecture: PretrainedConfig, config: BaseConfig, device: torch.device) -> PreTrainedModel:
+def _build_meta(
+    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     """The structure without values: every parameter, buffer and quantization state is a tensor on `meta`."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with device, no_init_weights():
-        model = AutoModelForCausalLM.from_config(architecture, dtype=compute_dtype(config, device))
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
     shapes = {name: p.dtype for name, p in model.named_parameters()}
-    _replace_linear_layers(model, config, device)
+    _replace_linear_layers(model, config, dtype)
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if hasattr(weight, "_quantize"):  # `Params4bit.to("meta")` would skip the quantization

@@ -138,6 +138,33 @@ EVAL_SETTINGS = {
     "device": "",
     "trust_remote_code": "",
 }
+MERGE_FLAGS = {
+    "run": Flag(f"{RUN_FLAG}: its adapter is merged, into the base as it was trained on"),
+    "adapter": Flag(
+        "adapter made elsewhere, DIR or DIR:weight; may be given several times, their changes then add up", list
+    ),
+    "base": Flag("the base of --adapter, or where the run's base lies now: folder, hub id or 'demo'"),
+    "into": Flag(
+        "base to merge into: trained (as the adapter saw it, e.g. nf4 and back) | original | best (both are scored "
+        "on --data, the better one is kept) (default: trained)"
+    ),
+    "dtype": Flag("dtype of the release: bf16 | fp16 | fp32 (default: bf16)"),
+    "format": Flag("dense | nf4 (quantized after the merge, for bitsandbytes) (default: dense)"),
+    "allow_other_base": Flag("merge although the base is not the one that the run was trained on", bool),
+}
+MERGE_SETTINGS = {
+    "out": "folder of the release",
+    "overwrite": "replace an existing release",
+    "data": "what the proof asks, and what --into best is decided on; unset: the run's held-out data",
+    "columns": "",
+    "seq_len": "tokens an example of it may have; unset: the run's",
+    "bits": "how --adapter saw its base: 4 | 8 | 16 | 32 (default: 4)",
+    "quant_type": "",
+    "double_quant": "",
+    "revision": "",
+    "tokenizer": "tokenizer of the release; unset: the adapter's, else the base's",
+    "trust_remote_code": "",
+}
 COMMANDS = {
     "train": Command("fine-tune a model: the base frozen in 4 bits, LoRA factors on top", "train:run"),
     "plan": Command("predict the memory of a run, and what fits; needs no GPU", "plan:run", PLAN_FLAGS),
@@ -146,6 +173,12 @@ COMMANDS = {
         "show examples token by token, and audit the data",
         "preview:preview",
         {"rows": Flag("numbers of the examples to show, e.g. 1,5,17 (default: 1,2,3)", read=_rows)},
+    ),
+    "merge": Command(
+        "merge the adapter of a run into its base, and prove that the release is right",
+        "merge:run",
+        MERGE_FLAGS,
+        MERGE_SETTINGS,
     ),
     "generate": Command(
         "answer prompts with the model of a finished run, or with any other",

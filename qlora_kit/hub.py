@@ -69,3 +69,20 @@ def fetch_model_file(model: str, filename: str, revision: str | None, setting: s
         raise UserError.of(setting, model, "is no local folder, and the hub does not answer", OFFLINE_REMEDY) from None
     except EntryNotFoundError:
         raise UserError.of(setting, model, f"has no {filename} on the hub", "Choose a transformers model.") from None
+
+
+def fetch_model_folder(model: str, revision: str | None, patterns: tuple[str, ...], setting: str = "--model") -> Path:
+    """The local folder of a hub model with the files that match `patterns`, downloaded if need be.
+
+    Raises `UserError` as `fetch_model_file`, and where the hub cannot be reached and files are missing.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    fetch_model_file(model, "config.json", revision, setting)
+    try:
+        offline = not hub_reachable()
+        found = snapshot_download(model, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
+    except LocalEntryNotFoundError:
+        raise UserError.of(setting, model, "is not here in full, and the hub does not answer", OFFLINE_REMEDY) from None
+    return Path(found)

@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +111,44 @@ class TrainingProgress:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         say_line(self.console, line)
+
+    def stop(self) -> None:
+        """Take the bar down."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class BytesProgress:
+    """A progress bar over the bytes of a file that is worked through, on standard error."""
+
+    def __init__(self, what: str, total_bytes: int, console: Console) -> None:
+        self.what, self.total_bytes, self.done_bytes = what, total_bytes, 0
+        self.console = console
+        self.last_line_s = time.monotonic()
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn(what),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=console,
+                transient=True,
+            )
+            self.task = self.bar.add_task("", total=total_bytes)
+            self.bar.start()
+
+    def advance(self, name: str, n_bytes: int) -> None:
+        """Say that `n_bytes` more are done, the last of them of `name`."""
+        self.done_bytes += n_bytes
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done_bytes, description=name)
+        elif time.monotonic() - self.last_line_s > LINE_EVERY_S:
+            self.last_line_s = time.monotonic()
+            say_line(self.console, f"{self.what}: {human_bytes(self.done_bytes)} of {human_bytes(self.total_bytes)}")
 
     def stop(self) -> None:
         """Take the bar down."""

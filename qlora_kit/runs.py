@@ -165,7 +165,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     """Check that the disk has room for `needed_bytes`. Raises `UserError`."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        rule = f"the run needs {needed_bytes / 2**20:.0f} MiB, and the disk has {free_bytes / 2**20:.0f} MiB free"
+        rule = f"takes {needed_bytes / 2**20:.0f} MiB, and the disk has {free_bytes / 2**20:.0f} MiB free"
         raise UserError.of("--out", str(folder), rule, "Free some space, or choose another disk.")
 
 

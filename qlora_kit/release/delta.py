@@ -1,0 +1,69 @@
+"""The merged weight in fp32: W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, or with DoRA m · (W + s·B·A) / ‖W + s·B·A‖, row by row.
+
+W is the base as the adapter saw it, out × in. Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732),
+DoRA (2402.09353, eq. 5), each as PEFT's forward computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_kit.release.factors import Adapter, Factor
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Change:
+    """One adapter's change of one weight of `rows` × `columns`: scale · left · right, in fp32.
+
+    With DoRA `magnitude` (rows) is set, and `share` is the adapter's weight in the merge, which `scale` then lacks.
+    """
+
+    left: torch.Tensor  # rows × r
+    right: torch.Tensor  # r × columns
+    scale: float
+    magnitude: torch.Tensor | None = None
+    share: float = 1.0
+
+
+def read_change(adapter: Adapter, factor: Factor) -> Change:
+    """The change of `factor`, its tensors read from the adapter's file."""
+    a, b = adapter.read(factor.a), adapter.read(factor.b)
+    if factor.embedding:  # W is vocabulary × hidden, and B·A hidden × vocabulary
+        return Change(a.T.contiguous(), b.T.contiguous(), factor.scaling * adapter.weight)
+    if factor.magnitude is None:
+        return Change(b, a, factor.scaling * adapter.weight)
+    return Change(b, a, factor.scaling, adapter.read(factor.magnitude), adapter.weight)
+
+
+def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[Change]) -> torch.Tensor:
+    """The rows `rows` of the merged weight, from those of the base (`seen`, fp32), which stay as they are."""
+    import torch
+
+    merged = seen
+    for change in changes:
+        if change.magnitude is None:
+            merged = torch.addmm(merged, change.left[rows], change.right, alpha=change.scale)
+        else:
+            merged = merged + change.share * (_dora_rows(seen, rows, change) - seen)
+    return merged
+
+
+def _dora_rows(seen: torch.Tensor, rows: slice, change: Change) -> torch.Tensor:
+    """Rows of the weight whose directions are those of W + s·B·A and whose lengths are the trained magnitudes."""
+    import torch
+
+    assert change.magnitude is not None
+    turned = torch.addmm(seen, change.left[rows], change.right, alpha=change.scale)
+    lengths = torch.linalg.norm(turned, dim=1)
+    lengthened: torch.Tensor = (change.magnitude[rows] / lengths)[:, None] * turned
+    return lengthened
+
+
+def replaced(seen: torch.Tensor, whole: torch.Tensor, share: float) -> torch.Tensor:
+    """What a tensor that was trained whole becomes: itself, or with a share in the merge W + share · (W' − W)."""
+    return whole if share == 1.0 else seen + share * (whole - seen)

@@ -1,0 +1,263 @@
+"""Which tensor of the base's files is which weight of the model, and how the adapter saw it.
+
+The model is built on `meta` by `base.load_base`, so that what is quantized, what is a `Conv1D` and what is tied is read
+off the same structure that trained. The names are matched by transformers' own rules for loading.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit import base
+from qlora_kit.config import BaseConfig
+from qlora_kit.errors import Fault, UserError
+from qlora_kit.release.factors import SETTING, Adapter, targeted
+from qlora_kit.release.source import FETCH_REMEDY, Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BASE_SETTING = "--base"
+OTHER_ARCHITECTURE = "Give the base that it was trained on."
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of the live model as the adapter saw it."""
+
+    name: str
+    shape: tuple[int, ...]  # as the unquantized model has it
+    dtype: torch.dtype  # what loading casts it to, before any quantization
+    kept_in_fp32: bool  # although the model is loaded in 16 bits
+    quantized: bool = False
+    transposed: bool = False  # a Conv1D's, stored in × out
+    embedding: bool = False
+    linear: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The base's files seen as the live model's weights."""
+
+    weights: Mapping[str, Weight]  # by their names in the model
+    file_names: Mapping[str, str]  # name in the model → name in the files, of those that are the same tensor
+    converted: frozenset[str]  # names in the files of tensors that loading splits, joins or reshapes
+    unknown: frozenset[str]  # names in the files that the model has no use for
+    tied: tuple[tuple[str, ...], ...]  # names in the model that share one tensor
+    modules: Mapping[str, str]  # module with a weight → the weight's name in the model
+
+    def weight_of(self, file_name: str) -> Weight | None:
+        """The live weight that the file's tensor is; None where it is none, or only a part of one."""
+        return self._by_file.get(file_name)
+
+    @functools.cached_property
+    def _by_file(self) -> dict[str, Weight]:
+        return {file: self.weights[live] for live, file in self.file_names.items()}
+
+
+def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) -> Layout:
+    """Match the tensors of `checkpoint` with the model that `config` describes, loaded in `dtype`.
+
+    Raises `UserError` where a weight is missing or has another shape.
+    """
+    import torch
+
+    model = base.load_base(config, torch.device("meta"), dtype=dtype)
+    weights = {weight.name: weight for weight in _weights(model, dtype)}
+    file_names, converted, unknown = _match_names(model, set(weights), checkpoint.entries)
+    tied = _tied(model)
+    _check_complete(config, weights, file_names, converted, tied, checkpoint)
+    modules = {name.rpartition(".")[0]: name for name in weights if name.endswith(".weight")}
+    return Layout(weights, file_names, converted, unknown, tied, modules)
+
+
+def _weights(model: Any, dtype: torch.dtype) -> Iterable[Weight]:
+    """Every parameter and saved buffer of the model on `meta`, tied ones under each of their names."""
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kept = _kept_in_fp32(model, dtype)
+    for prefix, module in model.named_modules():
+        quantized = type(module).__module__.startswith("bitsandbytes.")
+        transposed = isinstance(module, Conv1D) or (quantized and issubclass(module.source_cls, Conv1D))
+        for key, value in _own_tensors(module):
+            name = f"{prefix}.{key}" if prefix else key
+            in_fp32 = kept is not None and kept.search(name) is not None and value.is_floating_point()
+            if key != "weight":
+                yield Weight(name, tuple(value.shape), torch.float32 if in_fp32 else value.dtype, in_fp32)
+                continue
+            yield Weight(
+                name,
+                _dense_shape(module, transposed) if quantized else tuple(value.shape),
+                torch.float32 if in_fp32 else dtype if quantized else value.dtype,
+                in_fp32,
+                quantized,
+                transposed,
+                isinstance(module, nn.Embedding),
+                isinstance(module, (nn.Linear, Conv1D)),
+            )
+
+
+def _own_tensors(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from ((key, value) for key, value in module._parameters.items() if value is not None)
+    saved = ((k, v) for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set)
+    yield from ((key, value) for key, value in saved if value is not None)
+
+
+def _dense_shape(layer: Any, transposed: bool) -> tuple[int, int]:
+    """The shape of a quantized layer's weight in the files."""
+    return (layer.in_features, layer.out_features) if transposed else (layer.out_features, layer.in_features)
+
+
+def _kept_in_fp32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """A pattern of the weights that loading never rounds to 16 bits; None where there are none."""
+    plan = model._get_dtype_plan(dtype)
+    return re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in plan)) if plan else None
+
+
+def _match_names(
+    model: Any, known: set[str], files: Iterable[str]
+) -> tuple[dict[str, str], frozenset[str], frozenset[str]]:
+    """Names in the model → names in the files, those that are converted, and those that the model does not use."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    in_model = dict.fromkeys(known, True)
+    names: dict[str, str] = {}
+    converted, unknown = set(), set()
+    for file_name in sorted(files):
+        name, converter = rename_source_key(file_name, renamings, converters, model.base_model_prefix, in_model)
+        if name not in known and file_name in known:
+            name, converter = rename_source_key(file_name, [], [], model.base_model_prefix, in_model)
+        if name not in known:
+            unknown.add(file_name)
+        elif converter is not None:
+            converted.add(file_name)
+        else:
+            names[name] = file_name
+    return names, frozenset(converted), frozenset(unknown)
+
+
+def _tied(model: Any) -> tuple[tuple[str, ...], ...]:
+    """Groups of names that stand for one parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def _check_complete(
+    config: BaseConfig,
+    weights: Mapping[str, Weight],
+    file_names: Mapping[str, str],
+    converted: frozenset[str],
+    tied: tuple[tuple[str, ...], ...],
+    checkpoint: Checkpoint,
+) -> None:
+    """Check that the files hold every weight in its shape. Raises `UserError`.
+
+    Where loading converts tensors, those that it makes of them cannot be told from missing ones by their names; the
+    model's own loading then has the last word, in the proof.
+    """
+    stand_ins = {name: group for group in tied for name in group}
+    absent = [
+        name
+        for name in weights
+        if name not in file_names and not any(other in file_names for other in stand_ins.get(name, ()))
+    ]
+    faults = []
+    if absent and not converted:
+        faults.append(f"its files lack {len(absent)} of its weights: {', '.join(absent[:3])}")
+    for name, file_name in file_names.items():
+        shape = checkpoint.entries[file_name].shape
+        if shape != weights[name].shape:
+            faults.append(f"{file_name} has the shape {shape}, and the model wants {weights[name].shape}")
+    if faults:
+        raise UserError(Fault(BASE_SETTING, config.model, fault, FETCH_REMEDY) for fault in faults[:3])
+
+
+def check_fits(adapter: Adapter, layout: Layout) -> None:
+    """Check that every tensor of the adapter has its place in the base, in its shape, and none is lacking.
+
+    Raises `UserError` with the faults.
+    """
+    faults = [*_factor_faults(adapter, layout), *_whole_faults(adapter, layout)]
+    layers = {module: name for module, name in layout.modules.items() if layout.weights[name].linear}
+    lacking = [module for module in targeted(adapter.settings, layers) if not _covers(adapter, module)]
+    if lacking and not faults:
+        faults.append(f"lacks the factors of {len(lacking)} of the layers that it names: {', '.join(lacking[:3])}")
+    if faults:
+        shown = faults[:3] + ([f"and {len(faults) - 3} more such faults"] if len(faults) > 3 else [])
+        raise UserError(Fault(SETTING, adapter.given, fault, OTHER_ARCHITECTURE) for fault in shown)
+
+
+def _covers(adapter: Adapter, module: str) -> bool:
+    return module in adapter.factors or f"{module}.weight" in adapter.whole
+
+
+def _factor_faults(adapter: Adapter, layout: Layout) -> Iterable[str]:
+    for module, factor in adapter.factors.items():
+        name = layout.modules.get(module)
+        if name is None or not (layout.weights[name].linear or layout.weights[name].embedding):
+            yield f"was made for another architecture: this base has no layer {module}"
+            continue
+        weight = layout.weights[name]
+        rows, columns = oriented(weight.shape, weight.transposed or weight.embedding)  # out × in
+        a, b = adapter.checkpoint.entries[factor.a].shape, adapter.checkpoint.entries[factor.b].shape
+        if (b[0], a[1]) != (rows, columns) or factor.embedding != weight.embedding:
+            yield f"was made for another architecture: {module} is {columns} → {rows} here, and {a[1]} → {b[0]} there"
+        if factor.bias is not None and f"{module}.bias" not in layout.weights:
+            yield f"adds a bias to {module}, which has none and could not keep it"
+        if factor.magnitude is not None and weight.embedding:
+            yield f"uses DoRA on the embedding {module}, which cannot be merged"
+
+
+def oriented(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    """`shape` the other way round where it is `transposed`."""
+    return tuple(reversed(shape)) if transposed else shape
+
+
+def _whole_faults(adapter: Adapter, layout: Layout) -> Iterable[str]:
+    for name, key in adapter.whole.items():
+        weight, shape = layout.weights.get(name), adapter.checkpoint.entries[key].shape
+        if weight is None:
+            yield f"was made for another architecture: this base has no {name}"
+        elif weight.quantized:
+            yield f"holds {name} whole, which the run kept in {shape} packed bytes"
+        elif shape != weight.shape:
+            yield f"holds {name} in the shape {shape}, and this base has {weight.shape} (was the vocabulary resized?)"
+
+
+def check_mappable(adapters: Iterable[Adapter], layout: Layout, quantized: bool) -> None:
+    """Check that every weight to be changed is one whole tensor of the files. Raises `UserError`.
+
+    `quantized` says that layers without factors change too, for they are quantized and back.
+    """
+    changed = {layout.modules[module] for adapter in adapters for module in adapter.factors}
+    changed |= {name for adapter in adapters for name in adapter.whole}
+    changed |= {f"{f.module}.bias" for adapter in adapters for f in adapter.factors.values() if f.bias is not None}
+    if quantized:
+        changed |= {name for name, weight in layout.weights.items() if weight.quantized}
+    reachable = set(layout.file_names)
+    for group in layout.tied:
+        if reachable & set(group):
+            reachable |= set(group)
+    astray = sorted(changed - reachable)
+    if astray:
+        rule = (
+            f"its files keep {len(astray)} of the weights to merge into in another form than the model does "
+            f"({', '.join(astray[:3])})"
+        )
+        remedy = "Load it with transformers and save it again in the model's own form, if that can be done; " + (
+            "or --into original." if quantized else "or serve the adapter unmerged."
+        )
+        raise UserError.of(BASE_SETTING, "", rule, remedy)

@@ -1,0 +1,178 @@
+"""The proof of each tensor: what was written is read back and compared with what it should be.
+
+While the pieces of a tensor are written they are read back from the file: they must be those that were cast, and
+these the exact ones within half a unit in the last place of the release's dtype. Then: changed where an adapter was,
+the base as it was cast where none was, and after the last tensor nothing missing and nothing extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.errors import UserError
+from qlora_kit.release.shards import Shard
+from qlora_kit.release.source import BadFileError, Checkpoint, Entry, read_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+SETTING = "--out"
+REMEDY = "Merge again; if it happens again, the disk or its memory is faulty, or this is a bug worth reporting."
+
+
+@dataclass(frozen=True)
+class TensorProof:
+    """What was found about one tensor of the release; norms are Frobenius norms."""
+
+    name: str
+    elements: int
+    adapted: bool
+    delta_norm: float  # of the exact change
+    lost_norm: float  # of what rounding to the dtype took from, or added to, the exact merged weight
+
+    @property
+    def lost(self) -> float:
+        """Rounding as a share of the change: at 1 it is as large as what was trained."""
+        return self.lost_norm / self.delta_norm if self.delta_norm else 0.0
+
+
+class TensorCheck:
+    """Compares the pieces of one tensor with what they should be, as they are written."""
+
+    def __init__(self, name: str, dtype: torch.dtype, adapted: bool) -> None:
+        self.name, self.dtype, self.adapted = name, dtype, adapted
+        self.elements, self.changed = 0, False
+        self.delta_squares = self.lost_squares = 0.0
+
+    def look_at(self, seen: torch.Tensor, merged: torch.Tensor, cast: torch.Tensor) -> None:
+        """Compare a piece: the base's weights (fp32), the exact merged ones (fp32), and those in the release's dtype.
+
+        Raises `UserError` where they are not the exact ones within rounding.
+        """
+        import torch
+
+        lost = cast.float() - merged
+        self.lost_squares += float(torch.linalg.vector_norm(lost)) ** 2
+        beyond = lost.abs_().sub_(merged.abs(), alpha=rounding(self.dtype))
+        if not float(beyond.max()) <= smallest(self.dtype):
+            raise self._wrong(merged, cast)
+        self.elements += merged.numel()
+        if merged is seen:
+            return
+        self.delta_squares += float(torch.linalg.vector_norm(merged - seen)) ** 2
+        self.changed = self.changed or not torch.equal(cast, seen.to(self.dtype))
+
+    def _wrong(self, merged: torch.Tensor, cast: torch.Tensor) -> UserError:
+        if not bool(merged.isfinite().all()):
+            rule = f"holds values that are not finite in {self.name}"
+            return UserError.of("--base", "", rule, "Fetch or convert the model again.")
+        if not bool(cast.isfinite().all()):
+            return self._does_not_fit(merged)
+        return broken(f"{self.name} is not what was computed, rounded to {self.dtype}")
+
+    def _does_not_fit(self, merged: torch.Tensor) -> UserError:
+        rule = f"cannot hold {self.name}, which has weights up to {float(merged.abs().max()):g}"
+        return UserError.of("--dtype", short_name(self.dtype), rule, "Use --dtype bf16 or fp32.")
+
+    def result(self) -> TensorProof:
+        """What was found. Raises `UserError` where an adapter changed nothing, or nothing that is left."""
+        if self.adapted and not self.delta_squares:
+            raise broken(f"the adapter changes nothing in {self.name}")
+        if self.adapted and not self.changed:
+            rule = f"rounds away all that the adapter changed in {self.name}"
+            raise UserError.of("--dtype", short_name(self.dtype), rule, "Use --dtype fp32.")
+        norms = self.delta_squares**0.5, self.lost_squares**0.5
+        return TensorProof(self.name, self.elements, self.adapted, *norms)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """A dtype as `--dtype` calls it."""
+    name = str(dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding fp32 to `dtype`: half its epsilon, and a little more."""
+    import torch
+
+    return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * (1 + 2**-12)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The largest absolute error of rounding to `dtype` where numbers are too small for its full precision."""
+    import torch
+
+    return 0.0 if dtype == torch.float32 else torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
+def check_read_back(entry: Entry, written: torch.Tensor, start: int = 0) -> None:
+    """Check that the file holds `written` as the elements of a tensor from element `start` on. Raises `UserError`."""
+    import torch
+
+    size = entry.torch_dtype.itemsize
+    try:
+        found = read_bytes(entry, start * size, written.numel() * size)
+    except BadFileError as error:
+        raise broken(str(error)) from None
+    if not _same_bytes(found, written.contiguous().reshape(-1).view(torch.uint8)):
+        raise broken(f"{entry.file.name} does not hold what was written to it")
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two uint8 tensors are equal; eight bytes at a time where they can be taken so."""
+    import torch
+
+    if one.shape != other.shape or len(one) % 8 or other.data_ptr() % 8:
+        return torch.equal(one, other)
+    return torch.equal(one.view(torch.int64), other.view(torch.int64))
+
+
+def check_files(folder: Path, shards: Sequence[Shard]) -> None:
+    """Check that the finished files hold every planned tensor in its shape and dtype, and nothing else.
+
+    They are opened anew, by this package and by the safetensors library. Raises `UserError`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        found = Checkpoint.open([folder / shard.name for shard in shards]).entries
+    except BadFileError as error:
+        raise broken(str(error)) from None
+    planned = {name: plan for shard in shards for name, (plan, _) in shard.tensors.items()}
+    wrong = planned.keys() ^ found.keys()
+    wrong |= {n for n in planned.keys() & found.keys() if (planned[n].dtype, planned[n].shape) != _kind(found[n])}
+    if wrong:
+        raise broken(f"these tensors are missing, unasked for or of another kind: {', '.join(sorted(wrong)[:3])}")
+    for shard in shards:
+        try:
+            with safe_open(folder / shard.name, framework="pt") as file:
+                if set(file.keys()) != set(shard.tensors):
+                    raise broken(f"the safetensors library finds other tensors in {shard.name}")
+        except SafetensorError as error:
+            raise broken(f"the safetensors library cannot open {shard.name} ({error})") from None
+
+
+def _kind(entry: Entry) -> tuple[str, tuple[int, ...]]:
+    return entry.dtype, entry.shape
+
+
+def broken(what: str) -> UserError:
+    """The error of a release that is not right."""
+    return UserError.of(SETTING, "", f"the release failed its proof: {what}", REMEDY)
+
+
+def summary(proofs: Iterable[TensorProof]) -> dict[str, object]:
+    """The figures of all tensors for the report."""
+    every = list(proofs)
+    adapted = [proof for proof in every if proof.adapted]
+    worst = max(adapted, key=lambda proof: proof.lost, default=None)
+    return {
+        "tensors": len(every),
+        "elements": sum(proof.elements for proof in every),
+        "adapted": len(adapted),
+        "adapted_elements": sum(proof.elements for proof in adapted),
+        "rounding_to_change": {"worst": worst.lost, "tensor": worst.name} if worst is not None else None,
+    }

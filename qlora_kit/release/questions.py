@@ -1,0 +1,112 @@
+"""What the live model and the release are both asked: rows of tokens, and a prompt to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit import base, data
+from qlora_kit.config import RunConfig
+from qlora_kit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_ROW_TOKENS = 512
+MAX_PROMPT_TOKENS = 256
+ROOM_TOKENS = 32  # that the positions must leave for the answer to the prompt
+IGNORED = -100
+DATA_USES = ("none", "preferred", "needed")  # what data the settings name, and whether it must be read
+BUILT_IN = (
+    "The ferry leaves the harbour at eight in the morning and is back before dark. On Sundays it waits for the last "
+    "bus. Whoever wants to take a bicycle along pays two crowns more, and children under six pay nothing at all.",
+    "Water boils at a lower temperature on a mountain than at the sea, because the air above it weighs less. This is "
+    "why an egg takes longer to cook there: it is not the boiling that cooks it, but the heat.",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total",
+)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Rows of token ids with what is supervised in them (−100 where nothing is), a prompt, and where they are from."""
+
+    rows: list[list[int]]
+    labels: list[list[int]]
+    prompt: list[int]
+    end: int | None
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, ready for JSON."""
+        return vars(self)
+
+    @classmethod
+    def read(cls, file: Path) -> Questions:
+        """What `to_dict` gave, from a JSON file."""
+        return cls(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
+    """The questions of a run's proof, of `token_budget` tokens at most.
+
+    They come from the held-out data of `config`, else from its training data; where `data_use` (of `DATA_USES`) says
+    so, or allows it and these cannot be read, from a built-in text. Raises `UserError` for data that must be read.
+    """
+    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base))
+    positions = base.max_positions(base.load_model_config(config.base))
+    seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
+    if data_use == "none":
+        return _built_in(tokenizer, token_budget, seq_len)
+    try:
+        examples, source = _examples(config)
+    except UserError:  # it was moved since; any text will do for a proof, but not for a choice
+        if data_use == "needed":
+            raise
+        return _built_in(tokenizer, token_budget, seq_len)
+    encoded = data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on).rows
+    rows, labels = _within(token_budget, [row.input_ids for row in encoded], [row.labels for row in encoded])
+    prompt = data.encode_prompt(examples[0], tokenizer)[-_prompt_room(positions) :]
+    return Questions(rows, labels, prompt, tokenizer.eos_token_id, source)
+
+
+def _examples(config: RunConfig) -> tuple[list[data.Example], str]:
+    """The held-out examples, else those to train on, and their name for the report. Raises `UserError`."""
+    held_out = config.data.held_out_source
+    if held_out is not None:
+        return data.read_examples(held_out, config.data.columns, "--eval-data"), f"held-out data `{held_out}`"
+    examples = data.read_examples(config.data.data, config.data.columns)
+    if config.data.eval_fraction:
+        _, kept = data.split_examples(examples, config.data.eval_fraction, config.seed)
+        return kept, f"the held-out share of `{config.data.data}`"
+    return examples, f"`{config.data.data}`"
+
+
+def _within(
+    budget: int, rows: Sequence[list[int]], labels: Sequence[list[int]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The first rows, each cut at `MAX_ROW_TOKENS`, and the last where the budget ends; all learned if none is."""
+    kept_rows: list[list[int]] = []
+    kept_labels: list[list[int]] = []
+    for ids, marks in zip(rows, labels, strict=True):
+        length = min(len(ids), MAX_ROW_TOKENS, budget)
+        if length < 2:
+            break
+        kept_rows.append(ids[:length])
+        kept_labels.append(marks[:length])
+        budget -= length
+    if all(mark == IGNORED for marks in kept_labels for mark in marks[1:]):
+        kept_labels = kept_rows
+    return kept_rows, kept_labels
+
+
+def _prompt_room(positions: int | None) -> int:
+    return MAX_PROMPT_TOKENS if positions is None else max(1, min(MAX_PROMPT_TOKENS, positions - ROOM_TOKENS))
+
+
+def _built_in(tokenizer: PreTrainedTokenizerBase, budget: int, seq_len: int) -> Questions:
+    every = [ids[:seq_len] for ids in tokenizer(list(BUILT_IN))["input_ids"]]
+    rows, _ = _within(budget, every, every)
+    return Questions(rows, rows, every[0][: min(8, seq_len)], tokenizer.eos_token_id, "a built-in text")

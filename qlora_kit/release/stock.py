@@ -1,0 +1,109 @@
+"""Reads a release as any user of transformers does, and writes down what it answers. Run as a script of its own.
+
+    python stock.py RELEASE ROWS OUT
+
+It imports nothing of qlora_kit (but for `orphan`, beside it), so that what it finds is what the stock libraries
+find. ROWS is a JSON file of token
+ids and may still be in the making. Into the folder OUT go `release.json` and the logits in fp32 of every row:
+`served.safetensors` in the arithmetic of the release's dtype, `exact.safetensors` in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    from orphan import end_with_parent  # type: ignore[import-not-found]  # it lies beside this script
+
+    end_with_parent()  # before the imports that take seconds
+    sys.path.pop(0)  # this folder: its modules must not stand for others of the same name
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+NEW_TOKENS = 32  # of the greedy answer
+POLL_S = 0.05
+
+
+def row_logits(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """The logits (T × V, fp32) of each row of token ids, run one by one."""
+    with torch.no_grad():
+        found = [model(torch.tensor([ids], device=model.device), use_cache=False).logits[0] for ids in rows]
+    return {f"row.{number}": logits.float().cpu().contiguous() for number, logits in enumerate(found)}
+
+
+def greedy(model: Any, prompt: list[int], end: int | None) -> dict[str, Any]:
+    """The most likely answer to `prompt`: its tokens, and by how much each one's logit leads the next."""
+    settings = GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=end,
+        pad_token_id=end if end is not None else 0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    leads = []
+    for logits in answer.logits:
+        best = logits[0].float().topk(2).values
+        leads.append(float(best[0] - best[1]))
+    return {"tokens": answer.sequences[0, len(prompt) :].tolist(), "leads": leads}
+
+
+def load(folder: Path) -> tuple[Any, dict[str, list[str]]]:
+    """The model as transformers loads it from `folder`, in the dtype of its files, and the keys that did not match."""
+    with_code = any(folder.glob("*.py"))
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        device_map={"": "cpu"},
+        local_files_only=True,
+        output_loading_info=True,
+        trust_remote_code=with_code,
+    )
+    wrong = {key: sorted(str(name) for name in info.get(key) or ()) for key in WRONG_KEYS}
+    return model.eval(), wrong
+
+
+WRONG_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def wait_for(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that another process is about to put in its place."""
+    while not file.exists():
+        time.sleep(POLL_S)
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def main(release: Path, rows_file: Path, out: Path) -> None:
+    """Answer the rows with the release, and write it all to `out`."""
+    model, wrong = load(release)
+    asked = wait_for(rows_file)
+    quantized = getattr(model, "is_quantized", False)
+    if not quantized:
+        save_file(row_logits(model, asked["rows"]), out / "served.safetensors")
+        served = greedy(model, asked["prompt"], asked["end"])
+        model = model.float()
+    else:
+        model = model.dequantize().float()  # before any answer: on some CPUs the first one repacks the weights
+    save_file(row_logits(model, asked["rows"]), out / "exact.safetensors")
+    exact = greedy(model, asked["prompt"], asked["end"])
+    if quantized:
+        model, _ = load(release)
+        save_file(row_logits(model, asked["rows"]), out / "served.safetensors")
+        served = greedy(model, asked["prompt"], asked["end"])
+    found = {"class": type(model).__name__, **wrong, "served": served, "exact": exact}
+    (out / "release.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))

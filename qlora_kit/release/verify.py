@@ -1,0 +1,278 @@
+"""The proof on the whole model: the release, reloaded by stock transformers, answers as the live model does.
+
+Two processes of their own answer the same questions, the live model in one (`live`) and the release in the other
+(`stock`). Compared is in fp32 arithmetic, so that what differs is the weights; what each says in its own arithmetic
+is reported beside it. How much may differ is measured too: it is what rounding the live model's own merged weights
+to the release's dtype does. Where the model does not fit into memory, its first blocks are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qlora_kit import runs
+from qlora_kit.errors import Fault, UserError
+from qlora_kit.release import live
+from qlora_kit.release.compare import Comparison, compare
+from qlora_kit.release.proof import broken
+from qlora_kit.release.questions import Questions
+
+EXACT_LIMIT = 1e-4  # of the logits' scale: what the order of fp32 operations may make of the same weights
+ROUNDING_MARGIN = 1.25  # a few weights round the other way when they are summed in another order
+MAX_TOKENS = 2048
+MIN_TOKENS = 64
+MULTIPLY_ADDS = 5e11  # of one pass over the questions, so that a large model does not take hours on a CPU
+MAX_LOGIT_BYTES = 1 << 27  # of one file of logits
+LOGIT_FILES = 6  # for one release
+PROCESS_BYTES = 1 << 30  # a process that proves takes so much beside the model
+MODEL_BYTES = 5  # and so much for each weight: in fp32, and what it was made from
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest difference allowed, in units of the logits' scale, and why it is that."""
+
+    relative_max: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The greedy text of both, and where they part: at a token that leads its rivals by `lead` logits there."""
+
+    reference: str
+    release: str
+    same: bool
+    parted_at: int | None = None
+    lead: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelProof:
+    """What comparing the whole model found; `exact` is what decides, the others are there to be read."""
+
+    reference: str
+    source: str
+    rows: int
+    blocks: str
+    loaded_as: str
+    exact: Comparison
+    limit: Limit
+    answer: Answer
+    served: Comparison  # each in its own arithmetic, as it is trained and as it is served
+    from_live: Comparison | None  # the release of `--into original` against the model that trained
+    rounding: Comparison | None
+
+    @property
+    def score(self) -> dict[str, float]:
+        """How well the release does on the data: its loss, and its KL from the model that trained."""
+        against_live = self.exact if self.from_live is None else self.from_live
+        assert against_live.loss is not None, "the questions have something supervised"
+        return {"loss": against_live.loss, "kl": against_live.kl}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, ready for JSON."""
+        content = asdict(self)
+        for name in ("exact", "served", "from_live", "rounding"):
+            own: Comparison | None = getattr(self, name)
+            if own is not None:
+                content[name] |= {"relative_max": own.relative_max, "relative_mean": own.relative_mean}
+        return content
+
+
+def token_budget(parameters: int, vocabulary: int) -> int:
+    """How many tokens to ask about, so that time and the files of logits stay small."""
+    by_time = int(MULTIPLY_ADDS / max(parameters, 1))
+    by_space = MAX_LOGIT_BYTES // (4 * max(vocabulary, 1))
+    return max(2, min(MAX_TOKENS, max(MIN_TOKENS, by_time), by_space))
+
+
+def available_bytes() -> int:
+    """Memory that processes may still take on this machine."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux: all of it, then
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return kib * 1024
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The processes of a proof: the live model, and each release by what it was merged into."""
+
+    job: live.Job
+    releases: Mapping[str, Path]
+    folder: Path
+    together: bool  # whether the machine has room for two at once
+
+    def run(self) -> None:
+        """Let all of them answer; what they say is then in `folder`, of a release in a folder of its own.
+
+        Raises `UserError`.
+        """
+        job_file = self.folder / "job.json"
+        runs.write_json(job_file, asdict(self.job))
+        commands = [[sys.executable, "-m", "qlora_kit.release.live", str(job_file)]]
+        stock = str(Path(__file__).with_name("stock.py"))
+        for into, release in self.releases.items():
+            (self.folder / into).mkdir()
+            places = (release, self.folder / live.ROWS_FILE, self.folder / into)
+            commands.append([sys.executable, stock, *map(str, places)])
+        at_once = 2 if self.together else 1
+        for first in range(0, len(commands), at_once):
+            self._answer(commands[first : first + at_once])
+
+    def _answer(self, commands: Sequence[list[str]]) -> None:
+        with _killed_at_the_end() as started:
+            for command in commands:
+                with (self.folder / f"{len(list(self.folder.glob('*.log')))}.log").open("wb") as log:
+                    started.append(_start(command, log))
+            waiting = list(started)
+            while waiting:
+                process = waiting.pop(0)
+                try:
+                    code = process.wait(POLL_S)
+                except subprocess.TimeoutExpired:
+                    waiting.append(process)
+                    continue
+                if code:
+                    raise self._failure(code)
+
+    def _failure(self, code: int) -> UserError:
+        errors = self.folder / live.ERROR_FILE
+        if errors.is_file():
+            return UserError(Fault(*fault) for fault in json.loads(errors.read_text(encoding="utf-8"))["faults"])
+        logs = sorted(self.folder.glob("*.log"), key=lambda file: file.stat().st_mtime)
+        said = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return broken(f"a process of its proof ended with code {code}: {said[-1] if said else 'it said nothing'}")
+
+
+def _start(command: list[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start a process that writes to `log`, and that ends when this one does (see `orphan`)."""
+    return subprocess.Popen(  # noqa: S603
+        command, env=_environment(), stdin=subprocess.PIPE, stdout=log, stderr=log
+    )
+
+
+def _environment() -> dict[str, str]:
+    """The child finds this package where this process did, and asks no hub."""
+    package = str(Path(__file__).resolve().parents[2])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@contextmanager
+def _killed_at_the_end() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A list of processes; those that still run at the end, because of an error or Ctrl-C, are killed."""
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        yield started
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a release claims to be, for its judge."""
+
+    into: str
+    dtype: str
+    held: str  # how the adapter saw the base
+    packed: bool
+    blocks: str  # "all", or which of them are compared
+
+
+def judge(folder: Path, case: Case, tokenizer: Any) -> ModelProof:
+    """Compare what both sides left in `folder`. Raises `UserError` where the release is not what it should be."""
+    asked = Questions.read(folder / live.ROWS_FILE)
+    own = folder / case.into
+    theirs = json.loads((own / "release.json").read_text(encoding="utf-8"))
+    ours = json.loads((folder / live.LIVE_FILE).read_text(encoding="utf-8"))
+    _check_keys(theirs, partial=case.blocks != "all")
+    name = "original" if case.into == "original" else live.LIVE
+
+    def against(reference: str, model: Path) -> Comparison:
+        return compare(folder / f"{reference}.safetensors", model, asked.labels)
+
+    rounded = folder / f"rounded-{case.into}.safetensors"
+    rounding = against(name, rounded) if rounded.is_file() else None
+    proof = ModelProof(
+        reference=_reference_text(case),
+        source=asked.source,
+        rows=len(asked.rows),
+        blocks=case.blocks,
+        loaded_as=theirs["class"],
+        exact=against(name, own / "exact.safetensors"),
+        limit=_limit(rounding, case),
+        answer=_answer(ours[name], theirs["exact"], tokenizer),
+        served=against("literal", own / "served.safetensors"),
+        from_live=against(live.LIVE, own / "exact.safetensors") if name == "original" else None,
+        rounding=rounding,
+    )
+    _check(proof)
+    return proof
+
+
+def _reference_text(case: Case) -> str:
+    if case.into == "original":
+        return "the base's own weights with the adapter, in fp32 arithmetic"
+    return f"the live model (the base in {case.held}, dequantized, with the adapter), in fp32 arithmetic"
+
+
+def _limit(rounding: Comparison | None, case: Case) -> Limit:
+    """fp32 has no rounding to speak of; otherwise the live model's own weights are rounded to see what it does."""
+    if rounding is None:
+        return Limit(EXACT_LIMIT, "the order of operations in fp32")
+    what = "quantized to nf4" if case.packed else f"rounded to {case.dtype}"
+    why = f"{ROUNDING_MARGIN:g} times what the live model's own merged weights, {what}, differ by"
+    return Limit(max(EXACT_LIMIT, ROUNDING_MARGIN * rounding.relative_max), why)
+
+
+def _check_keys(found: Mapping[str, Any], partial: bool) -> None:
+    """Check that stock transformers found every weight, and none without use but those of blocks left out."""
+    for key in ("missing_keys", "mismatched_keys", *(() if partial else ("unexpected_keys",))):
+        if found[key]:
+            raise broken(f"stock transformers reports {key.replace('_', ' ')}: {', '.join(found[key][:3])}")
+
+
+def _answer(reference: Mapping[str, Any], release: Mapping[str, Any], tokenizer: Any) -> Answer:
+    ours, theirs = reference["tokens"], release["tokens"]
+    our_text, their_text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ours, theirs))
+    if ours == theirs:
+        return Answer(our_text, their_text, same=True)
+    parted = next(i for i, pair in enumerate(zip([*ours, None], [*theirs, None], strict=False)) if pair[0] != pair[1])
+    lead = reference["leads"][parted] if parted < len(reference["leads"]) else 0.0
+    return Answer(our_text, their_text, same=False, parted_at=parted, lead=lead)
+
+
+def _check(proof: ModelProof) -> None:
+    """Check the differences against their limits. Raises `UserError` that says where."""
+    exact, limit = proof.exact, proof.limit
+    if not exact.relative_max <= limit.relative_max:
+        row, token = exact.where
+        raise broken(
+            f"its logits differ from {proof.reference} by {exact.relative_max:.2e} of their scale at token {token} of "
+            f"row {row} ({proof.source}), and {limit.relative_max:.2e} is allowed ({limit.why})"
+        )
+    answer = proof.answer
+    allowed = 2 * limit.relative_max * exact.scale  # both of the best two may move
+    if not answer.same and not (answer.lead is not None and answer.lead <= allowed):
+        raise broken(
+            f"its greedy answer parts from that of {proof.reference} at token {answer.parted_at}, where the first "
+            f"choice leads by {answer.lead:.3g}, more than the {allowed:.3g} that may differ"
+        )

@@ -1,0 +1,244 @@
+"""The proof on the whole model: what it finds, what it refuses, and how it chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from families import save_tiny
+from releases import QUIET, make_adapter
+from safetensors.torch import load_file, save_file
+
+from qlora_kit import AdapterConfig, BaseConfig, DataConfig, OptimConfig, RunConfig, UserError, train
+from qlora_kit.release import live, merge, stock, verify
+from qlora_kit.release.compare import compare
+from qlora_kit.release.request import Request
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Both sides answer here, where the libraries are imported already."""
+
+    def run(sides: verify.Sides) -> None:
+        live.main(sides.job)
+        for into, release in sides.releases.items():
+            (sides.folder / into).mkdir()
+            stock.main(release, sides.folder / live.ROWS_FILE, sides.folder / into)
+
+    monkeypatch.setattr(verify.Sides, "run", run)
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    lines = [json.dumps({"prompt": f"add {i} and {i + 1}", "completion": f"{2 * i + 1}"}) for i in range(12)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_file) -> Path:
+    """A run of a few steps on a tiny GPT-2, in a folder with its base beside it."""
+    folder = tmp_path_factory.mktemp("work")
+    save_tiny(folder / "base", "gpt2")
+    config = RunConfig(
+        base=BaseConfig(model=str(folder / "base"), device="cpu"),
+        adapter=AdapterConfig(r=4),
+        data=DataConfig(data=str(data_file), eval_fraction=0.25, seq_len=64),
+        optim=OptimConfig(lr=2e-2, max_steps=4),
+        out=str(folder / "run"),
+        preflight=False,
+    )
+    train(config, QUIET)
+    return folder
+
+
+def request_of(folder: Path, out: Path, **settings) -> Request:
+    record = json.loads((folder / "run" / "run.json").read_text())["settings"]
+    request = Request(
+        base=BaseConfig(**record["base"]),
+        adapters=((str(folder / "run" / "adapter"), 1.0),),
+        run=str(folder / "run"),
+        out=str(out),
+        data=DataConfig(**record["data"]),
+    )
+    return dataclasses.replace(request, **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "into", "bits"),
+    [("gpt2", "trained", 4), ("llama", "trained", 8), ("gpt2", "trained", 16), ("gpt2", "original", 4)],
+)
+def test_an_fp32_release_is_the_live_model_to_the_last_digits(tmp_path, in_this_process, family, into, bits):
+    base = save_tiny(tmp_path / "base", family)
+    adapter = make_adapter(base, tmp_path / "adapter", bits)
+    request = Request(
+        base=BaseConfig(model=str(base), bits=bits),
+        adapters=((str(adapter), 1.0),),
+        out=str(tmp_path / "out"),
+        into=into,
+        dtype="fp32",
+    )
+    found = merge.merge(request, QUIET).report["proof"]["model"]
+    assert found["exact"]["relative_max"] < 1e-4
+    assert found["exact"]["agreement"] == 1.0
+    assert found["answer"]["same"]
+    assert found["source"] == "a built-in text"
+    assert found["blocks"] == "all"
+    if into == "original" and bits < 16:
+        assert found["from_live"]["kl"] > 1e-4  # another base
+
+
+def test_several_adapters_and_tensors_trained_whole_are_proven_too(tmp_path, in_this_process):
+    base = save_tiny(tmp_path / "base", "llama")
+    first = make_adapter(base, tmp_path / "a", modules_to_save=["lm_head"], use_rslora=True)
+    second = make_adapter(base, tmp_path / "b", seed=1, target_modules=["q_proj"])
+    chosen = ((str(first), 0.6), (str(second), 0.5))
+    request = Request(base=BaseConfig(model=str(base)), adapters=chosen, out=str(tmp_path / "out"), dtype="fp32")
+    found = merge.merge(request, QUIET).report["proof"]["model"]
+    assert found["exact"]["relative_max"] < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_16_bit_release_differs_by_the_rounding_of_its_dtype(finished, tmp_path, in_this_process, dtype):
+    request = request_of(finished, tmp_path / "out", dtype=dtype)
+    result = merge.merge(request, QUIET)
+    found = result.report["proof"]["model"]
+    assert 0 < found["exact"]["relative_max"] <= found["limit"]["relative_max"]
+    assert found["limit"]["relative_max"] == pytest.approx(1.25 * found["rounding"]["relative_max"])
+    assert f"rounded to {dtype}" in found["limit"]["why"]
+    assert "held-out share" in found["source"]
+    report = result.report
+    assert report["base"]["is_that_of_the_run"] is True
+    assert report["runs"][0]["steps"] == 4
+    assert (result.folder / "merge_report.json").is_file()
+    card = (result.folder / "README.md").read_text()
+    assert report["base"]["hash"] in card
+    assert report["command"] in card
+
+
+def test_packing_into_nf4_says_what_it_costs(finished, tmp_path, in_this_process):
+    found = merge.merge(request_of(finished, tmp_path / "out", format="nf4"), QUIET).report["proof"]["model"]
+    assert found["exact"]["kl"] > 1e-4
+    assert "quantized to nf4" in found["limit"]["why"]
+    assert found["exact"]["relative_max"] <= found["limit"]["relative_max"]
+
+
+def spoiled(change):
+    """`write_candidate`, but for what `change` does to the release's tensors afterwards."""
+    original = merge.write_candidate
+
+    def write(*args):
+        candidate = original(*args)
+        file = candidate.folder / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+        return candidate
+
+    return write
+
+
+def transpose(tensors):
+    name = "transformer.h.0.attn.c_proj.weight"  # square
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def nudge(tensors):
+    tensors["transformer.h.1.ln_1.weight"][5] *= 1.3
+
+
+def lose(tensors):
+    tensors.pop("transformer.h.1.mlp.c_fc.weight")
+
+
+def add(tensors):
+    tensors["transformer.h.7.mlp.c_fc.weight"] = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (transpose, "its logits differ from the live model .* at token"),
+        (nudge, "its logits differ"),
+        (lose, "missing keys: transformer.h.1.mlp.c_fc.weight"),
+        (add, "unexpected keys: transformer.h.7.mlp.c_fc.weight"),
+    ],
+)
+def test_a_release_that_is_wrong_is_refused_and_nothing_is_left(
+    finished, tmp_path, in_this_process, monkeypatch, change, message
+):
+    monkeypatch.setattr(merge, "write_candidate", spoiled(change))
+    with pytest.raises(UserError, match=f"the release failed its proof: .*{message}"):
+        merge.merge(request_of(finished, tmp_path / "new" / "out"), QUIET)
+    assert not (tmp_path / "new").exists()
+
+
+def test_where_memory_is_short_the_first_blocks_are_compared(finished, tmp_path, in_this_process, monkeypatch):
+    monkeypatch.setattr(verify, "available_bytes", lambda: verify.PROCESS_BYTES + 400_000)
+    result = merge.merge(request_of(finished, tmp_path / "out", dtype="fp32"), QUIET)
+    found = result.report["proof"]["model"]
+    assert found["blocks"] == "the first 1"
+    assert found["exact"]["relative_max"] < 1e-4
+    assert "the first 1 blocks" in (result.folder / "README.md").read_text()
+
+
+def test_the_better_base_is_released(finished, tmp_path, in_this_process, data_file):
+    """On its own training data the adapter does best on the base that it saw; the score of the other is kept."""
+    request = request_of(finished, tmp_path / "out", into="best", data=DataConfig(data=str(data_file)), data_given=True)
+    result = merge.merge(request, QUIET)
+    choice, scores = result.report["choice"], result.report["choice"]["scores"]
+    assert choice["chosen"] == min(scores, key=lambda into: scores[into]["loss"]) == result.report["release"]["into"]
+    assert scores["original"]["kl"] > scores["trained"]["kl"]
+    assert str(data_file) in choice["source"]
+    assert {file.name for file in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("better", ["trained", "original"])
+def test_either_base_can_win(finished, tmp_path, in_this_process, monkeypatch, better):
+    losses = {"trained": 1.0, "original": 1.0, better: 0.5}
+    monkeypatch.setattr(
+        verify.ModelProof,
+        "score",
+        property(lambda own: {"loss": losses["trained" if own.from_live is None else "original"], "kl": 0.0}),
+    )
+    result = merge.merge(request_of(finished, tmp_path / "out", into="best"), QUIET)
+    assert result.report["release"]["into"] == better
+
+
+def test_comparing_logits_piece_by_piece_is_comparing_them_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_kit.release.compare.PIECE_ELEMENTS", 100)
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randn(length, 40, generator=draw) for length in (7, 12)]
+    others = [row + 0.1 * torch.randn(row.shape, generator=draw) for row in rows]
+    others[1][3, 4] += 5
+    labels = [[-100, 3, 4, -100, 5, 6, 7], list(range(12))]
+    for name, values in (("a", rows), ("b", others)):
+        save_file({f"row.{i}": value for i, value in enumerate(values)}, tmp_path / name)
+    found = compare(tmp_path / "a", tmp_path / "b", labels)
+    one, other = torch.cat(rows), torch.cat(others)
+    assert found.where == (1, 3)
+    assert found.max_difference == pytest.approx(float((one - other).abs().max()))
+    assert found.mean_difference == pytest.approx(float((one - other).abs().mean()))
+    assert found.norm_ratio == pytest.approx(float((one - other).norm() / one.norm()))
+    assert found.scale == pytest.approx(float(one.std(correction=0)))
+    assert found.agreement == pytest.approx(float((one.argmax(1) == other.argmax(1)).float().mean()))
+    divergence = torch.nn.functional.kl_div(other.log_softmax(1), one.log_softmax(1), reduction="sum", log_target=True)
+    assert found.kl == pytest.approx(float(divergence) / 19, rel=1e-4)
+    shifted = torch.cat([torch.tensor([*marks[1:], -100]) for marks in labels])
+    assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(other, shifted)))
+    assert found.reference_loss == pytest.approx(float(torch.nn.functional.cross_entropy(one, shifted)))
+
+
+def test_differences_that_are_no_numbers_are_found(tmp_path):
+    save_file({"row.0": torch.zeros(2, 3)}, tmp_path / "a")
+    save_file({"row.0": torch.full((2, 3), float("nan"))}, tmp_path / "b")
+    found = compare(tmp_path / "a", tmp_path / "b", [[1, 1]])
+    assert not found.relative_max <= 1e9
