@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +112,19 @@ def step() -> str:
     for name, shown in names.items():
         cells = [f"{peaks[case, name] / 10**9:.2f}" for case in cases]
         lines.append("| " + " | ".join([shown, *cells]) + " |")
-    lean = next(row for row in result["cpu_rows"] if row["contender"] == "lean" and "live_bytes" in row)
-    lines += [
-        "",
-        f"4 bits, r = {result['rows'][0]['case']['r']}; peaks {result['peaks']}.",
-        f"On a CPU ({_case(lean)}, measured): {lean['live_bytes_of_stock']:.2f} of the stock step's live bytes, "
-        f"{lean['tokens_per_s_of_stock']:.2f} times its tokens/s.",
-        f"Made on {place(result)}.",
-    ]
+    lines += ["", f"4 bits, r = {result['rows'][0]['case']['r']}; peaks {result['peaks']}."]
+    lines += [_on_cpu(result.get("cpu_rows", ())), f"Made on {place(result)}."]
     return "\n".join(lines)
+
+
+def _on_cpu(rows: Sequence[dict[str, Any]]) -> str:
+    lean = next((row for row in rows if row["contender"] == "lean" and "live_bytes" in row), None)
+    if lean is None:
+        return "Bytes and speed on a CPU beside the stock step's are not yet measured."
+    return (
+        f"On a CPU ({_case(lean)}, measured): {lean['live_bytes_of_stock']:.2f} of the stock step's live bytes, "
+        f"{lean['tokens_per_s_of_stock']:.2f} times its tokens/s."
+    )
 
 
 def _case(row: dict[str, Any]) -> str:

@@ -446,6 +446,7 @@ def main() -> int:
     parser.add_argument("--cpu-case", default=CPU_CASE, help="measured where there is no GPU; 'none' for none")
     parser.add_argument("--cpu-steps", type=int, default=3, help="steps of each contender on the CPU")
     parser.add_argument("--ablation", action="store_true", help="also each piece of the lean step off in turn")
+    parser.add_argument("--cpu-ablation", action="store_true", help=f"the same in time on the CPU, {CPU_ABLATION_CASE}")
     parser.add_argument("--name", default="step", help="name of the result")
     args = parser.parse_args()
     names = args.contenders.split(",")
@@ -461,7 +462,7 @@ def main() -> int:
     }
     if not on_gpu and args.cpu_case != "none":
         result["cpu_rows"] = cpu_rows(Case.parse(args.cpu_case), args.cpu_steps, True, False)
-        if args.ablation:
+        if args.cpu_ablation:
             result["cpu_rows"] += cpu_rows(Case.parse(CPU_ABLATION_CASE), 3 * args.cpu_steps, False, True)
     file = write_result(args.name, result)
     write_text(file.with_suffix(".md"), markdown(json.loads(file.read_text(encoding="utf-8"))))
