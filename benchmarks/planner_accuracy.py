@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from common import device_name, real_optimizer, write_result
+from common import device_name, write_result
 from memory import Case, error_of, full_batch, measure_cuda, predict, why
 
 MODELS = {  # with the largest batch × tokens that it is run at
@@ -94,11 +94,12 @@ def run_overhead() -> None:
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
     from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.trainer import make_optimizer
 
     quiet_libraries()
     device, config = torch.device("cuda:0"), OVERHEAD_CASE.config
     model = assembly.build_model(config, device).train()
-    optimizer = real_optimizer(model, config, config.optim.optim or "adamw")
+    optimizer = make_optimizer(model, config, config.optim.optim or "adamw")
     unused = MemoryTracker("cuda")
 
     def step_s() -> float:

@@ -35,7 +35,7 @@ def test_one_gpus_result_does_not_overwrite_anothers(device, place):
 def test_one_tiny_case_from_end_to_end(model, tmp_path, monkeypatch):
     monkeypatch.setattr("common.RESULTS", tmp_path / "results")
     arguments = ["--models", model, "--methods", "qlora4", "--batch", "2", "--seq", "32", "--measure-cpu", model]
-    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments, "--cpu-seq", "16"])
+    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments, "--cpu-seq", "96"])
     monkeypatch.setattr(memory, "RESULTS", tmp_path / "results")
     assert memory.main() == 0
     (file,) = (tmp_path / "results").glob("memory_*.json")
@@ -50,7 +50,7 @@ def test_one_tiny_case_from_end_to_end(model, tmp_path, monkeypatch):
         assert "not yet validated on hardware" in table
         (measured,) = result["cpu_rows"]
         assert measured["status"] == "measured"
-        assert abs(measured["error"]) < 0.15  # oneDNN's bf16 scratch is in neither: the tracker does not see it
+        assert abs(measured["error"]) < 0.15  # fewer tokens: the 8-bit optimizer of a CPU, not predicted
 
 
 def test_a_case_that_fails_is_a_row_that_says_so(tmp_path):

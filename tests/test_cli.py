@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,14 +50,20 @@ def inputs(tmp_path_factory) -> tuple[str, str]:
     return str(save_tiny(folder / "base", "gpt2")), str(data)
 
 
+def children_s() -> float:
+    """Seconds of the processor that ended processes took: those on the clock depend on what else is running."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_needs_no_torch_and_is_quick():
     script = str(ROOT / "scripts" / "train.py")
     run(script, "--help")  # compile once
     times_s = []
     for _ in range(3):
-        start_s = time.monotonic()
+        start_s = children_s()
         done = run(script, "--help")
-        times_s.append(time.monotonic() - start_s)
+        times_s.append(children_s() - start_s)
     assert done.returncode == 0
     for option in ("--model", "--data", "--bits", "--no-double-quant", "--config", "--resume"):
         assert option in done.stdout

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +50,20 @@ def fails(capsys, *args: str) -> str:
     return err
 
 
+def children_s() -> float:
+    """Seconds of the processor that ended processes took: those on the clock depend on what else is running."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_needs_no_torch_and_is_quick():
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     times_s = []
     for _ in range(4):  # the first compiles
-        start_s = time.monotonic()
+        start_s = children_s()
         command = [sys.executable, "-X", "importtime", "-m", "qlora_kit", "plan", "--help"]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
-        times_s.append(time.monotonic() - start_s)
+        times_s.append(children_s() - start_s)
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "transformers", "matplotlib", "numpy"}
     for flag in (

@@ -31,16 +31,22 @@ def test_the_figures_are_those_of_the_committed_results():
 
 
 def test_every_command_flag_and_file_that_it_names_exists():
-    flags = {flag(field.name) for _, field, _ in settings()} | {
-        "--config",
-        "--rows",
-        "--check",
-        "--help",
-        "--fit",
-        "--gpu",
-        "--plot",
-        "--cpu",
-    }
+    switches = {flag(f"no_{field.name}") for _, field, hint in settings() if hint is bool}
+    flags = (
+        {flag(field.name) for _, field, _ in settings()}
+        | switches
+        | {
+            "--ablation",
+            "--config",
+            "--rows",
+            "--check",
+            "--help",
+            "--fit",
+            "--gpu",
+            "--plot",
+            "--cpu",
+        }
+    )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named <= flags
     assert set(re.findall(r"qlora-kit ([a-z]+)", README)) <= set(COMMANDS)
