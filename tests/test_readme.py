@@ -37,6 +37,7 @@ def test_every_command_flag_and_file_that_it_names_exists():
         | switches
         | {
             "--ablation",
+            "--run",
             "--config",
             "--rows",
             "--check",
