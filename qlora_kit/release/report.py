@@ -190,7 +190,7 @@ def proof_lines(report: Report) -> list[str]:
     """The proof in words."""
     tensors, model = report["proof"]["tensors"], report["proof"]["model"]
     lines = [
-        f"{tensors['tensors']:,} tensors, each read back as it was written; {tensors['adapted']:,} of them changed by "
+        f"{tensors['tensors']:,} tensors, each read back as it was written; {tensors['changed']:,} of them changed by "
         f"the adapter, the others the base's"
     ]
     worst = tensors["rounding_to_change"]
