@@ -15,8 +15,9 @@ demo: $(STAMP)
 	    --exact-match 200 --out runs/demo --overwrite
 	$(BIN)/python scripts/merge.py --run runs/demo --out release/demo --overwrite
 
+# Two processes: a test keeps to one core.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

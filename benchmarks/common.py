@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -37,10 +38,14 @@ def device_name() -> str:
     return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
 
 
+def place_of(device: str) -> str:
+    """What the device called `device` is in the name of a result's file: `cpu`, or a GPU's name in small letters."""
+    return "cpu" if device.startswith("CPU") else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write `result` with its commit, device and versions to the results folder; returns the file."""
-    place = "gpu" if "CPU" not in device_name() else "cpu"
-    file = RESULTS / f"{name}_{place}.json"
+    file = RESULTS / f"{name}_{place_of(device_name())}.json"
     RESULTS.mkdir(exist_ok=True)
     where = {"commit": commit(), "device": device_name(), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
     write_json(file, {**where, **result})

@@ -6,7 +6,7 @@
 On a GPU every case runs in a process of its own with random weights and batches of full length: two steps for the
 peak of `torch.cuda.max_memory_allocated`, then some more for the time. Without a GPU the peaks on CUDA are
 predicted only, and the models of `--measure-cpu` are measured on the CPU at a small batch: live bytes, beside what
-is predicted for a CPU. Needs no network: put the repository on PYTHONPATH. Writes memory_gpu or memory_cpu .json,
+is predicted for a CPU. Needs no network: put the repository on PYTHONPATH. Writes memory_<GPU> or memory_cpu .json,
 .md and .png into benchmarks/results. `--report` makes the table and the picture again from the JSON.
 """
 
@@ -102,19 +102,6 @@ def predict(case: Case, gpu: Any = None) -> dict[str, Any]:
     }
 
 
-def real_optimizer(model: Any, config: RunConfig, optim: str) -> Any:
-    """The optimizer `optim` on real tensors, made as transformers' Trainer makes it."""
-    import torch
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if optim == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.optim.lr, fused=True)
-    import bitsandbytes as bnb
-
-    bits = 8 if "8bit" in optim else 32
-    return bnb.optim.AdamW(parameters, lr=config.optim.lr, optim_bits=bits, is_paged=optim.startswith("paged"))
-
-
 def full_batch(config: RunConfig, vocab: int, device: Any) -> dict[str, Any]:
     """Random tokens without padding."""
     import torch
@@ -130,12 +117,13 @@ def measure_cuda(case: Case, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:
     from qlora_kit import assembly
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
+    from qlora_kit.trainer import make_optimizer
 
     device, config = torch.device("cuda:0"), case.config
     before_bytes = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     model = assembly.build_model(config, device).train()
-    optimizer = real_optimizer(model, config, config.optim.optim or "adamw")
+    optimizer = make_optimizer(model, config, config.optim.optim or "adamw")
     load_peak_bytes = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     unused, autocast = MemoryTracker("cuda"), cuda_autocast if METHODS[case.method].autocast else None
@@ -183,12 +171,13 @@ def measure_cpu(case: Case) -> dict[str, Any]:
     from qlora_kit.memory.profile import Profiler
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
+    from qlora_kit.trainer import make_optimizer
 
     optim = {"optim": case.config.optim.optim.removeprefix("paged_")}  # type: ignore[union-attr]
     config = dataclasses.replace(case.config, optim=dataclasses.replace(case.config.optim, **optim))
     device = torch.device("cpu")
     model = assembly.build_model(config, device).train()
-    optimizer = real_optimizer(model, config, optim["optim"])
+    optimizer = make_optimizer(model, config, optim["optim"])
     unused, step_s = MemoryTracker("cpu"), 0.0
     with Profiler(config, device, steps=2) as profiler:
         profiler.begin(model, optimizer)

@@ -101,6 +101,80 @@ def parity() -> str:
     )
 
 
+def step() -> str:
+    """The table of the step's peaks beside the stock one's."""
+    result = read("step_cpu")
+    names = {"stock": "stock PEFT and Trainer", "lean": "qlora_kit", "lean-offload": "qlora_kit, embedding on the host"}
+    cases = list(dict.fromkeys(_case(row) for row in result["rows"]))
+    peaks = {(_case(row), row["contender"]): row.get("peak_bytes") for row in result["rows"]}
+    lines = ["| peak of the step (GB) | " + " | ".join(cases) + " |", "|---" + "|--:" * len(cases) + "|"]
+    for name, shown in names.items():
+        cells = [f"{peaks[case, name] / 10**9:.2f}" for case in cases]
+        lines.append("| " + " | ".join([shown, *cells]) + " |")
+    lean = next(row for row in result["cpu_rows"] if row["contender"] == "lean" and "live_bytes" in row)
+    lines += [
+        "",
+        f"4 bits, r = {result['rows'][0]['case']['r']}; peaks {result['peaks']}.",
+        f"On a CPU ({_case(lean)}, measured): {lean['live_bytes_of_stock']:.2f} of the stock step's live bytes, "
+        f"{lean['tokens_per_s_of_stock']:.2f} times its tokens/s.",
+        f"Made on {place(result)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _case(row: dict[str, Any]) -> str:
+    case = row["case"]
+    return f"{case['model']}, {case['rows']} × {case['tokens']}"
+
+
+def fits() -> str:
+    """The sentence on what trains in little memory."""
+    result = read("fit_cpu")
+    batch, longest = result["rows"]
+    return (
+        f"Planned, and not yet shown on a GPU: {result['model']} at {batch['case']} takes "
+        f"{batch['predicted_peak_bytes'] / 2**30:.2f} GiB of {batch['cap_bytes'] / 2**30:.0f}, and at batch 1, r = 32, "
+        f"{longest['tokens']:,} tokens fit into {longest['cap_bytes'] / 2**30:.0f} GiB (embedding on the host).\n"
+        f"Made on {place(result)}."
+    )
+
+
+def accuracy() -> str:
+    """The sentences on how far predictions are from what was recorded."""
+    result = read("planner_accuracy_profiler_cpu")
+    families = ", ".join(sorted({row["family"] for row in result["rows"]}))
+    lines = [
+        f"Over {result['cases']} cases on a CPU ({families}; full, LoRA and QLoRA), the predicted peak and that of "
+        f"torch's own profiler differ by at most {result['worst_error']:.2%} ({result['median_error']:.2%} at the "
+        "median). Weights in 8 bits are not among them: their kernels on a CPU allocate otherwise than CUDA's, which "
+        "a plan is for.",
+        f"Measured on {place(result)}.",
+    ]
+    for file in sorted(RESULTS.glob("planner_accuracy_*.json")):
+        if file.stem != "planner_accuracy_profiler_cpu":
+            on_gpu = read(file.stem)
+            lines += [
+                f"Over {on_gpu['cases']} cases against `torch.cuda.max_memory_allocated`: at most "
+                f"{on_gpu['worst_error']:.2%}, {on_gpu['median_error']:.2%} at the median.",
+                f"Measured on {place(on_gpu)}.",
+            ]
+    return "\n".join(lines)
+
+
+def draw_plan(file: Path) -> None:
+    """The plan that the README shows, as `qlora-kit plan --plot` draws it."""
+    from qlora_kit.quiet import quiet_libraries
+
+    quiet_libraries()
+    from qlora_kit.commands.plan import Request, make_report
+    from qlora_kit.config import RunConfig
+    from qlora_kit.memory.picture import write_picture
+
+    config = RunConfig.from_flat({"model": "llama-3-8b", "bits": 4, "r": 16, "batch_size": 2, "seq_len": 2048})
+    request = Request(gpu=None, budget=None, fit=False, exact=False, baselines=True)
+    write_picture(make_report(config, request, lambda early: None), file)
+
+
 def draw_parity(file: Path) -> None:
     """The training curves of both contenders of the parity run, as a PNG."""
     import matplotlib
@@ -127,7 +201,14 @@ def draw_parity(file: Path) -> None:
     plt.close(figure)
 
 
-BLOCKS = {"memory": memory, "model-states": model_states, "parity": parity}
+BLOCKS = {
+    "accuracy": accuracy,
+    "memory": memory,
+    "model-states": model_states,
+    "parity": parity,
+    "step": step,
+    "fit": fits,
+}
 
 
 def filled(text: str) -> str:
@@ -152,6 +233,7 @@ def main() -> int:
         return int(filled(text) != text)
     write_text(readme, filled(text))
     draw_parity(ROOT / "docs" / "parity.png")
+    draw_plan(ROOT / "docs" / "plan.png")
     return 0
 
 

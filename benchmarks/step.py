@@ -7,9 +7,10 @@
 The same random weights, tokens and learning rate for every contender, each in a process of its own. On a GPU: the peak
 of allocated and reserved memory, the median time of a step, and the loss after 20 steps, which must agree or the row is
 void. Without a GPU: the peaks on CUDA by simulation on `meta` (not yet validated on hardware), and on the CPU live
-bytes and the ratio of the times of two contenders that step in turn. Writes step_gpu.json or step_cpu.json.
+bytes and the ratio of the times of two contenders that step in turn. Writes step_<GPU> or step_cpu, .json and .md.
 
-`stock` is PEFT on `prepare_model_for_kbit_training` with the optimizer of transformers' Trainer's defaults.
+`stock` is PEFT on `prepare_model_for_kbit_training` with the optimizer of transformers' Trainer's defaults, AdamW; the
+others have paged 8-bit AdamW on CUDA.
 """
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, device_name, write_result
 
 from qlora_kit.config import GROUPS, LeanConfig, RunConfig, default_of
+from qlora_kit.runs import write_text
 
 GB = 10**9
 STEPS, WARM_UP = 20, 5
 BATCHES = 4  # different ones, in turn, so that the loss falls
-LOSS_NOISE = 0.02  # a contender whose loss is off by more after the last step did not train the same
-CONTENDERS = ("stock", "lean", "unsloth", "unsloth-offload")
+LOSS_NOISE = 0.01  # a contender whose first loss is off by more has other weights or another loss: bf16's rounding
+FALL_NOISE = 0.2  # one whose loss falls by so much more or less than stock's did not train the same
+CONTENDERS = ("stock", "lean", "lean-offload", "unsloth", "unsloth-offload")  # offload: also of the embedding
 CUDA_CASES = ("llama-3-8b:2x2048", "gpt2-large:8x1024")
 CPU_CASE = "gpt2-large:4x512"
+CPU_ABLATION_CASE = "gpt2:2x128"
 
 
 @dataclass(frozen=True)
@@ -121,33 +125,34 @@ class Contender:
     """A model with its optimizer that takes one step at a time on `device`."""
 
     def __init__(self, name: str, config: RunConfig, device: Any) -> None:
+        self.config, self.device = config, device
+        self.model = self._build(name)  # first of all: Unsloth wants to be imported before transformers
+        self.model.train()
         import torch
 
-        from qlora_kit import assembly
+        from qlora_kit.trainer import make_optimizer, resolve_optim
 
-        self.config, self.device = config, device
-        if name == "stock":
-            self.model = build_stock(config, device)
-        elif name == "lean":
-            self.model = assembly.build_model(config, device)
-        else:
-            self.model = build_unsloth(config, name == "unsloth-offload")
-        self.model.train()
-        self.optimizer = self._optimizer(name)
+        optim = "adamw" if name == "stock" else resolve_optim(config, device)
+        self.optimizer = make_optimizer(self.model, config, optim)
         draw = torch.Generator().manual_seed(config.seed)
         shape = (BATCHES, config.optim.batch_size, config.data.seq_len)
         self.batches = torch.randint(0, self.model.config.vocab_size, shape, generator=draw)
         self.steps = 0
 
-    def _optimizer(self, name: str) -> Any:
-        import torch
+    def _build(self, name: str) -> Any:
+        if name.startswith("unsloth"):
+            return build_unsloth(self.config, name == "unsloth-offload")
+        if name == "stock":
+            return build_stock(self.config, self.device)
+        from qlora_kit import assembly
 
-        from qlora_kit.trainer import make_optimizer, resolve_optim
+        return assembly.build_model(self.config, self.device)
 
-        if name == "lean":
-            return make_optimizer(self.model, self.config, resolve_optim(self.config, self.device))
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=self.config.optim.lr, weight_decay=0.0, fused=True)
+    def warm_up(self) -> None:
+        """A step on a few tokens: the optimizer's states are born, and what is compiled or cached is there."""
+        batches, self.batches = self.batches, self.batches[:, :1, :8]
+        self.step()
+        self.batches, self.steps = batches, 0
 
     def step(self) -> float:
         """One optimizer step; returns the loss, and so waits for the device."""
@@ -184,11 +189,11 @@ def measure_cuda(name: str, config: RunConfig) -> dict[str, Any]:
     device = torch.device("cuda:0")
     contender = Contender(name, config, device)
     torch.cuda.reset_peak_memory_stats(device)
-    times = []
+    times, losses = [], []
     for _ in range(STEPS):
         torch.cuda.synchronize(device)
         start_s = time.monotonic()
-        loss = contender.step()
+        losses.append(contender.step())
         torch.cuda.synchronize(device)
         times.append(time.monotonic() - start_s)
     step_s = statistics.median(times[WARM_UP:])
@@ -197,7 +202,9 @@ def measure_cuda(name: str, config: RunConfig) -> dict[str, Any]:
         "reserved_bytes": torch.cuda.max_memory_reserved(device),
         "step_s": step_s,
         "tokens_per_s": config.optim.batch_size * (config.data.seq_len or 0) / step_s,
-        "loss": loss,
+        "steps": STEPS,
+        "first_loss": losses[0],
+        "loss": losses[-1],
     }
 
 
@@ -210,7 +217,7 @@ def measure_live_bytes(name: str, config: RunConfig) -> dict[str, Any]:
     from qlora_kit.memory.watch import watch
 
     contender = Contender(name, config, torch.device("cpu"))
-    contender.step()  # the states are born
+    contender.warm_up()
     tracker = CpuTracker()
     with watch(tracker, contender.model, contender.optimizer):
         for state in contender.optimizer.state.values():
@@ -225,18 +232,18 @@ def measure_live_bytes(name: str, config: RunConfig) -> dict[str, Any]:
 
 
 def simulate_cuda(name: str, case: Case, config: RunConfig) -> dict[str, Any]:
-    """The peak of `torch.cuda.max_memory_allocated`, every layer simulated on `meta`."""
-    from qlora_kit import assembly
+    """The predicted peak of `torch.cuda.max_memory_allocated`: ours is planned, the stock step simulated likewise."""
     from qlora_kit.memory import rules
-    from qlora_kit.memory.plan import resolve_architecture
-    from qlora_kit.memory.simulate import Recipe, resolve_cuda_optim, simulate
+    from qlora_kit.memory.plan import plan, resolve_architecture
+    from qlora_kit.memory.simulate import Recipe, simulate
     from qlora_kit.memory.track import overall_peak
 
-    optim = "adamw" if name == "stock" else resolve_cuda_optim(config)
-    build = build_stock if name == "stock" else assembly.build_model
-    record = simulate(config, Recipe(case.tokens, optim), resolve_architecture(config), build=build)
-    peak = overall_peak(record.events)
-    library_bytes = 2 * rules.cublas_workspace_bytes(rules.DEFAULT_CAPABILITY)
+    if name != "stock":
+        planned = plan(config)
+        return {"peak_bytes": planned.peak_bytes, "phase": planned.phase, "components": planned.components}
+    recipe = Recipe(case.tokens, "adamw")
+    peak = overall_peak(simulate(config, recipe, resolve_architecture(config), build=build_stock).events)
+    library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
     return {"peak_bytes": peak.n_bytes + library_bytes, "phase": peak.region.phase, "components": peak.components}
 
 
@@ -246,6 +253,7 @@ def _serve(connection: Connection, name: str, config: RunConfig) -> None:
 
     _begin()
     contender = Contender(name, config, torch.device("cpu"))
+    contender.warm_up()
     connection.send(None)
     while connection.recv():
         start_s = time.monotonic()
@@ -286,7 +294,7 @@ def in_own_process(function: Any, *arguments: Any) -> dict[str, Any]:
     return {"status": "ok", **found}
 
 
-def steps_in_turn(configs: dict[str, RunConfig], steps: int, warm_up: int) -> dict[str, dict[str, Any]]:
+def steps_in_turn(configs: dict[str, RunConfig], steps: int) -> dict[str, dict[str, Any]]:
     """Losses and times of contenders that step in turn, each in its own process, so that both see the same machine."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -306,7 +314,12 @@ def steps_in_turn(configs: dict[str, RunConfig], steps: int, warm_up: int) -> di
         pipe.send(False)
         process.join()
     return {
-        name: {"step_s": statistics.median(s for _, s in pairs[warm_up:]), "loss": pairs[-1][0]}
+        name: {
+            "step_s": statistics.median(s for _, s in pairs),
+            "steps": steps,
+            "first_loss": pairs[0][0],
+            "loss": pairs[-1][0],
+        }
         for name, pairs in found.items()
     }
 
@@ -322,9 +335,14 @@ def cuda_rows(case: Case, names: list[str], ablation: bool) -> list[dict[str, An
     import torch
 
     rows = []
-    runs: list[tuple[str, str, dict[str, Any]]] = [(name, name, {}) for name in names]
+    host = {"offload_embedding": "on"}
+    runs = [(name, name, host if name == "lean-offload" else {}) for name in names]
     if ablation:
-        runs += [(f"lean without {piece}", "lean", off) for piece, off in pieces().items()]
+        runs += [(f"lean-offload without {piece}", "lean-offload", {**host, **off}) for piece, off in pieces().items()]
+        if not torch.cuda.is_available():  # the batches of a measured row are neither packed nor padded
+            packed = {**host, "pack": True}
+            runs.append(("lean-offload packed", "lean-offload", packed))
+            runs.append(("lean-offload packed without varlen", "lean-offload", {**packed, "varlen": False}))
     for label, name, changes in runs:
         config = case.config(**changes)
         if torch.cuda.is_available():
@@ -332,42 +350,83 @@ def cuda_rows(case: Case, names: list[str], ablation: bool) -> list[dict[str, An
         elif name.startswith("unsloth"):
             found = {"status": "not yet measured: needs a GPU"}
         else:
-            found = in_own_process(simulate_cuda, name, case, config)
+            found = {"status": "ok", **simulate_cuda(name, case, config)}
         rows.append(_say({"case": dataclasses.asdict(case), "contender": label, **found}))
     return judged(rows) if torch.cuda.is_available() else rows
 
 
 def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose loss is not that of `stock` are void: they did not train the same."""
-    stock = next((row["loss"] for row in rows if row["contender"] == "stock" and "loss" in row), None)
-    if stock is None:
-        return rows
-    return [
-        {**row, "status": f"void: loss {row['loss']:.3f}, stock {stock:.3f}"}
-        if "loss" in row and abs(row["loss"] - stock) > LOSS_NOISE * stock
-        else row
-        for row in rows
-    ]
+    """Rows that did not train as `stock` did are void: the first loss, or how far it fell, is another."""
+    stock = next((row for row in rows if row["contender"] == "stock" and "loss" in row), None)
+    return [row if stock is None or "loss" not in row else _judged(row, stock) for row in rows]
 
 
-def cpu_rows(case: Case, steps: int, warm_up: int, ablation: bool) -> list[dict[str, Any]]:
-    """Live bytes and times on a CPU; the time of each contender is a ratio to stock's in the same minutes."""
-    runs: dict[str, tuple[str, RunConfig]] = {name: (name, case.config(optim="adamw")) for name in ("stock", "lean")}
+def _judged(row: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
+    fall, stock_fall = (r["first_loss"] - r["loss"] for r in (row, stock))
+    begins_alike = abs(row["first_loss"] - stock["first_loss"]) <= LOSS_NOISE * stock["first_loss"]
+    noise = max(FALL_NOISE * abs(stock_fall), LOSS_NOISE * stock["loss"] if row["steps"] < STEPS else 0)
+    if begins_alike and abs(fall - stock_fall) <= noise:
+        return row
+    return {**row, "status": f"void: loss {row['first_loss']:.3f} to {row['loss']:.3f}, and not as stock's"}
+
+
+def cpu_rows(case: Case, steps: int, measures_bytes: bool, ablation: bool) -> list[dict[str, Any]]:
+    """Times on a CPU as ratios to stock's in the same minutes; live bytes; with `ablation` each piece off in turn."""
+    runs = {name: case.config(optim="adamw") for name in ("stock", "lean")}
     if ablation:
         for piece, off in pieces().items():
             if LeanConfig(**off).resolved("cpu") != LeanConfig().resolved("cpu"):
-                runs[f"lean without {piece}"] = ("lean", case.config(optim="adamw", **off))
-    live = {label: in_own_process(measure_live_bytes, name, config) for label, (name, config) in runs.items()}
-    timed = steps_in_turn({label: runs[label][1] for label in ("stock", "lean")}, steps, warm_up)
+                runs[f"lean without {piece}"] = case.config(optim="adamw", **off)
+    found = steps_in_turn(runs, steps)
     rows = []
-    for label, found in live.items():
-        row = {"case": dataclasses.asdict(case), "contender": label, **found, **timed.get(label, {})}
-        if "live_bytes" in found:
-            row["live_bytes_of_stock"] = found["live_bytes"] / live["stock"]["live_bytes"]
-        if label in timed:
-            row["tokens_per_s_of_stock"] = timed["stock"]["step_s"] / timed[label]["step_s"]
-        rows.append(_say(row))
+    for label, config in runs.items():
+        row = {"case": dataclasses.asdict(case), "contender": label, "status": "ok", **found[label]}
+        row["tokens_per_s_of_stock"] = found["stock"]["step_s"] / row["step_s"]
+        if measures_bytes:
+            row |= in_own_process(measure_live_bytes, label, config)
+        rows.append(row)
+    for row in rows:
+        if measures_bytes:
+            row["live_bytes_of_stock"] = row["live_bytes"] / rows[0]["live_bytes"]
+        _say(row)
     return judged(rows)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of a result."""
+    lines = [f"Peaks on CUDA: {result['peaks']}.", ""]
+    lines += _table(result["rows"], {"peak_bytes": "peak (GB)", "reserved_bytes": "reserved (GB)", "phase": "in"})
+    if result.get("cpu_rows"):
+        lines += ["", f"On {result['device']}:", ""]
+        lines += _table(result["cpu_rows"], {"live_bytes": "live (GB)", "phase": "in"})
+    where = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join([*lines, "", f"{result['device']}; {where}; commit {result['commit']}, {result['date']}."]) + "\n"
+
+
+def _table(rows: list[dict[str, Any]], bytes_and_phase: dict[str, str]) -> list[str]:
+    heads = {
+        **bytes_and_phase,
+        "live_bytes_of_stock": "of stock",
+        "tokens_per_s": "tokens/s",
+        "tokens_per_s_of_stock": "tokens/s of stock",
+        "loss": "last loss",
+    }
+    shown = {key: head for key, head in heads.items() if any(key in row for row in rows)}
+    lines = [f"| case | contender | {' | '.join(shown.values())} | note |", "|---" * (len(shown) + 3) + "|"]
+    for row in rows:
+        case = row["case"]
+        cells = [f"{case['model']}, {case['rows']} × {case['tokens']}", row["contender"]]
+        cells += [_cell(key, row.get(key)) for key in shown]
+        lines.append(f"| {' | '.join([*cells, '' if row['status'] == 'ok' else row['status']])} |")
+    return lines
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return (
+        f"{value / GB:.3f}" if key.endswith("_bytes") else f"{value:,.3g}" if key == "tokens_per_s" else f"{value:.3f}"
+    )
 
 
 def _say(row: dict[str, Any]) -> dict[str, Any]:
@@ -385,9 +444,7 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(CUDA_CASES), help="model:ROWSxTOKENS, comma-separated")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--cpu-case", default=CPU_CASE, help="measured where there is no GPU; 'none' for none")
-    parser.add_argument(
-        "--cpu-steps", type=int, default=4, help="steps of each contender on the CPU, the first to warm up"
-    )
+    parser.add_argument("--cpu-steps", type=int, default=3, help="steps of each contender on the CPU")
     parser.add_argument("--ablation", action="store_true", help="also each piece of the lean step off in turn")
     parser.add_argument("--name", default="step", help="name of the result")
     args = parser.parse_args()
@@ -395,6 +452,7 @@ def main() -> int:
     unknown = sorted(set(names) - set(CONTENDERS))
     if unknown:
         parser.error(f"unknown contenders {', '.join(unknown)}: known are {', '.join(CONTENDERS)}")
+    _begin()
     rows = [row for text in args.cases.split(",") for row in cuda_rows(Case.parse(text), names, args.ablation)]
     on_gpu = torch.cuda.is_available()
     result: dict[str, Any] = {
@@ -402,9 +460,12 @@ def main() -> int:
         "rows": rows,
     }
     if not on_gpu and args.cpu_case != "none":
-        result["cpu_rows"] = cpu_rows(Case.parse(args.cpu_case), args.cpu_steps, 1, args.ablation)
+        result["cpu_rows"] = cpu_rows(Case.parse(args.cpu_case), args.cpu_steps, True, False)
+        if args.ablation:
+            result["cpu_rows"] += cpu_rows(Case.parse(CPU_ABLATION_CASE), 3 * args.cpu_steps, False, True)
     file = write_result(args.name, result)
-    print(f"on {device_name()}, written to {file.relative_to(RESULTS.parent)}")
+    write_text(file.with_suffix(".md"), markdown(json.loads(file.read_text(encoding="utf-8"))))
+    print(f"on {device_name()}, written to {file.relative_to(RESULTS.parent)}, .md beside it")
     return 0
 
 

@@ -80,7 +80,13 @@ def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen),  # unquantized GPT-2 stores in × out
         task_type="CAUSAL_LM",
     )
-    peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
+    try:
+        peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        rule = f"PEFT puts no factors there on a {model.config.model_type} model ({str(error).rstrip('.')})"
+        remedy = f"Choose among --targets {','.join(names)}." if names else "The model has no linear layer in a block."
+        raise UserError.of("--targets", ",".join(targets), rule, remedy) from None
     dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else torch.float32
     for _, parameter in trainable(peft_model):
         parameter.data = parameter.data.to(dtype)

@@ -41,7 +41,7 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
             settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
             model = adapters.inject(model, settings)
     if config.optim.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     model.lean_outcomes = {}
     if not config.base.full:
         simulated = "cuda" if device.type == "meta" else device.type
@@ -49,10 +49,18 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     return model
 
 
-def _enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass, without reentrance so that frozen inputs need no gradient."""
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass, without reentrance so that frozen inputs need no gradient.
+
+    Raises `UserError` where transformers does not checkpoint the architecture.
+    """
+    if not model.supports_gradient_checkpointing:
+        rule = f"a {model.config.model_type} model cannot be checkpointed"
+        raise UserError.of("--gradient-checkpointing", True, rule, "Use --no-gradient-checkpointing.")
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if hasattr(model, "get_base_model"):  # the embedding's output would get a gradient, which reentrant ones need
+        model.get_base_model().disable_input_require_grads()

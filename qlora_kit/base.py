@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,15 +46,33 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", 0)
 
 
+_planned_gpu_has_bf16: ContextVar[bool] = ContextVar("_planned_gpu_has_bf16", default=True)
+
+
+@contextmanager
+def planned_for(has_bf16: bool) -> Iterator[None]:
+    """Meanwhile what is built on `meta` is that of a GPU with or without bf16."""
+    token = _planned_gpu_has_bf16.set(has_bf16)
+    try:
+        yield
+    finally:
+        _planned_gpu_has_bf16.reset(token)
+
+
 def compute_dtype(config: BaseConfig, device: torch.device) -> torch.dtype:
-    """The dtype of every unquantized weight and of the arithmetic: bf16, or fp16 where CUDA lacks it."""
+    """The dtype of every unquantized weight and of the arithmetic: bf16, or fp16 where CUDA lacks it.
+
+    On `meta` it is that of the GPU in `planned_for`, by default one that has bf16.
+    """
     import torch
 
     if config.bits == 32:
         return torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    if device.type == "meta":
+        has_bf16 = _planned_gpu_has_bf16.get()
+    else:
+        has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def model_source(config: BaseConfig) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
+from qlora_kit import quiet
 from qlora_kit.config import DEFAULT_NEW_TOKENS, RunConfig, default_of, read_settings_file, settings
 from qlora_kit.errors import Faults, UserError
 
@@ -200,12 +201,9 @@ EXIT_PIPE_CLOSED = 141
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `qlora-kit`; exits with 2 on a mistake that the user can mend."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        _print_commands()
-        sys.exit(0 if args else EXIT_USER_ERROR)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        _dispatch(args[0], args[1:])
+        _run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -214,6 +212,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `| head` has read enough; Python would complain once more when it closes the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_PIPE_CLOSED)
+
+
+def _run(args: list[str]) -> None:
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            _print_commands()
+            sys.exit(0 if args else EXIT_USER_ERROR)
+        _dispatch(args[0], args[1:])
+    finally:
+        sys.stdout.flush()  # while a closed pipe can still be answered
 
 
 def _terminate(*_: object) -> None:
@@ -235,6 +243,7 @@ def _dispatch(name: str, args: list[str]) -> None:
     flags = _parse(name, command, args)
     given = {key: flags.pop(key) for key in command.flags if key in flags}
     given = _read(command, given)
+    quiet.quiet_libraries()  # the command's module may import them
     module, function = command.door.split(":")
     door = getattr(importlib.import_module(f"qlora_kit.commands.{module}"), function)
     door(_run_config(flags) if command.settings is None else flags, **given)

@@ -223,6 +223,7 @@ class LeanConfig(_Checked):
     )
     flat_buffer: bool = setting(True, "all factors and gradients in one buffer: one optimizer call, states that page")
     tiled_mlp: bool = setting(True, "run the MLP on a part of a long sequence at a time")
+    rms_norm: bool = setting(True, "RMS norms that keep their input only, and no copy of it in fp32")
     tanh_gelu: bool = setting(True, "gelu_new as one operation without temporaries")
     maskless_padding: bool = setting(True, "no attention mask for padding on the right, which no token sees")
     varlen: bool = setting(True, "with --pack, attend within each example without a mask over the row")

@@ -58,13 +58,16 @@ class Faults:
 
 
 @contextmanager
-def said_of(setting: str, instead_of: str, remedy: str | None = None) -> Iterator[None]:
-    """Say mistakes of the setting `instead_of` of `setting`, which is what the user gave, with `remedy` if given."""
+def said_of(setting: str, instead_of: str, old_remedy: str = "", remedy: str = "") -> Iterator[None]:
+    """Say mistakes of the setting `instead_of` of `setting`, which is what the user gave.
+
+    `remedy` stands in the place of `old_remedy`, where that does not help with `setting`.
+    """
     try:
         yield
     except UserError as error:
         raise UserError(
-            replace(fault, setting=setting, remedy=fault.remedy if remedy is None else remedy)
+            replace(fault, setting=setting, remedy=fault.remedy.replace(old_remedy, remedy))
             if fault.setting == instead_of
             else fault
             for fault in error.faults

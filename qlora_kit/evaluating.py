@@ -95,8 +95,7 @@ def read_material(run: FinishedRun, source: str | None) -> Material:
         examples = inputs.held_out_examples(config)
     if not examples:
         raise UserError.of("--data", source, "is needed: the run held no data out", "Give --data FILE.")
-    positions = base.max_positions(base.load_model_config(run.model_settings))
-    seq_len = data.resolve_seq_len(run.seq_len, tokenizer, positions)
+    seq_len = data.resolve_seq_len(run.seq_len, tokenizer, reopening.run_positions(run))
     encoded = inputs.encode(config, examples, tokenizer, seq_len, "--data")
     asked = [] if run.is_plain_text else [e for e in examples if e.prompt is not None or e.messages is not None]
     count = config.evaluation.exact_match or 0
@@ -190,7 +189,7 @@ def _check_release(run: FinishedRun, release: str, material: Material) -> BaseCo
         device=own.device,
         trust_remote_code=own.trust_remote_code,
     )
-    with said_of("--release", instead_of="--model"):
+    with reopening.model_errors("--release"):
         positions = base.max_positions(base.load_model_config(config))
     if positions is not None and positions < material.longest_tokens:
         rule = f"has {positions} positions, and the longest example has {material.longest_tokens} tokens"

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qlora_kit import data, scoring
 from qlora_kit.data.problems import Problems
+from qlora_kit.errors import said_of
 from qlora_kit.reopening import Opened
 from qlora_kit.scoring import Answer, Sampling
 
@@ -36,11 +37,12 @@ def encode_prompts(examples: Iterable[data.Example], opened: Opened, raw: bool, 
 
     Raises one `UserError`, said of `setting`, for all that are empty, no text, or leave no room for an answer.
     """
-    problems = Problems(setting, "prompts", "Mend or remove it.")
+    problems = Problems(setting, "prompts", "Mend or remove it." if setting == "--data" else "Give another.")
     prompts = []
     for example in examples:
         rule = _text_rule(example)
-        ids = _input_ids(example, opened.tokenizer, raw) if rule is None else []
+        with said_of(setting, instead_of="--data"):
+            ids = _input_ids(example, opened.tokenizer, raw) if rule is None else []
         if opened.positions is not None and len(ids) >= opened.positions:
             rule = f"has {len(ids)} tokens, and the model's {opened.positions} positions must hold the answer too"
         if rule is not None:
@@ -69,7 +71,7 @@ def _text_rule(example: data.Example) -> str | None:
 
 
 def _input_ids(example: data.Example, tokenizer: PreTrainedTokenizerBase, raw: bool) -> list[int]:
-    return data.encode_text(example.prompt or "", tokenizer) if raw else data.encode_prompt(example, tokenizer)
+    return data.encode_text(example.prompt or "", tokenizer) if raw else data.encode_conversation(example, tokenizer)
 
 
 @contextmanager
@@ -87,19 +89,15 @@ def stream(
     sampling: Sampling,
     emit: Callable[[str], None],
 ) -> Answer:
-    """Answer one prompt, each piece of text given to `emit` as soon as its characters are whole.
-
-    What was held back is given too when the generation is broken off.
-    """
+    """Answer one prompt, each piece of text given to `emit` as soon as its characters are whole."""
     room = scoring.room(model, len(prompt.input_ids), sampling.max_new_tokens)
     assert room > 0, "prompts without room are refused when they are encoded"
     streamer = _Streamer(tokenizer, emit)
-    try:
-        scoring.generate_ids(model, tokenizer, [prompt.input_ids], room, sampling, streamer)
-    finally:
-        streamer.flush()
+    scoring.generate_ids(model, tokenizer, [prompt.input_ids], room, sampling, streamer)
     ids = streamer.answer_ids
-    return Answer(tokenizer.decode(ids, skip_special_tokens=True), is_cut=tokenizer.eos_token_id not in ids)
+    return Answer(
+        tokenizer.decode(ids, skip_special_tokens=True), is_cut=not set(ids) & set(scoring.stop_ids(model, tokenizer))
+    )
 
 
 def answer_in_order(
@@ -136,26 +134,15 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # Any to mypy
             self._saw_prompt = True
             return
         self.answer_ids += value.flatten().tolist()
-        before, now = self._decode()
-        if len(now) > len(before) and not now.endswith(UNFINISHED):
-            self._give(now[len(before) :])
+        self._give(is_end=False)
 
     def end(self) -> None:
-        """Nothing comes any more."""
-        self.flush()
+        """Nothing comes any more: what was held back is text too."""
+        self._give(is_end=True)
 
-    def flush(self) -> None:
-        """Give what was held back."""
-        before, now = self._decode()
-        if len(now) > len(before):
-            self._give(now[len(before) :])
-
-    def _decode(self) -> tuple[str, str]:
-        """The text of the context, and the text of the context with what follows it."""
-        texts = [self.answer_ids[self._context : self._given], self.answer_ids[self._context :]]
-        before, now = self._tokenizer.batch_decode(texts, skip_special_tokens=True)
-        return before, now
-
-    def _give(self, text: str) -> None:
-        self._context, self._given = self._given, len(self.answer_ids)
-        self._emit(text)
+    def _give(self, is_end: bool) -> None:
+        parts = [self.answer_ids[self._context : self._given], self.answer_ids[self._context :]]
+        before, now = self._tokenizer.batch_decode(parts, skip_special_tokens=True)
+        if len(now) > len(before) and (is_end or not now.endswith(UNFINISHED)):
+            self._context, self._given = self._given, len(self.answer_ids)
+            self._emit(now[len(before) :])

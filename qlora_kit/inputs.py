@@ -25,6 +25,13 @@ class Inputs:
     report: data.AuditReport  # on the training examples
     plain_text: bool  # no training example has a prompt, so that none went through a template
 
+    @property
+    def longest_row(self) -> int:
+        """The most tokens that a training row has; a packed one is filled up, however short its examples are."""
+        if isinstance(self.train, data.PackedSet):
+            return self.seq_len
+        return min(self.seq_len, self.report.length_max)
+
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Read and encode the data that `config` names. Raises one `UserError` for all that is wrong with it."""
@@ -92,5 +99,9 @@ def make_collator(config: RunConfig, model: Any, inputs: Inputs) -> data.Collato
     packed = [rows for rows in (inputs.train, inputs.evaluation) if isinstance(rows, data.PackedSet)]
     if not packed:
         return data.Collator(pad, max_tokens=inputs.seq_len)
+    from qlora_kit.lean import varlen
+
+    if varlen.is_on(model.config):
+        return data.Collator(pad, packed=True, max_tokens=inputs.seq_len, varlen=True)
     mask_dtype = data.packed_mask_dtype(model.config, max(rows.longest_tokens for rows in packed))
     return data.Collator(pad, packed=True, max_tokens=inputs.seq_len, mask_dtype=mask_dtype)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qlora_kit.config import RunConfig
+from qlora_kit.config import LeanConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.progress import human_bytes
 
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from qlora_kit.memory.profile_result import MemoryProfile
     from qlora_kit.memory.rules import Gpu
 
-BASELINES = ("full32", "lora16")  # what one would otherwise run
 MULTIPLE = 8  # rows are padded to a multiple of so many tokens
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was planned; `plan` is None where the architecture cannot be planned, and `reason` says why."""
+    """What was planned; `plan` is None where the architecture cannot be planned, and `reason` says why.
+
+    `baselines` are the plans of other ways to train, by what these are called in a sentence. `lean` are the run's
+    pieces of the lean step, the embedding moved to the host where it would not fit otherwise.
+    """
 
     plan: MemoryPlan | None
+    lean: LeanConfig
     baselines: Mapping[str, MemoryPlan] = field(default_factory=dict)
     reason: str = ""
 
@@ -40,28 +44,32 @@ class Preflight:
         return summary_line(profile, self.plan, self.baselines, measured_bytes)
 
 
-def plan_run(config: RunConfig, device: torch.device, longest_tokens: int) -> Preflight:
+def plan_run(config: RunConfig, device: torch.device, longest_tokens: int, *, checks: bool = True) -> Preflight:
     """Plan the run with rows of `longest_tokens`, and its baselines; on CUDA check that it fits what is free.
 
-    Raises `UserError` for a run that does not fit, with the remedies ranked.
+    Raises `UserError` for a run that does not fit, with the remedies ranked; without `checks` it only plans.
     """
     from qlora_kit.memory import fit
-    from qlora_kit.memory.baselines import BASELINES as KNOWN
-    from qlora_kit.memory.baselines import baseline_plan
-    from qlora_kit.memory.plan import plan
+    from qlora_kit.memory.baselines import BASELINES, possible_plan
+    from qlora_kit.memory.plan import CannotPlanError, plan
 
     rows = -(-longest_tokens // MULTIPLE) * MULTIPLE
     shown = min(rows, config.data.seq_len or rows)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=shown))
     gpu, budget = fit.present_device() if device.type == "cuda" else (None, None)
+    budget = budget if checks else None
     try:
         planned = plan(config, gpu=gpu)
-        baselines = {b.name: baseline_plan(config, b, gpu=gpu) for b in KNOWN if b.name in BASELINES}
-    except RuntimeError as error:  # an operator of the architecture that has no meta kernel
-        return Preflight(None, reason=(str(error).splitlines() or ["unknown"])[0])
+        if budget is not None and planned.device_bytes > budget.n_bytes and config.lean.offload_embedding == "auto":
+            config = fit.with_settings(config, {"offload_embedding": "on"})
+            planned = plan(config, gpu=gpu)
+        possible = ((b.on(gpu).said, possible_plan(config, b, gpu=gpu)) for b in BASELINES if b.default)
+        baselines = {said: found for said, found in possible if found is not None}
+    except CannotPlanError as error:
+        return Preflight(None, config.lean, reason=error.reason)
     if budget is not None and planned.device_bytes > budget.n_bytes:
         raise _too_large(config, gpu, budget, planned)
-    return Preflight(planned, baselines)
+    return Preflight(planned, config.lean, baselines)
 
 
 def _too_large(config: RunConfig, gpu: Gpu | None, budget: Budget, planned: MemoryPlan) -> UserError:

@@ -37,8 +37,10 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def human_bytes(count: float) -> str:
-    """`count` bytes in MiB or GiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    """`count` bytes in MiB or GiB, with at least two digits that count."""
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:.2f} MiB"
 
 
 def say_line(console: Console, line: str) -> None:

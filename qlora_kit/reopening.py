@@ -6,12 +6,12 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import adapters, base, data, runs
+from qlora_kit import adapters, base, data, hub, runs
 from qlora_kit.config import BaseConfig, RunConfig, read_settings
 from qlora_kit.errors import UserError, said_of
 
@@ -141,13 +141,27 @@ def run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
 
 def check_base(run: FinishedRun) -> str | None:
     """A warning where the base is not the one that the run trained on, else None. Raises `UserError` without a base."""
-    remedy = "Say where the run's base is now with --base MODEL."
-    with said_of("base", instead_of="--model", remedy=remedy):
+    with _base_errors():
         base.load_model_config(run.base_settings)
         now = base.hash_base(run.base_settings, run.config.seed)
     if now == run.record["base_hash"]:
         return None
     return f"warning: {run.config.base.model} is not the base of this run, or has changed since: its hash differs"
+
+
+def _base_errors() -> AbstractContextManager[None]:
+    return said_of("--base", "--model", hub.OFFLINE_REMEDY, "Say where the run's base is now with --base MODEL.")
+
+
+def model_errors(setting: str) -> AbstractContextManager[None]:
+    """Say mistakes of the model of `setting`: it may not have random weights."""
+    return said_of(setting, "--model", hub.OFFLINE_REMEDY, "Give a model folder.")
+
+
+def run_positions(run: FinishedRun) -> int | None:
+    """The positions of the trained model, None where it has no limit. Raises `UserError` without its base."""
+    with _base_errors():
+        return base.max_positions(base.load_model_config(run.model_settings))
 
 
 def load_run_base(run: FinishedRun, device: torch.device) -> Any:
@@ -169,7 +183,7 @@ def load_run_model(run: FinishedRun, device: torch.device) -> Any:
 def open_run(run: FinishedRun, device: torch.device) -> Opened:
     """The trained model of `run`, for `device`. Raises `UserError` where its base or tokenizer is missing."""
     config = run.config.base
-    positions = base.max_positions(base.load_model_config(run.model_settings))
+    positions = run_positions(run)
     kind = "every weight trained" if config.full else f"with its adapter, r = {run.config.adapter.r}"
     title = f"{run.folder}: {config.model} at {config.bits} bits, {kind}"
     return Opened(title, run_tokenizer(run), positions, run.is_plain_text, lambda: load_run_model(run, device))
@@ -186,7 +200,8 @@ def open_model(config: BaseConfig, device: torch.device, as_saved: bool) -> Open
     if (folder / adapters.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         remedy = "Give --run with the run that it belongs to, or merge it into its base."
         raise UserError.of("--model", config.model, "is an adapter, not a whole model", remedy)
-    positions = base.max_positions(base.load_model_config(config))
+    with model_errors("--model"):
+        positions = base.max_positions(base.load_model_config(config))
     tokenizer = data.prepare_tokenizer(base.load_tokenizer(config))
     title = f"{config.model}, as saved" if as_saved else f"{config.model} at {config.bits} bits"
     loader = base.load_as_saved if as_saved else base.load_base

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 ANSWER_BATCH = 32  # prompts answered at once
+NOT_DRAWN = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # what transformers takes for unset
 MAX_ANSWER_TOKENS = 256  # longest answer that exact match lets a model give
 
 
@@ -92,7 +93,7 @@ def mean_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> L
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[str]:
-    """The greedy answers to `prompts` (token ids), each ended by end-of-text or after `max_new_tokens`.
+    """The greedy answers to `prompts` (token ids), each ended by one of `stop_ids` or after `max_new_tokens`.
 
     An answer also ends where the model's positions do; a prompt that fills them gets an empty one.
     """
@@ -113,7 +114,7 @@ def answer_all(
     `tick` is called with the number of prompts answered since the last call.
     """
     rooms = [room(model, len(prompt), sampling.max_new_tokens) for prompt in prompts]
-    answers = [Answer("", is_cut=True)] * len(prompts)
+    answers, stops = [Answer("", is_cut=True)] * len(prompts), set(stop_ids(model, tokenizer))
     tick(rooms.count(0))
     for own in sorted(set(rooms) - {0}):  # prompts with the same room go together, so that none shortens another
         members = [index for index, other in enumerate(rooms) if other == own]
@@ -122,9 +123,15 @@ def answer_all(
             width, out = generate_ids(model, tokenizer, [prompts[i] for i in part], own, sampling)
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             for index, text, ids in zip(part, texts, out[:, width:].tolist(), strict=True):
-                answers[index] = Answer(text, is_cut=tokenizer.eos_token_id not in ids)
+                answers[index] = Answer(text, is_cut=stops.isdisjoint(ids))
             tick(len(part))
     return answers
+
+
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: end of text, and those that the model came with (an end of turn)."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
 
 
 def room(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -150,14 +157,14 @@ def generate_ids(
 
     pad = tokenizer.pad_token_id
     draws = sampling.temperature > 0
-    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=draws,
         use_cache=True,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-        **chosen,
+        eos_token_id=stop_ids(model, tokenizer),
+        **(drawn if draws else NOT_DRAWN),  # what is left unset comes from the model's own generation config
     )
     width = max(len(prompt) for prompt in prompts)
     ids_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)

@@ -85,19 +85,14 @@ _LLAMA_3 = {
     "eos_token_id": 128001,
     **_rope(500_000.0),
 }
-_LLAMA_32 = {
-    **_LLAMA_3,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-    **_rope(
-        500_000.0,
-        rope_type="llama3",
-        factor=32.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    ),
+_LONG_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
+_LLAMA_31 = {**_LLAMA_3, "max_position_embeddings": 131072, **_rope(500_000.0, **_LONG_ROPE, factor=8.0)}
+_LLAMA_32 = {**_LLAMA_31, "tie_word_embeddings": True, **_rope(500_000.0, **_LONG_ROPE, factor=32.0)}
 _MISTRAL = {
     "vocab_size": 32000,
     "max_position_embeddings": 32768,
@@ -173,6 +168,7 @@ _TABLE: dict[str, Fields] = {
     "llama-2-13b": _gated("llama", 40, 5120, 13824, 40, 40) | _LLAMA_2,
     "llama-2-70b": _gated("llama", 80, 8192, 28672, 64, 8) | _LLAMA_2,
     "llama-3-8b": _gated("llama", 32, 4096, 14336, 32, 8) | _LLAMA_3,
+    "llama-3.1-8b": _gated("llama", 32, 4096, 14336, 32, 8) | _LLAMA_31,
     "llama-3-70b": _gated("llama", 80, 8192, 28672, 64, 8) | _LLAMA_3,
     "llama-3.2-1b": _gated("llama", 16, 2048, 8192, 32, 8) | _LLAMA_32,
     "llama-3.2-3b": _gated("llama", 28, 3072, 8192, 24, 8) | _LLAMA_32,

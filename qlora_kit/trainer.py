@@ -25,6 +25,7 @@ from qlora_kit import adapters
 from qlora_kit.base import compute_dtype
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
+from qlora_kit.lean import flat
 from qlora_kit.progress import TrainingProgress
 from qlora_kit.runs import RunFolder, append_metrics
 from qlora_kit.scoring import mean_loss, undisturbed
@@ -93,10 +94,29 @@ def training_arguments(
     return arguments
 
 
+def make_optimizer(model: Any, config: RunConfig, optim: str) -> torch.optim.Optimizer:
+    """The optimizer `optim` for `model`, as a run makes it, for steps outside a run."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    arguments = TrainingArguments(
+        optim=OPTIMIZERS[optim],
+        learning_rate=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        use_cpu=on_cpu,
+        report_to=[],
+    )
+    return _optimizer_of(model, arguments)
+
+
+def _optimizer_of(model: Any, arguments: TrainingArguments) -> torch.optim.Optimizer:
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return flat.connect(model, kind(flat.parameter_groups(model, arguments.weight_decay), **options))
+
+
 class AdapterTrainer(Trainer):
     """Trains the factors of a PEFT model (or every weight of a plain one) and keeps the run folder's promises."""
 
     control: TrainerControl
+    optimizer: Any
     warmup: float = 0.0  # share of the steps
     gradients_checked = False  # fp16 checks none: its scaler skips overflowing steps by itself
     tokens_seen: Any = 0  # a count, or a tensor of one on the device
@@ -111,6 +131,20 @@ class AdapterTrainer(Trainer):
             adapters.check_first_gradients(adapters.trainable(self.model))  # before clipping, which spreads a NaN
             self.gradients_checked = True
         return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the settings; over the flat buffers, where the factors lie in some."""
+        if self.optimizer is None and flat.flat_factors(self.model) is not None:
+            self.optimizer = _optimizer_of(self.model, self.args)
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        factors = flat.flat_factors(self.model)
+        if factors is None:
+            return super()._clip_grad_norm(model)
+        factors.gather()  # fp16 training unscales what the optimizer will see
+        self.accelerator.unscale_gradients()
+        return factors.clip(self.args.max_grad_norm)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -153,6 +187,14 @@ class AdapterTrainer(Trainer):
                 f"does not fit these settings ({error})",
                 "Resume with the run's own --model, --r, --targets and --adapter-dtype.",
             ) from None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # the states are those of other tensors
+            rule = f"holds the states of an optimizer over other tensors ({error})"
+            remedy = "Resume with the run's own --optim, --lean, --flat-buffer and --device."
+            raise UserError.of("--resume", checkpoint, rule, remedy) from None
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None, "called only with a best checkpoint"

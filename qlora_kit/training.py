@@ -71,7 +71,8 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     planned = None
     if config.preflight:
         with say.status("planning the memory"):
-            planned = preflight.plan_run(config, device, min(inputs.seq_len, inputs.report.length_max))
+            planned = preflight.plan_run(config, device, inputs.longest_row)
+        config = dataclasses.replace(config, lean=planned.lean)
     with say.status(f"loading {config.base.model}"):
         model = build_model(config, device)
     if model.lean_outcomes:
@@ -223,6 +224,8 @@ def _run(
     _save(folder, trainer, inputs, record, result)
     for line in narration.closing(dataclasses.asdict(result)):
         say_line(say, line)
+    if planned is None and profile is not None:
+        planned = preflight.plan_run(config, device, inputs.longest_row, checks=False)
     if planned is not None:
         say_line(say, planned.closing_line(result.peak_bytes if device.type == "cuda" else None, profile))
     return result

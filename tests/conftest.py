@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import TinyRuns
 
 from qlora_kit.quiet import quiet_libraries, quiet_progress_bars
 
@@ -22,6 +23,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data sets are not at ../shared/data")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory) -> TinyRuns:
+    """Finished runs of three steps, each made when a test first asks for it; tests leave them as they are."""
+    return TinyRuns(tmp_path_factory.mktemp("tiny_runs"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

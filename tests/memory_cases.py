@@ -13,6 +13,8 @@ from families import FAMILIES
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
+from qlora_kit.data import Collator, packed_mask_dtype
+from qlora_kit.lean import flat, varlen
 from qlora_kit.memory import kernels
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import Event, MemoryTracker, overall_peak
@@ -45,7 +47,8 @@ def small_config(family: str, layers: int = 2, dropout: float = 0.0) -> Any:
 def settings(**changes: Any) -> RunConfig:
     """A run of random weights on a CPU."""
     flat = {"model": "gpt2", "weights": "random", "batch_size": BATCH, "seq_len": TOKENS, "r": 8, "bits": 32}
-    return RunConfig.from_flat({**flat, "optim": "adamw", "adapter_dtype": "fp32", **changes})
+    config = RunConfig.from_flat({**flat, "optim": "adamw", "adapter_dtype": "fp32", **changes})
+    return dataclasses.replace(config, lean=config.lean.resolved("cpu"))  # on `meta` too
 
 
 def real_batch(config: RunConfig, vocab: int) -> dict[str, torch.Tensor]:
@@ -54,16 +57,38 @@ def real_batch(config: RunConfig, vocab: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
 
 
+ROWS = {  # the lengths of the examples in each row of a batch
+    "plain": [[96]] * BATCH,
+    "padded": [[96], [40], [72], [96]],
+    "packed": [[40, 30, 26], [60, 30], [96], [20] * 4],
+}
+
+
+def collated_batch(kind: str, model: Any) -> dict[str, Any]:
+    """A batch of `ROWS[kind]` as a run makes it, the first quarter of each row without a loss."""
+    rows = [{"segment_lengths": lengths, **_tokens(sum(lengths))} for lengths in ROWS[kind]]
+    if kind != "packed":
+        return Collator(0)([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    if varlen.is_on(model.config):
+        return Collator(0, packed=True, max_tokens=TOKENS, varlen=True)(rows)
+    return Collator(0, packed=True, max_tokens=TOKENS, mask_dtype=packed_mask_dtype(model.config, TOKENS))(rows)
+
+
+def _tokens(length: int) -> dict[str, list[int]]:
+    return {"input_ids": [7] * length, "labels": [-100] * (length // 4) + [7] * (length - length // 4)}
+
+
 def cpu_optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer that the Trainer would make on a CPU."""
     import bitsandbytes as bnb
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = flat.parameter_groups(model, config.optim.weight_decay)
     optim = config.optim.optim
     if optim == "adamw":
-        return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+        return flat.connect(model, torch.optim.AdamW(groups, lr=1e-3, fused=True))
     kind = bnb.optim.Lion if optim.startswith("lion") else bnb.optim.AdamW
-    return kind(parameters, lr=1e-3, optim_bits=8 if "8bit" in optim else 32, is_paged=optim.startswith("paged"))
+    bits = 8 if "8bit" in optim else 32
+    return flat.connect(model, kind(groups, lr=1e-3, optim_bits=bits, is_paged=optim.startswith("paged")))
 
 
 def cpu_autocast(recomputes: bool) -> Any:

@@ -14,6 +14,7 @@ from memory_cases import small_config
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import common  # noqa: E402
 import memory  # noqa: E402
 
 
@@ -22,6 +23,13 @@ def model(tmp_path):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(small_config("gpt2").to_dict()))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("device", "place"), [("CPU, 2 cores, x86_64", "cpu"), ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3")]
+)
+def test_one_gpus_result_does_not_overwrite_anothers(device, place):
+    assert common.place_of(device) == place
 
 
 def test_one_tiny_case_from_end_to_end(model, tmp_path, monkeypatch):

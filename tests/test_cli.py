@@ -76,6 +76,25 @@ def test_no_command_and_help_list_the_commands(capsys):
     assert "is not a command" in fails(capsys, "trian")
 
 
+@pytest.mark.parametrize("args", [["--help"], ["plan", "--help"]])
+def test_a_reader_that_leaves_early_gets_no_traceback(args):
+    """As `qlora-kit --help | head` does."""
+    command = [sys.executable, "-m", "qlora_kit", *args]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        process.stdout.close()
+        assert not process.stderr.read()
+
+
+def test_a_command_says_nothing_of_libraries_before_it_begins():
+    """The import of bitsandbytes warns, and some commands' modules import it."""
+    command = [sys.executable, "-m", "qlora_kit", "profile", "--model", "no/such", "--weights", "random"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --model")
+
+
 def test_the_script_and_the_command_do_the_same(tmp_path, inputs):
     model, data = inputs
     flags = ["--model", model, "--data", data, "--max-steps", "2", "--seq-len", "32", "--r", "4"]

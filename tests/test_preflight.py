@@ -39,8 +39,8 @@ def test_the_plan_is_recorded_and_said_beside_the_baselines(config):
     assert sum(recorded["components"].values()) == recorded["peak_bytes"] > 0
     last = said.getvalue().strip().splitlines()[-1]
     assert "predicted, not measured" in last
-    assert "full fine-tuning would take" in last
-    assert "16-bit LoRA would take" in last
+    assert "full fine-tuning (fp32 weights, bf16 autocast, AdamW) would take" in last
+    assert "16-bit LoRA (bf16 base, AdamW) would take" in last
 
 
 def test_a_profiled_run_shows_predicted_beside_measured_and_trains_the_same(config):
@@ -57,12 +57,28 @@ def test_a_profiled_run_shows_predicted_beside_measured_and_trains_the_same(conf
     assert not (plain.folder / "profile.json").exists()
 
 
+def test_a_profiled_run_ends_with_what_was_saved_even_without_preflight(config):
+    said = io.StringIO()
+    train(dataclasses.replace(config, preflight=False, profile=True), Console(file=said, width=300))
+    last = said.getvalue().strip().splitlines()[-1]
+    assert "full fine-tuning (fp32 weights" in last
+    assert last.endswith("of live tensors were measured")
+
+
 def test_a_plan_changes_nothing_of_the_run(config):
     planned = train(config, Console(file=io.StringIO()))
     plain = train(dataclasses.replace(config, preflight=False, out=config.out + "2"), Console(file=io.StringIO()))
     files = [r.adapter / "adapter_model.safetensors" for r in (planned, plain)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not (plain.folder / "plan.json").exists()
+
+
+@pytest.mark.parametrize(("pack", "planned_tokens"), [(True, 64), (False, 8)])
+def test_packed_rows_are_planned_full(config, pack, planned_tokens):
+    """Packed, several of the short examples (8 tokens with padding) share a row of 64."""
+    settings = dataclasses.replace(config.data, seq_len=64, pack=pack)
+    result = train(dataclasses.replace(config, data=settings), Console(file=io.StringIO()))
+    assert json.loads((result.folder / "plan.json").read_text())["seq_len"] == planned_tokens
 
 
 def test_the_plan_is_for_the_longest_row_and_not_for_more():

@@ -9,6 +9,7 @@ import torch
 from memory_cases import (
     BATCH,
     TOKENS,
+    collated_batch,
     cpu_optimizer,
     nothing_collected,
     profiled_peak,
@@ -19,9 +20,10 @@ from memory_cases import (
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
+from qlora_kit.memory.baselines import BASELINES
 from qlora_kit.memory.plan import MemoryPlan, plan
 from qlora_kit.memory.profile import Profiler, save_profile, summary_line
-from qlora_kit.memory.profile_picture import draw_profile
+from qlora_kit.memory.profile_picture import draw_profile, drawn_points
 from qlora_kit.memory.profile_result import UNATTRIBUTED, Measured, MemoryProfile
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import MemoryTracker
@@ -182,11 +184,45 @@ def test_padding_is_predicted_too(monkeypatch):
     assert abs(profile.error) < 0.005
 
 
+LEAN_QLORA = {"bits": 4, "adapter_dtype": "bf16"}
+PREDICTED = [(family, kind, {}) for family in ("gpt2", "llama") for kind in ("plain", "padded", "packed")]
+PREDICTED += [("opt", "packed", {}), ("gpt_neox", "packed", {}), ("opt", "padded", {}), ("gpt_neox", "plain", {})]
+PREDICTED += [
+    ("llama", "packed", {"varlen": False}),
+    ("gpt2", "packed", {"lean": "off"}),
+    ("llama", "plain", {"half_blocks": "on"}),
+    ("gpt2", "plain", {"dropout": 0.1}),
+    ("llama", "plain", {"optim": "adamw_8bit"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "kind", "changes"), PREDICTED, ids=str)
+def test_the_lean_step_takes_what_was_predicted(family, kind, changes, monkeypatch):
+    """Of the batch that the run makes. Not so at 8 bits: `meta` allocates there as CUDA's kernels do, not a CPU's."""
+    run = Run(settings(pack=kind == "packed", **{**LEAN_QLORA, **changes}), family)
+    run.batches = [collated_batch(kind, run.model)]
+    profile = profiled(run, monkeypatch)
+    assert abs(profile.error) < 0.005
+    assert profile.padded == (kind == "padded")
+
+
 def test_json_gives_the_profile_back(profile, tmp_path):
     file = save_profile(profile, tmp_path)
     content = json.loads(file.read_text())
     assert content["error"] == profile.error
     assert MemoryProfile.from_dict(content) == profile
+
+
+def test_the_picture_shows_the_step_in_its_order(profile):
+    """Checkpoints grow in the forward pass and shrink in the backward pass; no block comes twice."""
+    points = drawn_points(profile)
+    for phase, sign in (("forward", 1), ("backward", -1)):
+        kept = [sign * p.components["checkpoints"] for p in points if p.phase == phase]
+        assert kept == sorted(kept)
+        blocks = [p.block for p in points if p.phase == phase and p.block is not None]
+        assert blocks == [0, 1][::sign]
+    assert [p.phase for p in points][-1] == "optimizer"
 
 
 def test_the_picture_is_drawn(profile, tmp_path):
@@ -218,23 +254,25 @@ def taking(plan, n_bytes):
 
 
 def test_the_last_line_says_what_was_saved_and_what_is_only_predicted(planned):
-    line = summary_line(None, taking(planned, GIB), {"full32": taking(planned, 4 * GIB)}, measured_bytes=2 * GIB)
+    line = summary_line(
+        None, taking(planned, GIB), {BASELINES[1].said: taking(planned, 4 * GIB)}, measured_bytes=2 * GIB
+    )
     assert line == (
         "memory: peak 2.00 GiB measured (predicted 1.00 GiB); "
-        "full fine-tuning would take 4.00 GiB (predicted): saves 50%"
+        "full fine-tuning (fp32 weights, bf16 autocast, AdamW) would take 4.00 GiB (predicted): saves 50%"
     )
 
 
 def test_a_negative_saving_is_reported_as_such(planned):
-    line = summary_line(None, taking(planned, 3 * GIB), {"lora16": taking(planned, 2 * GIB)})
+    line = summary_line(None, taking(planned, 3 * GIB), {BASELINES[0].said: taking(planned, 2 * GIB)})
     assert line == (
         "memory on a GPU: peak 3.00 GiB predicted, not measured; "
-        "16-bit LoRA would take 2.00 GiB (predicted): saves nothing, takes 50% more"
+        "16-bit LoRA (bf16 base, AdamW) would take 2.00 GiB (predicted): saves nothing, takes 50% more"
     )
 
 
 def test_a_cpus_figure_is_not_compared_with_a_gpus(planned, profile):
-    line = summary_line(profile, taking(planned, GIB), {"lora16": taking(planned, 2 * GIB)})
+    line = summary_line(profile, taking(planned, GIB), {BASELINES[0].said: taking(planned, 2 * GIB)})
     assert "saves 50%" in line
     assert line.endswith("of live tensors were measured")
     assert "predicted, not measured" in line
@@ -246,11 +284,12 @@ def test_the_command_trains_a_few_steps_and_writes_what_they_took(tmp_path, caps
 
     out = tmp_path / "profiled"
     config = RunConfig.from_flat({"model": "demo", "out": str(out), "batch_size": 2, "device": "cpu"})
-    profile = run(config, steps=2)
+    profile = run(config, steps=2, snapshot=True)
     assert {p.name for p in out.iterdir()} == {"run.json", "metrics.jsonl", "profile.json", "profile.png"}
     assert MemoryProfile.from_dict(json.loads((out / "profile.json").read_text())) == profile
     assert profile.steps == 2
     assert abs(profile.error) < 0.01  # through the Trainer, with padding
     printed = capsys.readouterr().out
-    for name in ("optimizer states", "largest at the peak", "in all"):
+    for name in ("optimizer states", "largest at the peak", "in all", "no snapshot: "):
         assert name in printed
+    assert "16-bit LoRA (bf16 base, AdamW) would take" in printed.splitlines()[-1]

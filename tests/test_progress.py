@@ -31,4 +31,5 @@ def test_the_peak_is_a_plausible_number_of_bytes():
 
 def test_bytes_are_written_for_people():
     assert human_bytes(3 << 30) == "3.00 GiB"
-    assert human_bytes(1 << 20) == "1 MiB"
+    assert human_bytes(10 << 20) == "10 MiB"
+    assert human_bytes(3.51 * 2**20) == "3.51 MiB"  # not 4

@@ -16,7 +16,7 @@ from qlora_kit.errors import UserError
 if TYPE_CHECKING:
     from qlora_kit.evaluating import Evaluation
 
-WIDTH = 118  # columns where the output is no terminal
+WIDTH = 10_000  # columns where the output is no terminal: a line is never broken
 
 
 def run(
@@ -71,11 +71,11 @@ def _lines(evaluation: Evaluation) -> list[str]:
 
 def _table(evaluation: Evaluation) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
-    for heading in ("", "loaded as"):
-        table.add_column(heading)
+    table.add_column("", no_wrap=True)
+    table.add_column("loaded as", overflow="fold")
     exact = f"exact match of {evaluation.asked:,}"
     for heading in ("loss", "perplexity", *([exact] if evaluation.asked else [])):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, score in evaluation.scores.items():
         cells = [f"{score.loss.mean:.4f}", f"{score.loss.perplexity:,.2f}"]
         if score.exact_match is not None:

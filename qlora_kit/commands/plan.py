@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from qlora_kit.memory.report import Compared, PlanReport
 
 WIDTH = 118  # columns where the output is no terminal
-DEFAULT_BASELINES = ("lora16", "full32")  # what one would otherwise run: PEFT on a bf16 base, Trainer with bf16=True
 DEVICE = "device"  # what `--fit` calls the free memory of the CUDA device present
 
 T = TypeVar("T")
@@ -141,8 +140,8 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
-    """The baselines with the run's own checkpointing, then with the other."""
-    from qlora_kit.memory.baselines import BASELINES, baseline_plan
+    """The baselines that the model and the GPU can run, with the run's own checkpointing, then with the other."""
+    from qlora_kit.memory.baselines import BASELINES, possible_plan
     from qlora_kit.memory.report import Compared
 
     if not request.baselines:
@@ -150,13 +149,14 @@ def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
     own = config.optim.gradient_checkpointing
     return tuple(
         Compared(
-            baseline,
+            baseline.on(request.gpu),
             checkpointing,
-            checkpointing == own and baseline.name in DEFAULT_BASELINES,
-            baseline_plan(config, baseline, checkpointing=checkpointing, gpu=request.gpu),
+            checkpointing == own and baseline.default,
+            found,
         )
         for checkpointing in (own, not own)
         for baseline in BASELINES
+        if (found := possible_plan(config, baseline, checkpointing=checkpointing, gpu=request.gpu)) is not None
     )
 
 

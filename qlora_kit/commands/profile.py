@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_kit import assembly, data, quiet, runs
+from qlora_kit import assembly, data, preflight, quiet, runs
 from qlora_kit.config import RunConfig
-from qlora_kit.progress import human_bytes
+from qlora_kit.progress import human_bytes, say_line
 
 if TYPE_CHECKING:
     from qlora_kit.inputs import Inputs
@@ -35,7 +35,6 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     from qlora_kit.trainer import resolve_optim
 
     console = Console(highlight=False)
-    quiet.quiet_libraries()
     config = _settings(config, steps)
     training._check(config)
     device = base.resolve_device(config.base.device)
@@ -44,6 +43,8 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     quiet.quiet_progress_bars()
     inputs = read_inputs(config)
     inputs = dataclasses.replace(inputs, train=_longest(inputs.train, _rows(config)), evaluation=None, held_out=[])
+    planned = preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight)
+    config = dataclasses.replace(config, lean=planned.lean)
     model = assembly.build_model(config, device)
     check_vocabulary(inputs.tokenizer, model)
     name = Path(config.base.model.rstrip("/")).name
@@ -58,7 +59,10 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
         folder.finish()
     for part in tables(profile):
         console.print(part, soft_wrap=isinstance(part, str))
+    if snapshot and device.type != "cuda":
+        console.print("no snapshot: PyTorch's memory viewer reads the record of CUDA's allocator, and this is a CPU")
     console.print(f"profile.json and {PICTURE_FILE} are in {folder.final}", soft_wrap=True)
+    say_line(console, planned.closing_line(None, profile))
     return profile
 
 

@@ -1,11 +1,12 @@
 """What the model is fed: read any common file, lay it out, mark what is learned, cut, pack and batch it."""
 
 from qlora_kit.data.audit import AuditReport
-from qlora_kit.data.collate import Collator, packed_mask_dtype
+from qlora_kit.data.collate import Collator, packed_mask_dtype, segment_tensors
 from qlora_kit.data.columns import Example, Message, prompt_of
 from qlora_kit.data.encode import (
     Encoded,
     EncodedSet,
+    encode_conversation,
     encode_example,
     encode_prompt,
     encode_set,
@@ -24,6 +25,7 @@ __all__ = [
     "Example",
     "Message",
     "PackedSet",
+    "encode_conversation",
     "encode_example",
     "encode_prompt",
     "encode_set",
@@ -35,5 +37,6 @@ __all__ = [
     "read_examples",
     "read_prompts",
     "resolve_seq_len",
+    "segment_tensors",
     "split_examples",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ class Collator:
     (for eager attention, which would take a bool for 0 and 1). Padding attends to itself, so no row of scores is
     empty and none gives NaN.
 
+    With `varlen` besides, for a model that attends example by example (`lean.varlen`), there is no mask over the row:
+    `attention_mask` is an empty one, (B, 1, 0, 0) bool, `segment_lengths` lists the tokens of each example row after
+    row, the padding of a row as one more, and `segment_starts` (int32) says where each begins among all B·T positions,
+    and where the last one ends.
+
     T is the longest row, rounded up to `pad_to_multiple_of` but never above `max_tokens` (the model's positions).
     """
 
@@ -36,24 +42,29 @@ class Collator:
         *,
         max_tokens: int | None = None,
         mask_dtype: torch.dtype = torch.bool,
+        varlen: bool = False,
     ) -> None:
         self._pad_token_id = pad_token_id
         self._pad_to_multiple_of = pad_to_multiple_of
         self._packed = packed
         self._max_tokens = max_tokens
         self._mask_dtype = mask_dtype
+        self._varlen = varlen
 
-    def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """The batch of `features`; see the class for its tensors and their shapes."""
         length = self._padded_length(max(len(feature["input_ids"]) for feature in features))
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _padded([feature["input_ids"] for feature in features], length, self._pad_token_id),
             "labels": _padded([feature["labels"] for feature in features], length, IGNORED),
         }
         if self._packed:
             segments, positions = _segments_and_positions([f["segment_lengths"] for f in features], length)
             batch["position_ids"] = positions
-            batch["attention_mask"] = _block_causal_mask(segments, self._mask_dtype)
+            if self._varlen:
+                batch.update(segment_tensors([f["segment_lengths"] for f in features], length))
+            else:
+                batch["attention_mask"] = _block_causal_mask(segments, self._mask_dtype)
         else:
             ones = [[1] * len(feature["input_ids"]) for feature in features]
             batch["attention_mask"] = _padded(ones, length, 0)
@@ -79,6 +90,15 @@ def _segments_and_positions(lengths_by_row: Sequence[Sequence[int]], length: int
     return torch.tensor(segments, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
 
 
+def segment_tensors(lengths_by_row: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
+    """What tells a model where the examples of packed rows of `length` positions are; see `Collator`."""
+    padding = [length - sum(lengths) for lengths in lengths_by_row]
+    segments = [n for lengths, rest in zip(lengths_by_row, padding, strict=True) for n in (*lengths, rest) if n]
+    starts = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
+    mask = torch.empty((len(lengths_by_row), 1, 0, 0), dtype=torch.bool)
+    return {"attention_mask": mask, "segment_lengths": segments, "segment_starts": starts}
+
+
 def _block_causal_mask(segments_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(B, 1, T, T): open from a query to the keys of its own example that do not come after it."""
     length = segments_BT.shape[1]
@@ -92,8 +112,9 @@ def _block_causal_mask(segments_BT: torch.Tensor, dtype: torch.dtype) -> torch.T
 def packed_mask_dtype(model_config: Any, longest_tokens: int) -> torch.dtype:
     """The `mask_dtype` of the collator for a model with this (transformers) config: bool for sdpa, float for eager.
 
-    Raises `UserError` for "--pack" where the model's attention cannot take the mask: another implementation, or a
-    sliding window shorter than the longest example, which the mask would undo.
+    A model that attends example by example needs no mask (`Collator`'s `varlen`). Raises `UserError` for "--pack"
+    where the model's attention cannot take the mask: another implementation, or a sliding window shorter than the
+    longest example, which the mask would undo.
     """
     implementation = getattr(model_config, "_attn_implementation", None)
     window = getattr(model_config, "sliding_window", None)

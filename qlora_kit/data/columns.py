@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import Any
 
 from qlora_kit.data.problems import Problems
@@ -181,9 +181,10 @@ SHAPES = (  # the first one that fits is taken: a data set with both an answer a
 
 
 def prompts_from(records: list[Record], columns: Mapping[str, str], source: str, setting: str) -> list[Example]:
-    """The prompts in `records`, as conversations without their answers; a column of answers may be absent.
+    """The prompts in `records`, each a conversation that waits for an answer; a column of answers may be absent.
 
-    Of plain text the whole text is the prompt. Raises `UserError` as `examples_from` does.
+    A conversation loses the answer that it ends with; of plain text the whole text is the prompt.
+    Raises `UserError` as `examples_from` does.
     """
     unanswered: list[Record] = []
     for _, group in groupby(records, key=lambda record: record.file):
@@ -213,8 +214,10 @@ def _without_answer(example: Example) -> Example:
         return prompt_of(example.completion, example.origin)
     if example.messages is None:
         return prompt_of(example.prompt, example.origin)
-    asked = tuple(takewhile(lambda message: message.role != "assistant", example.messages))
-    return Example(example.prompt, "", asked, example.origin)
+    asked = list(example.messages)
+    while asked[-1].role == "assistant":  # the first one never is
+        asked.pop()
+    return Example("\n".join(message.content for message in asked), "", tuple(asked), example.origin)
 
 
 def prompt_of(text: str, origin: str) -> Example:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import DEFAULT_SEQ_LEN
 from qlora_kit.data.audit import AuditReport, audit
-from qlora_kit.data.columns import Example
+from qlora_kit.data.columns import Example, Message
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.template import Segment, TemplateError, opening_of, segments_of
 from qlora_kit.data.tokenizer import continuation_ids, leading_ids, token_ids
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that the loss skips
+ANY_ANSWER = "x"  # stands where an answer is to come; an empty one would be left out by some templates
 BATCH_SIZE = 1000  # examples tokenized at once
 TEMPLATE_REMEDY = "Mend the conversation, or give a --tokenizer with another chat template."
 
@@ -86,13 +87,36 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[
 
     Raises `UserError` where the chat template fails.
     """
-    if example.messages is not None and all(message.role != "assistant" for message in example.messages):
+    if example.messages is not None and not _has_answer(example):
         return token_ids(tokenizer, [_opening_of(example, tokenizer)])[0]
     problems = _template_problems("--data")
     ids, is_answer = _tokenize([example], tokenizer, problems)[0]
     problems.raise_if_any()
     supervised = _with_context(is_answer)
     return ids[: supervised.index(True)] if any(supervised) else ids
+
+
+def encode_conversation(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a conversation that waits for its next answer: those that training saw before such an answer.
+
+    Raises `UserError` where the chat template fails.
+    """
+    assert example.messages is not None, "see `prompt_of`"
+    assert example.messages[-1].role != "assistant", "an answer waits for none"
+    if not _has_answer(example):
+        return encode_prompt(example, tokenizer)
+    answered = replace(example, messages=(*example.messages, Message("assistant", ANY_ANSWER)))
+    problems = _template_problems("--data")
+    ids, is_answer = _tokenize([answered], tokenizer, problems)[0]
+    problems.raise_if_any()
+    start = len(ids) - is_answer[::-1].index(True)
+    while is_answer[start - 1]:
+        start -= 1
+    return ids[:start]
+
+
+def _has_answer(example: Example) -> bool:
+    return any(message.role == "assistant" for message in example.messages or ())
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.config import LeanConfig
-from qlora_kit.lean import mask
+from qlora_kit.lean import embedding, flat, gelu, half_blocks, linear, loss, mask, mlp, norm, offload, varlen
 from qlora_kit.lean.outcome import Outcome
 
 
@@ -23,7 +23,19 @@ class Piece:
     put_on: Callable[[Any, LeanConfig], Outcome]
 
 
-PIECES: tuple[Piece, ...] = (Piece("maskless_padding", "padding without a mask", mask.put_on),)
+PIECES: tuple[Piece, ...] = (
+    Piece("lora_first", "factors first", linear.put_on),
+    Piece("tanh_gelu", "gelu in one operation", gelu.put_on),
+    Piece("rms_norm", "norms that keep their input", norm.put_on),
+    Piece("tiled_mlp", "MLP in tiles", mlp.put_on),
+    Piece("offload_activations", "checkpoints on the host", offload.put_on),
+    Piece("half_blocks", "half-block checkpoints", half_blocks.put_on),
+    Piece("offload_embedding", "embedding on the host", embedding.put_on),
+    Piece("chunked_loss", "loss in chunks", loss.put_on),
+    Piece("maskless_padding", "padding without a mask", mask.put_on),
+    Piece("varlen", "packed rows by example", varlen.put_on),
+    Piece("flat_buffer", "one buffer of factors", flat.put_on),  # last: it lays out what the others leave
+)
 
 
 def make_lean(model: Any, settings: LeanConfig) -> dict[str, Outcome]:

@@ -22,7 +22,7 @@ def put_on(model: Any, settings: LeanConfig) -> Outcome:
     `data.Collator` pads so. Batches without labels (prompts to answer, padded on the left) keep theirs.
     """
     config = model.config
-    if any(getattr(config, name, None) for name in NOT_CAUSAL):
+    if any(getattr(config, name, None) for name in NOT_CAUSAL) or not getattr(config, "is_causal", True):
         return Outcome(left="attention is not causal everywhere")
     if any(getattr(config, name, None) for name in COUNTS_TOKENS):
         return Outcome(left="experts are balanced over the tokens that the mask shows")

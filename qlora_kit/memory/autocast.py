@@ -1,4 +1,4 @@
-"""bf16 autocast for tensors on `meta`, where torch has none: the casts it would make, and its cache of weights."""
+"""Autocast for tensors on `meta`, where torch has none: the casts it would make, and its cache of weights."""
 
 from __future__ import annotations
 
@@ -50,15 +50,16 @@ _FP32 = frozenset(
 
 
 class MetaAutocast(TorchFunctionMode):
-    """Casts the arguments of matrix products to bf16 and those of norms, softmax and losses to fp32.
+    """Casts the arguments of matrix products to `dtype` (bf16 or fp16) and those of norms, softmax and losses to fp32.
 
     A leaf that trains is cast once and the copy kept until the context ends, as `torch.autocast` does. The lists are
     those of torch's documentation ("Autocast op reference"), limited to what language models call. A block that is
     recomputed in the backward pass has a context of its own there: enter one with `caches` false around that pass.
     """
 
-    def __init__(self, caches: bool = True) -> None:
+    def __init__(self, caches: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
+        self._dtype = dtype
         self._caches = caches
         self._cache: dict[int, torch.Tensor] = {}
 
@@ -84,13 +85,13 @@ class MetaAutocast(TorchFunctionMode):
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             return value
         if not (self._caches and value.is_leaf and value.requires_grad):
-            return value.to(torch.bfloat16)
+            return value.to(self._dtype)
         if id(value) not in self._cache:
-            self._cache[id(value)] = value.to(torch.bfloat16)
+            self._cache[id(value)] = value.to(self._dtype)
         return self._cache[id(value)]
 
 
 def _raised(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
         return value.float()
     return value

@@ -6,31 +6,68 @@ import dataclasses
 from dataclasses import dataclass
 
 from qlora_kit.config import LeanConfig, RunConfig
+from qlora_kit.errors import UserError
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another way to train the same model on the same batch."""
+    """Another way to train the same model on the same batch: `recipe` in words, `short` the same for a line.
+
+    `default`: it is what one would otherwise run.
+    """
 
     name: str
+    title: str
+    short: str
     recipe: str
     bits: int
     full: bool
     autocast: bool = False
+    default: bool = False
+
+    @property
+    def said(self) -> str:
+        """What it is called in a sentence: a saving means nothing without the recipe."""
+        return f"{self.title} ({self.short})"
+
+    def on(self, gpu: rules.Gpu | None) -> Baseline:
+        """The same as it runs on `gpu`: in fp16 where that has no bf16."""
+        if gpu is None or rules.has_bf16(gpu.capability):
+            return self
+        in_fp16 = {name: getattr(self, name).replace("bf16", "fp16") for name in ("title", "short", "recipe")}
+        return dataclasses.replace(self, **in_fp16)
 
 
 BASELINES = (
-    Baseline("lora16", "LoRA on a base in bf16, AdamW", 16, False),
+    Baseline(
+        "lora16",
+        "16-bit LoRA",
+        "bf16 base, AdamW",
+        "LoRA on a base in bf16, AdamW",
+        16,
+        False,
+        default=True,
+    ),
     Baseline(
         "full32",
+        "full fine-tuning",
+        "fp32 weights, bf16 autocast, AdamW",
         "every weight, fp32 under bf16 autocast, AdamW: 16 bytes a parameter",
         32,
         True,
+        autocast=True,
+        default=True,
+    ),
+    Baseline(
+        "full16",
+        "full fine-tuning",
+        "bf16 weights, AdamW",
+        "every weight in bf16, AdamW: 8 bytes a parameter",
+        16,
         True,
     ),
-    Baseline("full16", "every weight in bf16, AdamW: 8 bytes a parameter", 16, True),
 )
 
 
@@ -47,3 +84,13 @@ def baseline_plan(
     model = dataclasses.replace(config.base, bits=baseline.bits, full=baseline.full)
     stock = dataclasses.replace(config, base=model, optim=optim, lean=LeanConfig(lean="off"))
     return plan(stock, gpu=gpu, autocast=baseline.autocast)
+
+
+def possible_plan(
+    config: RunConfig, baseline: Baseline, *, checkpointing: bool | None = None, gpu: rules.Gpu | None = None
+) -> MemoryPlan | None:
+    """The same of a `config` that was planned already; None where its model or the GPU cannot run this baseline."""
+    try:
+        return baseline_plan(config, baseline, checkpointing=checkpointing, gpu=gpu)
+    except UserError:
+        return None

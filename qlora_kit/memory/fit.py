@@ -249,8 +249,13 @@ def _longest(planner: Planner, budget: Budget, batches: list[Fitting], positions
 def savings(planner: Planner, budget: Budget | None) -> tuple[Change, ...]:
     """What other settings would save, the most first, each planned; those that save nothing are left out."""
     now = planner.plan()
-    changes = (_changed(planner, now, change, budget) for change in _candidates(planner.config, now))
-    return _ranked(changes)
+    found = []
+    for change in _candidates(planner.config, now):
+        try:
+            found.append(_changed(planner, now, change, budget))
+        except UserError:  # the model or the GPU cannot run with it
+            continue
+    return _ranked(found)
 
 
 def switched_on(planner: Planner) -> tuple[Change, ...]:
@@ -269,6 +274,8 @@ def switched_on(planner: Planner) -> tuple[Change, ...]:
 def _value_of(config: RunConfig, name: str, now: MemoryPlan) -> Any:
     """The value of the setting `name` in `config`, the optimizer resolved."""
     group = next(group for group, field, _ in settings() if field.name == name)
+    if group == "lean":
+        return getattr(config.lean.resolved("cuda"), name)
     value = getattr(getattr(config, group) if group else config, name)
     return now.optim if name == "optim" else value
 
@@ -322,7 +329,26 @@ def _candidates(config: RunConfig, now: MemoryPlan) -> Iterator[Settings]:
     elif not config.base.double_quant:
         yield {"double_quant": True}
     if not config.base.full:
+        yield from _more_pieces(config)
         yield from _smaller_adapters(config)
+
+
+def _more_pieces(config: RunConfig) -> Iterator[Settings]:
+    """The lean step, or those of its pieces that are off."""
+    if config.lean.lean == "off":
+        yield {"lean": "on"}
+        return
+    for name, value in _pieces(config):
+        if value in (False, "off"):
+            yield {name: True if value is False else "on"}
+
+
+def _pieces(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """The switches of the lean step, each with its value on CUDA."""
+    resolved = config.lean.resolved("cuda")
+    for field in dataclasses.fields(resolved):
+        if field.name != "lean":
+            yield field.name, getattr(resolved, field.name)
 
 
 def _smaller_batches(config: RunConfig) -> Iterator[Settings]:
@@ -356,3 +382,8 @@ def _without_switches(config: RunConfig, now: MemoryPlan) -> Iterator[Settings]:
         yield {"double_quant": False}
     if now.optim.startswith("paged") or "8bit" in now.optim:
         yield {"optim": "adamw"}
+    if config.lean.lean == "on" and not config.base.full:
+        yield {"lean": "off"}
+        yield from (
+            {name: False if value is True else "off"} for name, value in _pieces(config) if value in (True, "on")
+        )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from qlora_kit.lean import varlen
 from qlora_kit.memory import rules
 from qlora_kit.memory.track import MemoryTracker, StandIn
 
@@ -30,7 +31,9 @@ def stand_ins() -> dict[Any, StandIn]:
     bnb = torch.ops.bitsandbytes
     table: dict[Any, StandIn] = {
         aten._local_scalar_dense.default: _scalar,
+        aten.nonzero.default: _all_places,
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+        aten._flash_attention_backward.default: _flash_varlen_backward,
         bnb.dequantize_4bit.default: _as_workspace,
     }
     for name, stand_in in (
@@ -54,13 +57,23 @@ def open_kernels() -> dict[Any, StandIn]:
         "optimizer_update_8bit_blockwise"
     )
     bnb = torch.ops.bitsandbytes
-    return {getattr(bnb, name).default: _opened for name in names.split() if hasattr(bnb, name)}
+    opened: dict[Any, StandIn] = {getattr(bnb, name).default: _opened for name in names.split() if hasattr(bnb, name)}
+    return {**opened, aten.native_dropout.default: cpu_dropout}
 
 
 def _opened(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     backend = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     with tracker:
         return func.redispatch(backend, *args, **kwargs)
+
+
+def cpu_dropout(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Fused dropout on a CPU multiplies by a copy of the mask in the input's dtype; on CUDA it has none."""
+    result = func(*args, **kwargs)
+    with tracker:
+        tracker.see(result, str(func))
+        tracker.label(torch.empty_like(args[0]), "workspaces")
+    return result
 
 
 def _scalar(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,6 +83,14 @@ def _scalar(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: di
     if args[0].dtype == torch.bool:
         return True
     return 1.0 if args[0].is_floating_point() else 1
+
+
+def _all_places(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where a mask is true: on `meta` everywhere, so that a plan has every token supervised."""
+    if args[0].device.type != "meta":
+        return func(*args, **kwargs)
+    with tracker:
+        return torch.empty((args[0].numel(), args[0].dim()), dtype=torch.int64, device="meta")
 
 
 def _as_workspace(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,8 +158,22 @@ def _int8_mixed_product(tracker: MemoryTracker, func: Any, args: tuple[Any, ...]
 def _flash_backward(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Flash attention's backward pass, with the buffers that its kernel takes for the time it runs."""
     query_BHTD, key_BHTD = args[1], args[2]
+    n_bytes = rules.flash_backward_bytes(tuple(query_BHTD.shape), tuple(key_BHTD.shape), query_BHTD.element_size())
+    return _with_buffers(tracker, n_bytes, func, args, kwargs)
+
+
+def _flash_varlen_backward(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same where packed rows are attended example by example, by the kernel for variable lengths."""
+    query_NHD, key_NHD, starts = args[1], args[2], args[6]
+    shapes = tuple(query_NHD.shape), tuple(key_NHD.shape)
+    n_bytes = rules.flash_varlen_backward_bytes(*shapes, starts.shape[0] - 1, query_NHD.element_size())
+    return _with_buffers(tracker, n_bytes, func, args, kwargs)
+
+
+def _with_buffers(
+    tracker: MemoryTracker, n_bytes: tuple[int, ...], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     with tracker:
-        n_bytes = rules.flash_backward_bytes(tuple(query_BHTD.shape), tuple(key_BHTD.shape), query_BHTD.element_size())
         buffers = [torch.empty(n, dtype=torch.uint8, device="meta") for n in n_bytes]
         for buffer in buffers:
             tracker.label(buffer, "workspaces")
@@ -165,6 +200,9 @@ class CudaChoices(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(self.has_flash, *args, **kwargs)
+        if func is varlen.attend_at_once and not self.has_flash:
+            with self:  # each segment by the attention that this GPU has
+                return varlen.attend_one_by_one(*args, **kwargs)
         return func(*args, **kwargs)
 
 

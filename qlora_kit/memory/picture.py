@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.errors import UserError
 from qlora_kit.memory.fit import Budget
 from qlora_kit.memory.plan import MemoryPlan, Point
-from qlora_kit.memory.report import NOT_VALIDATED, PlanReport, bar_names, method, operation_name, title
+from qlora_kit.memory.report import NOT_VALIDATED, PlanReport, default_ones, method, operation_name, title
 from qlora_kit.memory.track import CATEGORIES
 from qlora_kit.progress import human_bytes
 from qlora_kit.runs import write_bytes
@@ -44,7 +44,7 @@ PALETTE = {  # Tol's muted colours, which the colour-blind tell apart; neighbour
 }
 BUDGET_LINE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 LEGEND_COLUMNS = 5
-PHASE_WIDTH = 0.14  # of a part without blocks, as a share of the width of all blocks of a pass
+PHASE_WIDTH = 0.22  # of a part without blocks, as a share of the width of all blocks of a pass
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,9 @@ def _draw_bars(axes: Axes, report: PlanReport) -> list[str]:
 def _bars(report: PlanReport) -> list[Bar]:
     own = report.plan
     bars = [_bar("this run", method(report.config).replace(", ", ",\n"), own)]
-    for compared in bar_names(report.compared):
-        baseline = compared.baseline
-        name = "full fine-tuning" if baseline.full else f"{baseline.bits}-bit LoRA"
-        if baseline.full:
-            note = "fp32 weights,\nbf16 autocast" if baseline.autocast else "bf16 weights"
-        else:
-            note = f"r = {report.config.adapter.r},\nAdamW"
-        bars.append(_bar(name, note, compared.plan))
+    for compared in default_ones(report.compared):
+        note = compared.baseline.short.replace(", ", ",\n", 1)
+        bars.append(_bar(compared.baseline.title, note, compared.plan))
     return bars
 
 
@@ -205,7 +200,7 @@ def _label_bar(axes: Axes, x: float, y: float, bar: Bar, own: Bar) -> None:
 
 def _draw_step(axes: Axes, plan: MemoryPlan) -> list[str]:
     """Live bytes over the second step; returns the components that have a colour of their own in it."""
-    parts = list(_parts(_in_step_order(plan.series)))
+    parts = list(_parts(in_step_order(plan.series)))
     size, unit = _unit(plan.peak_bytes)
     shown = _large((part.point.components for part in parts), plan.peak_bytes)
     merged = [_merged(part.point.components, shown) for part in parts]
@@ -226,7 +221,7 @@ def _draw_step(axes: Axes, plan: MemoryPlan) -> list[str]:
     return names
 
 
-def _in_step_order(series: Sequence[Point]) -> list[Point]:
+def in_step_order(series: Sequence[Point]) -> list[Point]:
     """The most of each block and each phase, in the order of the step.
 
     A pass is outside its blocks both before and after them, and the plan has the larger moment of the two: it goes
@@ -272,7 +267,7 @@ def _label_phases(axes: Axes, parts: Sequence[Part]) -> None:
             axes.axvline(left, color="#888888", linewidth=0.6, linestyle=":")
         ticks.append((left + right) / 2)
         names.append(phase)
-    axes.set_xticks(ticks, names, fontsize=10)
+    axes.set_xticks(ticks, names, fontsize=9)
     axes.tick_params(axis="x", length=0)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import base, shapes
 from qlora_kit.config import RunConfig
-from qlora_kit.errors import UserError
+from qlora_kit.errors import Fault, UserError
 from qlora_kit.memory import rules
 from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
 from qlora_kit.memory.shortcut import MetaResults
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DEFAULT_TOKENS = 1024  # an example's, where neither the settings nor the model's positions say less
+MODEL_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+"""What the code of an architecture raises where it needs values, or where an operator has no kernel on `meta`."""
+
+
+class CannotPlanError(UserError):
+    """The model of the settings does not run on `meta`; that says nothing about whether it trains."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.reason = reason
+        rule = f"its memory cannot be planned ({reason})"
+        remedy = "`qlora-kit profile` measures a few steps of it instead; `train` runs it without a plan."
+        super().__init__([Fault("--model", model, rule, remedy)])
 
 
 @dataclass(frozen=True)
@@ -79,8 +92,9 @@ def plan(config: RunConfig, *, exact: bool = False, gpu: rules.Gpu | None = None
     """Predict the memory of the run `config` on `gpu` (by default one of compute capability 8), without one.
 
     Nothing is downloaded but, for a hub model, its config.json. Layers that are all equal are simulated three and
-    four deep and extrapolated, unless `exact`. `autocast` plans fp32 weights under bf16 autocast, as transformers'
-    Trainer runs with `bf16=True` (a baseline: this toolkit does not train so). Raises `UserError`.
+    four deep and extrapolated (likewise groups of them that repeat), unless `exact`. `autocast` plans fp32 weights
+    under autocast, as transformers' Trainer runs with `bf16=True` (a baseline: this toolkit does not train so).
+    Raises `UserError`, and of its kind `CannotPlanError` for a model that does not run on `meta`.
     """
     architecture = resolve_architecture(config)
     recipe = Recipe(
@@ -89,17 +103,19 @@ def plan(config: RunConfig, *, exact: bool = False, gpu: rules.Gpu | None = None
         autocast,
         rules.DEFAULT_CAPABILITY if gpu is None else gpu.capability,
     )
-    whole = _structure(config, architecture)
-    if exact or architecture.num_hidden_layers <= DEEP or _layers_differ(architecture, whole):
-        exact = True
-        record, peaks = _run_whole(config, recipe, architecture)
-    else:
-        try:
-            record, peaks = _run_shallow(config, recipe, architecture)
-        except NotEvenError:
-            exact = True
-            record, peaks = _run_whole(config, recipe, architecture)
+    with failures_named(config):
+        record, peaks, exact = _run(config, recipe, architecture, exact)
     return _plan_of(config, recipe, architecture, record, peaks, exact, gpu)
+
+
+@contextmanager
+def failures_named(config: RunConfig) -> Iterator[None]:
+    """Turn what the model of `config` raises on `meta` into a `CannotPlanError`."""
+    try:
+        yield
+    except MODEL_FAILURES as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CannotPlanError(config.base.model, reason) from error
 
 
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
@@ -138,16 +154,35 @@ def _structure(config: RunConfig, architecture: PretrainedConfig) -> Any:
     return base.load_base(plain, META, architecture=copy.deepcopy(architecture))
 
 
-def _layers_differ(architecture: PretrainedConfig, whole: Any) -> bool:
-    """Whether some layers are of another kind or size than others, or choose what they run (experts)."""
+def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
+    """After how many layers the same kinds come again: 1 where all are equal; None where they never repeat whole.
+
+    Layers that choose what they run (experts) count as never equal.
+    """
     from qlora_kit.memory.watch import find_blocks
 
-    if len(set(getattr(architecture, "layer_types", None) or ())) > 1:
-        return True
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if any(getattr(architecture, name, None) for name in experts):
-        return True
-    return len({tuple((name, p.shape) for name, p in block.named_parameters()) for block in find_blocks(whole)}) > 1
+        return None
+    layers = architecture.num_hidden_layers
+    kinds = getattr(architecture, "layer_types", None) or [""] * layers
+    shapes = [tuple((name, p.shape) for name, p in block.named_parameters()) for block in find_blocks(whole)]
+    each = list(zip(kinds, shapes, strict=False))
+    whole_groups = (p for p in range(1, layers // DEEP + 1) if layers % p == 0 and layers > DEEP * p)
+    return next((p for p in whole_groups if each == each[:p] * (layers // p)), None)
+
+
+def _run(
+    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, exact: bool
+) -> tuple[Record, list[Peak], bool]:
+    """The record and the peaks of the run, and whether every layer was simulated."""
+    period = None if exact else _period(architecture, _structure(config, architecture))
+    if period is not None:
+        try:
+            return *_run_shallow(config, recipe, architecture, period), False
+        except NotEvenError:
+            pass
+    return *_run_whole(config, recipe, architecture), True
 
 
 def _run_whole(config: RunConfig, recipe: Recipe, architecture: PretrainedConfig) -> tuple[Record, list[Peak]]:
@@ -155,15 +190,23 @@ def _run_whole(config: RunConfig, recipe: Recipe, architecture: PretrainedConfig
     return record, list(peaks_by_region(record.events).values())
 
 
-def _run_shallow(config: RunConfig, recipe: Recipe, architecture: PretrainedConfig) -> tuple[Record, list[Peak]]:
+def _run_shallow(
+    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, period: int
+) -> tuple[Record, list[Peak]]:
     """The peaks at full depth from two shallow runs; likewise the numbers of the record, whose events stay shallow."""
     results, layers = MetaResults(), architecture.num_hidden_layers
     shallow, deep = (
-        simulate(config, recipe, with_layers(architecture, n), first_step=False, results=results)
+        simulate(
+            config,
+            dataclasses.replace(recipe, depth=layers / (n * period)),
+            with_layers(architecture, n * period),
+            first_step=False,
+            results=results,
+        )
         for n in (SHALLOW, DEEP)
     )
-    peaks = extrapolate(peaks_by_region(shallow.events), peaks_by_region(deep.events), layers)
-    more = layers - DEEP
+    peaks = extrapolate(peaks_by_region(shallow.events), peaks_by_region(deep.events), layers, period)
+    more = layers // period - DEEP
     grown = {
         name: getattr(deep, name) + more * (getattr(deep, name) - getattr(shallow, name))
         for name in ("paged_bytes", "n_parameters", "n_trainable")

@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 
 from qlora_kit import runs
 from qlora_kit.config import RunConfig
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.memory import rules
-from qlora_kit.memory.plan import MemoryPlan, plan, resolve_architecture
+from qlora_kit.memory.plan import CannotPlanError, MemoryPlan, failures_named, plan, resolve_architecture
 from qlora_kit.memory.profile_cpu import BatchShape, CpuTracker, mark_clipping, predict
 from qlora_kit.memory.profile_cuda import CudaTracker
 from qlora_kit.memory.profile_result import Measured, MemoryProfile, Prediction
@@ -27,11 +28,6 @@ from qlora_kit.progress import human_bytes
 
 PROFILE_FILE = "profile.json"
 STEPS = 3  # optimizer states are born in the first, so that the second already shows the peak
-BASELINE_NAMES = {
-    "full32": "full fine-tuning",
-    "full16": "full fine-tuning in bf16",
-    "lora16": "16-bit LoRA",
-}
 
 
 class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -100,7 +96,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             return
         self.shapes.append([])
         self._tracker.begin_step()
-        self._step.callback(self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True).remove)
+        self._step.callback(
+            self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True, prepend=True).remove
+        )
         self._step.enter_context(watch(self._tracker, self._model, self._optimizer))
         self._step.callback(mark_clipping(self._tracker, self._model).remove)
         if isinstance(self._tracker, CpuTracker):
@@ -153,7 +151,11 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
                 self._tracker.label(value, "inputs")
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         padded = mask is not None and mask.dim() == 2 and not bool(mask.all())
-        self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded))
+        labels = kwargs.get("labels")
+        supervised = None if labels is None else int((labels[:, 1:] != IGNORED).sum())
+        batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+        batch = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+        self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded, supervised, batch))
 
     def _profile(self, measured: Measured) -> MemoryProfile:
         largest = max((s for shapes in self.shapes for s in shapes), key=lambda s: s.rows * s.tokens)
@@ -182,7 +184,15 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             predicted=self._predict(largest) if self.predicts else None,
         )
 
-    def _predict(self, largest: BatchShape) -> Prediction:
+    def _predict(self, largest: BatchShape) -> Prediction | None:
+        """What the measured steps should have taken; None for a model that cannot be planned."""
+        try:
+            with failures_named(self.config):
+                return self._prediction(largest)
+        except CannotPlanError:
+            return None
+
+    def _prediction(self, largest: BatchShape) -> Prediction:
         """The plan of the steps that were measured: of this GPU, or on a CPU of what a CPU allocates."""
         if self.device.type == "cuda":
             optim = dataclasses.replace(self.config.optim, batch_size=largest.rows)
@@ -218,8 +228,8 @@ def summary_line(
 ) -> str:
     """The line at the end of a run: its peak on a GPU, and what the baselines would have taken there.
 
-    `baselines` is by the names in `baselines.BASELINES`. `measured_bytes` is CUDA's own count for the whole run,
-    which needs no profile; a CPU's figure is said besides, and never compared with a GPU's.
+    `baselines` is by what they are called, their recipe with it. `measured_bytes` is CUDA's own count for the whole
+    run, which needs no profile; a CPU's figure is said besides, and never compared with a GPU's.
     """
     on_cuda = profile is not None and profile.counters
     measured = max(measured_bytes or 0, profile.peak_bytes if profile is not None and on_cuda else 0)
@@ -236,5 +246,5 @@ def summary_line(
 
 def _against(peak_bytes: int, name: str, baseline_bytes: int) -> str:
     saved = 1 - peak_bytes / baseline_bytes
-    what = f"{BASELINE_NAMES.get(name, name)} would take {human_bytes(baseline_bytes)} (predicted)"
+    what = f"{name} would take {human_bytes(baseline_bytes)} (predicted)"
     return f"{what}: saves {saved:.0%}" if saved >= 0 else f"{what}: saves nothing, takes {-saved:.0%} more"

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
+from qlora_kit.lean import flat, varlen
 from qlora_kit.memory import kernels
 from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.simulate import META, make_optimizer, nothing_left_behind, run_step
@@ -35,11 +36,16 @@ _BORING = ("/torch/", "/memory/track.py", "/memory/profile", "/memory/kernels.py
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A forward pass: rows, tokens in each, and whether some of them are padding."""
+    """A forward pass: rows, tokens in each, whether some of them are padding, and how many have a loss (None: all).
+
+    `batch` is what the model was called with, its tensors on `meta` (None: rows without packing).
+    """
 
     rows: int
     tokens: int
     padded: bool = False
+    supervised: int | None = None
+    batch: Mapping[str, Any] | None = None
 
 
 class CpuTracker(MemoryTracker):  # type: ignore[no-untyped-call]  # torch's class is untyped
@@ -98,6 +104,7 @@ def mark_clipping(tracker: MemoryTracker, model: Any) -> Any:
 def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[Sequence[BatchShape]]) -> list[Event]:
     """Every change of live bytes of the optimizer steps `steps` (each a list of forward passes) on a CPU."""
     config = dataclasses.replace(config, lean=config.lean.resolved("cpu"))
+    has_mask = config.base.full or config.lean.lean == "off" or not config.lean.maskless_padding
     results = MetaResults()
     tracker = MemoryTracker("meta", 1, _stand_ins(), results.run)
     with nothing_left_behind():
@@ -107,7 +114,10 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
         with watch(tracker, model, optimizer), _CpuChoices(), tracker:
             for shapes in steps:
                 tracker.begin_step()
-                tracker.stand_ins[torch.ops.aten._local_scalar_dense.default] = _answer(any(s.padded for s in shapes))
+                tracker.stand_ins[torch.ops.aten._local_scalar_dense.default] = _answer(
+                    has_mask and any(shape.padded for shape in shapes)
+                )
+                tracker.stand_ins[torch.ops.aten.nonzero.default] = _places(shapes)
                 batches = [_batch(shape) for shape in shapes]
                 run_step(tracker, model, optimizer, batches, config.optim.clip)
                 del batches
@@ -119,11 +129,14 @@ def _optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer as on a CPU, where torch's SGD loops over the parameters and nothing pages."""
     optim = resolve_optim(config, CPU).removeprefix("paged_")
     if optim == "sgd":
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=config.optim.lr, foreach=False)
+        groups = flat.parameter_groups(model, config.optim.weight_decay)
+        return flat.connect(model, torch.optim.SGD(groups, lr=config.optim.lr, foreach=False))
     return make_optimizer(model, config, optim.replace("_32bit", ""), [])
 
 
-def _batch(shape: BatchShape) -> dict[str, torch.Tensor]:
+def _batch(shape: BatchShape) -> dict[str, Any]:
+    if shape.batch is not None:
+        return {name: torch.empty_like(v) if torch.is_tensor(v) else v for name, v in shape.batch.items()}
     names = ("input_ids", "labels", "attention_mask")
     return {name: torch.zeros((shape.rows, shape.tokens), dtype=torch.int64, device=META) for name in names}
 
@@ -132,7 +145,8 @@ def _stand_ins() -> dict[Any, Any]:
     """Those of bitsandbytes' 4-bit products serve here too: a CPU dequantizes the weight likewise."""
     aten = torch.ops.aten
     flash = aten._scaled_dot_product_flash_attention_backward.default
-    return {func: stand_in for func, stand_in in kernels.stand_ins().items() if func is not flash}
+    shared = {func: stand_in for func, stand_in in kernels.stand_ins().items() if func is not flash}
+    return {**shared, aten.native_dropout.default: kernels.cpu_dropout}
 
 
 def _answer(padded: bool) -> Callable[..., Any]:
@@ -148,8 +162,23 @@ def _answer(padded: bool) -> Callable[..., Any]:
     return scalar
 
 
+def _places(shapes: Sequence[BatchShape]) -> Callable[..., Any]:
+    """Where the labels are, as `.nonzero()` says: as many places as the next of `shapes` has tokens with a loss."""
+    left = iter(shapes)
+
+    def nonzero(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args[0].device.type != "meta":
+            return func(*args, **kwargs)
+        supervised = next(left).supervised
+        with tracker:
+            n_places = args[0].numel() if supervised is None else supervised
+            return torch.empty((n_places, args[0].dim()), dtype=torch.int64, device="meta")
+
+    return nonzero
+
+
 class _CpuChoices(TorchFunctionMode):
-    """Takes on `meta` the attention that torch takes on a CPU: fused where there is no dropout."""
+    """Takes on `meta` the attention that torch takes on a CPU: fused without dropout, one segment at a time."""
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -157,6 +186,9 @@ class _CpuChoices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention and not kwargs.get("dropout_p"):
             return _attention(*args, **kwargs)
+        if func is varlen.attend_at_once:
+            with self:
+                return varlen.attend_one_by_one(*args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.memory.picture import PALETTE
+from qlora_kit.memory.picture import PALETTE, in_step_order
+from qlora_kit.memory.plan import Point
 from qlora_kit.memory.profile_result import UNATTRIBUTED, MemoryProfile
 from qlora_kit.progress import human_bytes
 
@@ -60,7 +61,7 @@ def _draw_bars(axes: Axes, columns: Mapping[str, Mapping[str, int]], scale: int)
 
 
 def _draw_step(axes: Axes, profile: MemoryProfile, scale: int) -> None:
-    points = [point for point in profile.series if point.phase != "idle"]
+    points = drawn_points(profile)
     names = [name for name in COLOURS if any(point.components.get(name) for point in points)]
     stacks = [[point.components.get(name, 0) / scale for point in points] for name in names]
     x = range(len(points) + 1)
@@ -72,6 +73,11 @@ def _draw_step(axes: Axes, profile: MemoryProfile, scale: int) -> None:
     axes.margins(x=0, y=0.2)
     axes.set_xticks([])
     axes.set_title("the most in each part of the last step (widths are not time)", fontsize=11)
+
+
+def drawn_points(profile: MemoryProfile) -> list[Point]:
+    """The most of each block and phase of the last step, in its order."""
+    return in_step_order([point for point in profile.series if point.phase != "idle"])
 
 
 def _starts(phases: Sequence[str]) -> list[tuple[int, str]]:

@@ -308,6 +308,6 @@ def say(report: PlanReport, console: Console) -> None:
         part(report, console)
 
 
-def bar_names(compared: Iterable[Compared]) -> list[Compared]:
+def default_ones(compared: Iterable[Compared]) -> list[Compared]:
     """Those that a picture shows beside the run: what one would otherwise run."""
     return [c for c in compared if c.default]

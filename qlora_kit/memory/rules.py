@@ -21,12 +21,6 @@ PAGED_MIN_ELEMENTS = 100_000
 """bitsandbytes' paged optimizers put states of at least so many elements in managed memory, outside torch's
 allocator. Source: bitsandbytes 0.50 `optim/optimizer.py`, `get_state_buffer`."""
 
-MIN_8BIT_ELEMENTS = 4096
-"""Below so many elements bitsandbytes' 8-bit optimizers keep fp32 states. Source: the same file, `min_8bit_size`."""
-
-STATE_BLOCK_ELEMENTS = 256
-"""8-bit states have one fp32 scale a block of so many elements. Source: the same file, `init_state`."""
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -72,6 +66,12 @@ GPUS = {
 """Nominal sizes: a device at hand tells its own."""
 
 DEFAULT_CAPABILITY = (8, 0)
+BF16_CAPABILITY = (8, 0)
+
+
+def has_bf16(capability: tuple[int, int]) -> bool:
+    """Whether a GPU computes in bf16; where it does not, runs are in fp16. Source: `torch.cuda.is_bf16_supported`."""
+    return capability >= BF16_CAPABILITY
 
 
 def find_gpu(name: str) -> Gpu:
@@ -92,24 +92,57 @@ def flash_backward_bytes(query_BHTD: tuple[int, ...], key_BHTD: tuple[int, ...],
     `ATen/native/transformers/cuda/flash_attn/flash_api.cpp`, `mha_bwd` (of FlashAttention 2.7).
     """
     batch, heads, queries, width = query_BHTD
-    rows = -(-queries // 128) * 128
+    rows = batch * (-(-queries // 128) * 128)
+    return _flash_buffers(rows, batch * key_BHTD[2], heads, key_BHTD[1], width, element_bytes)
+
+
+def flash_varlen_backward_bytes(
+    query_NHD: tuple[int, ...], key_NHD: tuple[int, ...], segments: int, element_bytes: int
+) -> tuple[int, ...]:
+    """The same of the kernel for variable lengths, which takes 128 rows more for each segment.
+
+    Source: the same file, `mha_varlen_bwd`.
+    """
+    tokens, heads, width = query_NHD
+    return _flash_buffers(tokens + 128 * segments, key_NHD[0], heads, key_NHD[1], width, element_bytes)
+
+
+def _flash_buffers(
+    rows: int, key_rows: int, heads: int, key_heads: int, width: int, element_bytes: int
+) -> tuple[int, ...]:
     wide = -(-width // 32) * 32 if width <= 192 else 256
-    sums = 4 * batch * heads * rows * wide
-    per_row = 4 * batch * heads * rows
-    if key_BHTD[1] == heads:
+    sums = 4 * rows * heads * wide
+    per_row = 4 * rows * heads
+    if key_heads == heads:
         return sums, per_row
-    expanded = element_bytes * batch * key_BHTD[2] * heads * width
+    expanded = element_bytes * key_rows * heads * width
     return sums, per_row, expanded, expanded
 
 
+CUBLAS_32_MIB_MAJORS = (9, 10, 12)
+
+
 def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
-    """The workspace of cuBLAS, allocated through torch at the first product and kept: 32 MiB on sm90, else 8.125 MiB.
+    """The workspace of cuBLAS, allocated through torch at the first product and kept: 8.125 MiB, 32 from Hopper on.
 
     One for each pair of handle and stream: one for the training thread, one more for the autograd thread, which
-    has a handle of its own. Source: torch `CUDABlas`/`CublasHandlePool.cpp`, default `CUBLAS_WORKSPACE_CONFIG`
-    (:4096:2:16:8 is 8.125 MiB, :4096:8 is 32 MiB).
+    has a handle of its own. Where a GPU of `capability` is at hand and torch tells (from 2.13 on), it is asked.
+    Source: torch `ATen/cuda/CublasHandlePool.cpp`, default `CUBLAS_WORKSPACE_CONFIG` (:4096:2:16:8 is 8.125 MiB,
+    :4096:8 is 32 MiB); older torch has 32 MiB on Hopper only, and a plan for Blackwell then has 48 MiB too much.
     """
-    return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
+    told = _workspace_of_present_gpu(capability)
+    if told is not None:
+        return told
+    return 32 * MIB if capability[0] in CUBLAS_32_MIB_MAJORS else 8 * MIB + 128 * 1024
+
+
+def _workspace_of_present_gpu(capability: tuple[int, int]) -> int | None:
+    import torch
+
+    ask = getattr(torch.backends.cuda, "cublas_workspace_size", None)
+    if ask is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() != capability:
+        return None
+    return int(ask())
 
 
 def extras(peak_bytes: int, paged_bytes: int, capability: tuple[int, int]) -> tuple[Extra, ...]:

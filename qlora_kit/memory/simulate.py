@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit import assembly
+from qlora_kit import assembly, base
 from qlora_kit.config import RunConfig
+from qlora_kit.lean import flat
 from qlora_kit.memory import kernels, rules
 from qlora_kit.memory.autocast import MetaAutocast
 from qlora_kit.memory.shortcut import MetaResults
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 STEPS = 2
+PACKED_EXAMPLE_TOKENS = 256  # of an example in a packed row, in a plan: an assumption
 
 Autocast = Callable[[bool], AbstractContextManager[Any]]
 Build = Callable[[RunConfig, torch.device, Any], Any]
@@ -37,14 +39,16 @@ Build = Callable[[RunConfig, torch.device, Any], Any]
 class Recipe:
     """What to simulate beside the run's settings.
 
-    `optim` is the resolved optimizer; `autocast`: fp32 weights under bf16 autocast, as Trainer's `bf16=True` does;
-    `capability` is that of the GPU.
+    `optim` is the resolved optimizer; `autocast`: fp32 weights under autocast, as Trainer's `bf16=True` does (or, on a
+    GPU without bf16, `fp16=True`, which our own 16-bit runs there have too); `capability` is
+    that of the GPU; `depth`: how many times the simulated layers the planned model has.
     """
 
     seq_len: int
     optim: str
     autocast: bool = False
     capability: tuple[int, int] = rules.DEFAULT_CAPABILITY
+    depth: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,16 @@ def simulate(
     `build` makes the model: the trainer's own, unless a benchmark compares it with another.
     Leaves nothing behind in the process. Raises `UserError` for a model that cannot be found or built.
     """
-    from qlora_kit.base import count_parameters
-
     results = results if results is not None else MetaResults()
     tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins(), run=results.run)
-    with nothing_left_behind():
+    has_bf16 = rules.has_bf16(recipe.capability)
+    with nothing_left_behind(), base.planned_for(has_bf16):
         model = build(config, META, architecture)
         model.train()
         paged: list[torch.Tensor] = []
-        optimizer = make_optimizer(model, config, recipe.optim, paged)
-        count = count_parameters(model)
+        optimizer = make_optimizer(model, config, recipe.optim, paged, recipe.depth)
+        count = base.count_parameters(model)
+        autocast = _autocast_of(config, recipe)
         with watch(tracker, model, optimizer), kernels.CudaChoices(recipe.capability), tracker:
             for step in range(STEPS):
                 tracker.begin_step()
@@ -91,7 +95,6 @@ def simulate(
                     _bear_states(tracker, model, optimizer, config.optim.clip)
                     continue
                 batches = [make_batch(config, recipe.seq_len, model.config) for _ in range(config.optim.grad_accum)]
-                autocast = _meta_autocast if recipe.autocast else None
                 run_step(tracker, model, optimizer, batches, config.optim.clip, autocast)
                 del batches
         tracker.stop()
@@ -132,7 +135,7 @@ def _bear_states(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Opti
 
 def _optimize(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer, clip: float) -> None:
     tracker.enter("clip")
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    flat.clip_gradients(model, clip)
     optimizer.step()
     model.zero_grad(set_to_none=True)
 
@@ -143,42 +146,63 @@ def _forward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast:
         return model(**batch, num_items_in_batch=n_items).loss  # type: ignore[no-any-return]
     with autocast(False):
         outputs = model(**batch, num_items_in_batch=n_items)
-    outputs["logits"] = outputs["logits"].float()  # accelerate gives a user fp32 outputs
+    if outputs.logits is not None:
+        outputs["logits"] = outputs["logits"].float()  # accelerate gives a user fp32 outputs
     return outputs.loss  # type: ignore[no-any-return]
 
 
-def _meta_autocast(recomputes: bool) -> MetaAutocast:
-    return MetaAutocast(caches=not recomputes)
+def _autocast_of(config: RunConfig, recipe: Recipe) -> Autocast | None:
+    """The autocast that the Trainer runs the step under; None without."""
+    in_fp16 = base.compute_dtype(config.base, META) == torch.float16
+    if not recipe.autocast and not in_fp16:
+        return None
+    lower = torch.bfloat16 if rules.has_bf16(recipe.capability) else torch.float16
+    return lambda recomputes: MetaAutocast(not recomputes, lower)
 
 
-def make_batch(config: RunConfig, seq_len: int, model_config: Any) -> dict[str, torch.Tensor]:
-    """A full batch on `meta`, with the shapes and dtypes of `data.Collator`'s."""
-    from qlora_kit.data import packed_mask_dtype
+def make_batch(config: RunConfig, seq_len: int, model_config: Any) -> dict[str, Any]:
+    """A full batch on `meta`, with the shapes and dtypes of `data.Collator`'s.
+
+    A packed row is full of examples of `PACKED_EXAMPLE_TOKENS`: flash attention's backward pass takes rows for each.
+    """
+    from qlora_kit.data import packed_mask_dtype, segment_tensors
+    from qlora_kit.lean import varlen
 
     shape = (config.optim.batch_size, seq_len)
     batch = {name: torch.zeros(shape, dtype=torch.int64, device=META) for name in ("input_ids", "labels")}
     if not config.data.pack:
         return {**batch, "attention_mask": torch.zeros(shape, dtype=torch.int64, device=META)}
+    batch["position_ids"] = torch.zeros(shape, dtype=torch.int64, device=META)
+    if varlen.is_on(model_config):
+        row = [PACKED_EXAMPLE_TOKENS] * (seq_len // PACKED_EXAMPLE_TOKENS)
+        segments = segment_tensors([row] * shape[0], seq_len)
+        return {**batch, **{name: t.to(META) if torch.is_tensor(t) else t for name, t in segments.items()}}
     mask_dtype = packed_mask_dtype(model_config, 0)
-    mask = torch.zeros((shape[0], 1, seq_len, seq_len), dtype=mask_dtype, device=META)
-    return {**batch, "position_ids": torch.zeros(shape, dtype=torch.int64, device=META), "attention_mask": mask}
+    return {**batch, "attention_mask": torch.zeros((shape[0], 1, seq_len, seq_len), dtype=mask_dtype, device=META)}
 
 
-def make_optimizer(model: Any, config: RunConfig, optim: str, paged: list[torch.Tensor]) -> torch.optim.Optimizer:
-    """The optimizer `optim` as it works on CUDA; its paged states, which torch does not count, go to `paged`."""
-    groups = _groups(model, config.optim.weight_decay)
+def make_optimizer(
+    model: Any, config: RunConfig, optim: str, paged: list[torch.Tensor], depth: float = 1.0
+) -> torch.optim.Optimizer:
+    """The optimizer `optim` as it works on CUDA; its paged states, which torch does not count, go to `paged`.
+
+    What pages is what would at `depth` times the layers of `model`, with which a flat buffer grows.
+    """
+    groups = flat.parameter_groups(model, config.optim.weight_decay)
     if optim == "adamw":
-        return MetaFusedAdamW(groups, lr=config.optim.lr)
+        return flat.connect(model, MetaFusedAdamW(groups, lr=config.optim.lr))
     if optim == "sgd":
-        return torch.optim.SGD(groups, lr=config.optim.lr, foreach=True)  # torch's own choice on CUDA
+        return flat.connect(model, torch.optim.SGD(groups, lr=config.optim.lr, foreach=True))  # as torch on CUDA
     import bitsandbytes as bnb
 
     kind = bnb.optim.Lion if optim.startswith("lion") else bnb.optim.AdamW
     optimizer = kind(
         groups, lr=config.optim.lr, optim_bits=8 if "8bit" in optim else 32, is_paged=optim.startswith("paged")
     )
-    _without_kernels(optimizer, paged, _fp32_state_parameters(model, optim))
-    return optimizer  # type: ignore[no-any-return]
+    growth = depth if flat.flat_factors(model) is not None else 1.0
+    page_from = round(rules.PAGED_MIN_ELEMENTS / growth)
+    _without_kernels(optimizer, paged, page_from, _fp32_state_parameters(model, optim))
+    return flat.connect(model, optimizer)
 
 
 class MetaFusedAdamW(torch.optim.AdamW):
@@ -196,14 +220,6 @@ class MetaFusedAdamW(torch.optim.AdamW):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
-def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay and vectors do not, each a group of its own, as in transformers' Trainer."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
-
-
 def _fp32_state_parameters(model: Any, optim: str) -> set[int]:
     """The trained embeddings: transformers' Trainer keeps their states in fp32 under 8-bit optimizers."""
     if "8bit" not in optim:
@@ -212,7 +228,7 @@ def _fp32_state_parameters(model: Any, optim: str) -> set[int]:
     return {id(m.weight) for m in embeddings if m.weight.requires_grad}
 
 
-def _without_kernels(optimizer: Any, paged: list[torch.Tensor], fp32_states: set[int]) -> None:
+def _without_kernels(optimizer: Any, paged: list[torch.Tensor], page_from: int, fp32_states: set[int]) -> None:
     """Let a bitsandbytes optimizer make its states on `meta` and skip its kernels, which allocate nothing."""
     get_config = optimizer.get_config
 
@@ -221,10 +237,12 @@ def _without_kernels(optimizer: Any, paged: list[torch.Tensor], fp32_states: set
         return {**get_config(gindex, pindex, group), **({"optim_bits": 32} if id(parameter) in fp32_states else {})}
 
     def state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        if self.is_paged and p.numel() >= rules.PAGED_MIN_ELEMENTS:
+        if self.is_paged and p.numel() >= page_from:
             with torch.utils._python_dispatch._disable_current_modes():
-                paged.append(torch.empty(p.shape, dtype=dtype, device=META))
-            return paged[-1]
+                buffer: Any = torch.empty(p.shape, dtype=dtype, device=META)
+            buffer.is_paged = True  # as bitsandbytes marks its own
+            paged.append(buffer)
+            return buffer  # type: ignore[no-any-return]
         return torch.zeros_like(p, dtype=dtype)
 
     def update_step(self: Any, group: Any, p: torch.Tensor, gindex: int, pindex: int) -> None:
@@ -238,7 +256,7 @@ def _without_kernels(optimizer: Any, paged: list[torch.Tensor], fp32_states: set
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Keep the caller's random state, and what bitsandbytes keeps for the whole process."""
+    """Keep the caller's random state, what bitsandbytes keeps for the whole process, and torch's autocast."""
     from bitsandbytes import functional
     from bitsandbytes.optim import GlobalOptimManager
 
@@ -247,7 +265,7 @@ def nothing_left_behind() -> Iterator[None]:
     overrides = dict(manager.pid2config)
     collects = gc.isenabled()
     gc.disable()  # a collection takes longer than the step; what dies, dies by its count of references
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _no_autocast_on_meta():
         try:
             yield
         finally:
@@ -256,6 +274,21 @@ def nothing_left_behind() -> Iterator[None]:
             functional.name2qmap.clear()
             functional.name2qmap.update(tables)
             manager.pid2config = overrides
+
+
+@contextmanager
+def _no_autocast_on_meta() -> Iterator[None]:
+    """Meanwhile `torch.autocast("meta")` does nothing: torch refuses it, and PEFT's experts switch it off."""
+    stock: Any = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if device_type == "meta" else stock(device_type, *args, **kwargs)
+
+    torch.autocast = autocast  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.autocast = stock  # type: ignore[misc]
 
 
 def resolve_cuda_optim(config: RunConfig) -> str:

@@ -136,6 +136,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         """Say which phase, and which block in it, what follows belongs to."""
         self.region = Region(self.region.step, phase, block)
 
+    def mark(self) -> None:
+        """Note how much lives now, so that this part of the step is there even if nothing changes in it."""
+        self.events.append(Event(0, Storage(0, "workspaces", ""), self.region))
+
     def _notice_recomputation(self) -> None:
         """In the backward pass, gradients are on, or a layer runs, only where a block is recomputed."""
         recomputes = self.layers_running > 0 or torch.is_grad_enabled()
@@ -247,11 +251,3 @@ def overall_peak(events: Iterable[Event]) -> Peak:
     """The moment with the most live bytes of all; zero bytes where there was no event."""
     peaks = peaks_by_region(events).values()
     return max(peaks, key=lambda peak: peak.n_bytes, default=Peak(0, Region(0, "load"), ""))
-
-
-def timeline(events: Iterable[Event]) -> Iterator[tuple[Region, dict[str, int]]]:
-    """The live bytes by category after each event, for a picture; the dict is reused, so copy what you keep."""
-    live = dict.fromkeys(CATEGORIES, 0)
-    for event in events:
-        live[event.storage.category] = live.get(event.storage.category, 0) + event.change_bytes
-        yield event.region, live

@@ -23,7 +23,7 @@ def watch(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer |
         for handle in _hooks(tracker, model):
             stack.callback(handle.remove)
         if optimizer is not None:
-            stack.callback(optimizer.register_step_pre_hook(lambda *_: tracker.enter("optimizer")).remove)
+            stack.callback(optimizer.register_step_pre_hook(lambda *_: _before_step(tracker, optimizer)).remove)
             stack.callback(optimizer.register_step_post_hook(lambda *_: _after_step(tracker, optimizer)).remove)
         yield
 
@@ -65,13 +65,15 @@ def _quantization_tensors(module: nn.Module, parameter: Any) -> Iterator[torch.T
 
 
 def find_blocks(model: Any) -> list[nn.Module]:
-    """The transformer blocks in their order: the longest list of modules that transformers can checkpoint."""
+    """The transformer blocks in their order: the longest list of modules, of those that transformers can checkpoint.
+
+    Empty where the model has none; older architectures have a list that cannot be checkpointed.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     blocks = [m for m in lists if all(isinstance(b, GradientCheckpointingLayer) for b in m)]
-    assert blocks, "a causal language model has blocks"
-    return max(blocks, key=len)
+    return max(blocks or lists, key=len, default=[])
 
 
 def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:
@@ -79,19 +81,46 @@ def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:
     yield model.register_forward_pre_hook(lambda *_: tracker.enter("forward"))
     yield model.register_forward_hook(lambda *_: tracker.enter("loss backward"))
     for index, block in enumerate(blocks):
-        yield block.register_forward_pre_hook(_block_begins(tracker, index, block), with_kwargs=True)
+        yield block.register_forward_pre_hook(_block_begins(tracker, index), with_kwargs=True)
+        if hasattr(block, "_gradient_checkpointing_func"):
+            yield _CheckpointWatch(tracker, index, block)
         yield block.register_forward_hook(lambda *_: _block_ends(tracker))
         for layer in block.children():  # a recomputation calls them, but not the block
             yield layer.register_forward_pre_hook(_layer_begins(tracker, index))
             yield layer.register_forward_hook(_layer_ends(tracker), always_call=True)
-    head = model.get_output_embeddings()
-    yield head.register_forward_pre_hook(_head_begins(tracker, len(blocks)))
+    yield decoder_of(model).register_forward_hook(_decoder_ends(tracker, len(blocks)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             yield parameter.register_post_accumulate_grad_hook(lambda p: tracker.label(p.grad, "gradients"))
 
 
-def _block_begins(tracker: MemoryTracker, index: int, block: Any) -> Any:
+class _CheckpointWatch:
+    """Labels what the checkpoints of `block` keep, of the whole block or of its halves; `remove` ends that.
+
+    A tensor that comes back from the host is a checkpoint, too.
+    """
+
+    def __init__(self, tracker: MemoryTracker, index: int, block: Any) -> None:
+        self.block, self.checkpoint = block, block._gradient_checkpointing_func
+
+        def watched(function: Any, *args: Any) -> Any:
+            def run(*args: Any) -> Any:
+                if tracker.region.phase == "backward" and tracker.region.block != index:
+                    tracker.enter("backward", index)
+                if args and isinstance(args[0], torch.Tensor) and torch.is_grad_enabled():
+                    tracker.label(args[0], "checkpoints")
+                return function(*args)
+
+            return self.checkpoint(run, *args)
+
+        block._gradient_checkpointing_func = watched
+
+    def remove(self) -> None:
+        """Give the block its own function back."""
+        self.block._gradient_checkpointing_func = self.checkpoint
+
+
+def _block_begins(tracker: MemoryTracker, index: int) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if tracker.region.phase != "forward":
             return
@@ -99,8 +128,6 @@ def _block_begins(tracker: MemoryTracker, index: int, block: Any) -> Any:
         hidden: Any = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, torch.Tensor):
             return
-        if getattr(block, "gradient_checkpointing", False) and block.training:
-            tracker.label(hidden, "checkpoints")
         if index > 0 and hidden.requires_grad:
             hidden.register_hook(lambda _: tracker.enter("backward", index - 1))  # type: ignore[no-untyped-call]
 
@@ -128,19 +155,35 @@ def _layer_ends(tracker: MemoryTracker) -> Any:
     return hook
 
 
-def _head_begins(tracker: MemoryTracker, n_blocks: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+def decoder_of(model: Any) -> nn.Module:
+    """What is below the head of a causal language model."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder: nn.Module = causal.base_model
+    return decoder
+
+
+def _decoder_ends(tracker: MemoryTracker, n_blocks: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tracker.enter("loss")
-        if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
-            hidden: Any = args[0]
+        hidden = output[0]
+        if hidden.requires_grad:
             hidden.register_hook(lambda _: tracker.enter("backward", n_blocks - 1))
 
     return hook
 
 
+def _before_step(tracker: MemoryTracker, optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:  # gathered in a buffer, it has not been seen to arrive
+                tracker.label(parameter.grad, "gradients")
+    tracker.enter("optimizer")
+    tracker.mark()
+
+
 def _after_step(tracker: MemoryTracker, optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         for value in state.values():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not getattr(value, "is_paged", False):
                 tracker.label(value, "optimizer states")
     tracker.enter("idle")

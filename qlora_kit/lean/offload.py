@@ -1,0 +1,274 @@
+"""What checkpoints keep for the recomputation, in the host's memory between the forward and the backward pass.
+
+A `Keeper` stands in the place of torch's checkpoint function. It sends the input of each checkpoint (of a block, or
+of half a block) to the host while the device goes on, and asks for it again one checkpoint ahead.
+
+On the device there are, beside what runs: in the forward pass the input kept last, until the next one comes; in the
+backward pass the input in use and the one that is on its way for the checkpoint before it. The copies run on a stream
+of their own. What they read or write is freed only after the device was told to wait for them, so memory is reused in
+the order of the device's work, and the host never waits. The input kept last of all is still
+there when the backward pass begins, and does not come back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora_kit.config import LeanConfig
+from qlora_kit.errors import UserError
+from qlora_kit.lean.outcome import Outcome
+
+BUFFERS_AT_ONCE = 4  # at least so many are allocated together; see `HostPool`
+ALIGNMENT_BYTES = 512
+
+
+def put_on(model: Any, settings: LeanConfig) -> Outcome:
+    """Let the checkpoints of `model` keep their inputs on the host. On `meta` they keep nothing: the host's is free."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return Outcome(left="checkpointing is off")
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return Outcome(left="the model is on the host already")
+    keeper = Keeper(transport_for(device))
+    for module in model.modules():
+        if "_gradient_checkpointing_func" in vars(module):
+            module._gradient_checkpointing_func = keeper.checkpoint
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return Outcome(done=f"what {len(blocks)} blocks keep for the recomputation")
+
+
+class HostPool:
+    """Buffers of one size in the host's memory, used again from step to step, for making a pinned one is slow.
+
+    A larger size that is asked for takes the place of the former one. So there are no more buffers than were taken at
+    one time, all of the largest size, and what one allocation has too many. Several are allocated together, for torch
+    rounds what it pins up to a power of two.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned = pinned
+        self.buffer_bytes = 0
+        self.free: list[torch.Tensor] = []
+
+    def take(self, n_bytes: int) -> torch.Tensor:
+        """A buffer of at least `n_bytes`, of dtype uint8. Raises `UserError` where the host has no more."""
+        if n_bytes > self.buffer_bytes:
+            self.buffer_bytes = -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            self.free.clear()
+        if not self.free:
+            self.free += self._more()
+        return self.free.pop()
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Take back a buffer that nobody uses any more; one of a former size is dropped."""
+        if buffer.nbytes == self.buffer_bytes:
+            self.free.append(buffer)
+
+    def _more(self) -> list[torch.Tensor]:
+        n_bytes = 1 << (BUFFERS_AT_ONCE * self.buffer_bytes - 1).bit_length()
+        try:
+            slab = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+        except RuntimeError as error:
+            rule = f"finds no room for another {n_bytes / 2**20:,.0f} MiB of checkpoints in the host's memory"
+            raise UserError.of("--offload-activations", "on", rule, "Use --offload-activations off.") from error
+        n_buffers = n_bytes // self.buffer_bytes
+        return list(slab[: n_buffers * self.buffer_bytes].view(n_buffers, self.buffer_bytes).unbind())
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A tensor that was sent to the host: what it was, where it lies, and the end of its last copy."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    on_host: torch.Tensor | None = None
+    buffer: torch.Tensor | None = None
+    copied: Any = None  # a CUDA event
+
+
+class Transport:
+    """Carries tensors to the host and back; this one at once, for tensors that are there already (for the tests)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = HostPool(pinned=device.type == "cuda")
+
+    def to_host(self, x: torch.Tensor) -> Ticket:
+        """Begin to copy `x`, which must stay as it is until `wait`."""
+        ticket = self._ticket(x)
+        assert ticket.on_host is not None, "there is a buffer"
+        ticket.on_host.copy_(x.detach())
+        return ticket
+
+    def to_device(self, ticket: Ticket) -> torch.Tensor:
+        """Begin to copy back; the tensor may be used after `wait`."""
+        assert ticket.on_host is not None, "there is a buffer"
+        return ticket.on_host.clone()
+
+    def wait(self, ticket: Ticket) -> None:
+        """Let all further work on the device come after the last copy."""
+
+    def forget(self, ticket: Ticket, arriving: torch.Tensor | None) -> None:
+        """Nobody will ask for this tensor again, nor for the copy that may be on its way."""
+        if ticket.buffer is not None:
+            self.pool.give_back(ticket.buffer)
+
+    def _ticket(self, x: torch.Tensor) -> Ticket:
+        buffer = self.pool.take(x.nbytes)
+        return Ticket(x.shape, x.dtype, buffer[: x.nbytes].view(x.dtype).view(x.shape), buffer)
+
+
+class CudaTransport(Transport):
+    """Copies on a stream of its own, so that buffers are read and written in the order in which that was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def to_host(self, x: torch.Tensor) -> Ticket:
+        """Begin to copy `x`, which must stay as it is until `wait`."""
+        ticket = self._ticket(x)
+        assert ticket.on_host is not None, "there is a buffer"
+        self._copy(ticket.on_host, x.detach(), ticket)
+        return ticket
+
+    def to_device(self, ticket: Ticket) -> torch.Tensor:
+        """Begin to copy back; the tensor may be used after `wait`."""
+        assert ticket.on_host is not None, "there is a buffer"
+        # Of the stream that computes, in whose order it will be freed.
+        x = torch.empty(ticket.shape, dtype=ticket.dtype, device=self.device)
+        self._copy(x, ticket.on_host, ticket)
+        return x
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, ticket: Ticket) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # it made the source, or freed the target
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+        ticket.copied = self.stream.record_event()
+
+    def wait(self, ticket: Ticket) -> None:
+        """Let all further work on the device come after the last copy."""
+        torch.cuda.current_stream(self.device).wait_event(ticket.copied)
+
+    def forget(self, ticket: Ticket, arriving: torch.Tensor | None) -> None:
+        """Nobody will ask for this tensor again, nor for the copy that may be on its way."""
+        if arriving is not None:  # a backward pass ended early: nothing waits for this copy but the allocator
+            arriving.record_stream(self.stream)
+        super().forget(ticket, arriving)
+
+
+class MetaTransport(Transport):
+    """Keeps nothing but the shape: on `meta` tensors stand for those of a GPU, and the host's are not counted."""
+
+    def to_host(self, x: torch.Tensor) -> Ticket:
+        """Remember what `x` was."""
+        return Ticket(x.shape, x.dtype)
+
+    def to_device(self, ticket: Ticket) -> torch.Tensor:
+        """Give a tensor like the one sent."""
+        return torch.empty(ticket.shape, dtype=ticket.dtype, device=self.device)
+
+
+def transport_for(device: torch.device) -> Transport:
+    """The transport between the host and `device`: CUDA, `meta` or the CPU itself."""
+    return {"cuda": CudaTransport, "meta": MetaTransport}.get(device.type, Transport)(device)
+
+
+class Kept:
+    """The input of a checkpoint, on the host and (first, and when it is needed again) on the device."""
+
+    def __init__(self, x: torch.Tensor, ticket: Ticket, transport: Transport, before: Kept | None) -> None:
+        self.transport = transport
+        self.ticket = ticket
+        self.before = None if before is None else weakref.ref(before)  # it lives as long as its own checkpoint
+        self.on_device: torch.Tensor | None = x
+        self.version = x._version
+        self.users = 1  # checkpoints that will ask for it
+        self.asked = 0  # how often they did
+
+    def __del__(self) -> None:
+        self.transport.forget(self.ticket, self.on_device)
+
+    def leave_device(self) -> None:
+        """Drop the tensor on the device; its memory is used again after the copies of it."""
+        if self.on_device is not None:
+            self._here()
+            self.on_device = None
+
+    def prefetch(self) -> None:
+        """Let it come, if it is not there."""
+        if self.on_device is None:
+            self.on_device = self.transport.to_device(self.ticket)
+            self.version = self.on_device._version
+
+    def fetch(self) -> torch.Tensor:
+        """The tensor, for one of the users; the last of them takes it along. After that it can be asked for again.
+
+        Raises `RuntimeError` where it was changed in place.
+        """
+        self.prefetch()
+        x = self._here()
+        self.asked += 1
+        if self.asked % self.users == 0:
+            self.on_device = None
+        before = self.before() if self.before is not None else None
+        if before is not None:
+            before.prefetch()
+        return x
+
+    def _here(self) -> torch.Tensor:
+        assert self.on_device is not None, "it is there, or on its way"
+        if self.on_device._version != self.version:
+            raise RuntimeError("the input of a checkpoint was changed in place, so it cannot be recomputed from")
+        self.transport.wait(self.ticket)
+        return self.on_device
+
+
+class Keeper:
+    """A checkpoint function whose inputs wait on the host; one for all checkpoints of a model."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self._newest: weakref.ref[Kept] | None = None
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`; without its intermediate results, which the backward pass computes again.
+
+        The first of `args` waits on the host; the others, and what `function` holds, stay where they are.
+        """
+        if not torch.is_grad_enabled():
+            return function(*args)
+        if not (args and self._carries(args[0])):
+            return torch_checkpoint(function, *args, use_reentrant=False)
+        kept, needs_grad, others = self._keep(args[0]), args[0].requires_grad, args[1:]
+        given = [args[0]]  # for the forward pass alone: what `run` holds stays on the device until the backward pass
+
+        def run(_: torch.Tensor) -> Any:
+            x = given.pop() if given else kept.fetch().detach().requires_grad_(needs_grad)
+            return function(x, *others)
+
+        # The empty tensor says to torch on which device the random state is to be kept.
+        return torch_checkpoint(run, args[0].new_empty(0), use_reentrant=False)
+
+    def _carries(self, x: Any) -> bool:
+        if not isinstance(x, torch.Tensor) or x.device.type != self.transport.device.type:
+            return False
+        return x.is_contiguous() and x.numel() > 0
+
+    def _keep(self, x: torch.Tensor) -> Kept:
+        newest = self._newest() if self._newest is not None else None
+        if newest is not None and newest.on_device is x:  # the two halves of a block with a parallel residual
+            newest.users += 1
+            return newest
+        if newest is not None:
+            newest.leave_device()
+        kept = Kept(x, self.transport.to_host(x), self.transport, newest)
+        self._newest = weakref.ref(kept)
+        return kept
