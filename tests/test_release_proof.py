@@ -256,3 +256,16 @@ def test_differences_that_are_no_numbers_are_found(tmp_path):
     save_file({"row.0": torch.full((2, 3), float("nan"))}, tmp_path / "b")
     found = compare(tmp_path / "a", tmp_path / "b", [[1, 1]])
     assert not found.relative_max <= 1e9
+
+
+def test_code_beside_a_base_neither_runs_nor_travels_unless_it_is_trusted(tmp_path, in_this_process):
+    base = save_tiny(tmp_path / "base", "llama")
+    adapter = make_adapter(base, tmp_path / "a")
+    (base / "evil.py").write_text("raise RuntimeError('ran')")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
+    (base / "config.json").write_text(json.dumps(config))
+    request = Request(base=BaseConfig(model=str(base)), adapters=((str(adapter), 1.0),), out=str(tmp_path / "out"))
+    result = merge.merge(request, QUIET)
+    assert not (result.folder / "evil.py").exists()
+    assert "auto_map" not in (result.folder / "config.json").read_text()

@@ -260,6 +260,10 @@ def closing(report: Report, out: str) -> list[str]:
     lines = [f"{out}: merged into {_base_text(report)}, {release['dtype']}, {release['format']}"]
     if release["left_out"]:
         lines.append(f"left out: {len(release['left_out'])} tensors of the base's files that the model does not use")
+    model = report["proof"]["model"]
+    if release["format"] == "nf4" and model is not None and model["exact"]["loss"] is not None:
+        before, after = model["exact"]["reference_loss"], model["exact"]["loss"]
+        lines.append(f"quantizing after the merge cost this: the loss was {before:.4f} and is {after:.4f} now")
     if release["untied"]:
         lines.append("the head and the embedding are no longer one tensor: the adapter changed them apart")
     return lines + [f"proof: {line}" for line in proof_lines(report)]
