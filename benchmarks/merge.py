@@ -83,25 +83,30 @@ def make_adapter(model: Any, folder: Path, draw: Any) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "task_type": "CAUSAL_LM"}))
 
 
-def run(way: str, folder: Path) -> float:
-    """Do the work of one way; returns its seconds."""
+def run(way: str, folder: Path) -> dict[str, float]:
+    """Do the work of one way; returns its seconds on the clock and of all CPUs."""
     work = {"copy": copy, "arithmetic": arithmetic, "stock": stock}.get(way, lambda own: ours(own, way))
-    start_s = work(folder)
-    return time.monotonic() - start_s
+    start_s, start_cpu_s = work(folder)
+    return {"seconds": time.monotonic() - start_s, "cpu_seconds": time.process_time() - start_cpu_s}
 
 
-def copy(folder: Path) -> float:
+def now() -> tuple[float, float]:
+    """The time on the clock, and that which this process took of all CPUs."""
+    return time.monotonic(), time.process_time()
+
+
+def copy(folder: Path) -> tuple[float, float]:
     """Copy the files and put them on the disk; each way returns when its work began."""
-    start_s = time.monotonic()
+    start = now()
     (folder / "copy").mkdir()
     for file in (folder / "base").iterdir():
         shutil.copyfile(file, folder / "copy" / file.name)
         with (folder / "copy" / file.name).open("rb") as copied:
             os.fsync(copied.fileno())
-    return start_s
+    return start
 
 
-def arithmetic(folder: Path) -> float:
+def arithmetic(folder: Path) -> tuple[float, float]:
     """Quantize and dequantize every layer of the blocks."""
     import torch
 
@@ -113,7 +118,7 @@ def arithmetic(folder: Path) -> float:
     config = BaseConfig(model=str(folder / "base"))
     _, checkpoint = open_base(config)
     layout = read_layout(config, torch.bfloat16, checkpoint)
-    start_s = time.monotonic()
+    start = now()
     for name, file_name in layout.file_names.items():
         if layout.weights[name].quantized:
             weight = checkpoint.read(file_name)
@@ -121,21 +126,21 @@ def arithmetic(folder: Path) -> float:
                 weight.T.contiguous() if layout.weights[name].transposed else weight, weight.dtype, Quantization(4)
             ):
                 pass
-    return start_s
+    return start
 
 
-def ours(folder: Path, into: str) -> float:
+def ours(folder: Path, into: str) -> tuple[float, float]:
     """Merge with this package, each tensor proven; the whole model would be another process."""
     from qlora_kit.config import BaseConfig
     from qlora_kit.release.merge import merge
     from qlora_kit.release.request import Request
 
     import_what_a_merge_needs(folder)
-    start_s = time.monotonic()
+    start = now()
     chosen = ((str(folder / "adapter"), 1.0),)
     request = Request(base=BaseConfig(model=str(folder / "base")), adapters=chosen, out=str(folder / into), into=into)
     merge(request, whole_model=False)
-    return start_s
+    return start
 
 
 def import_what_a_merge_needs(folder: Path) -> None:
@@ -148,16 +153,16 @@ def import_what_a_merge_needs(folder: Path) -> None:
     load_base(BaseConfig(model=str(folder / "base")), torch.device("meta"))
 
 
-def stock(folder: Path) -> float:
+def stock(folder: Path) -> tuple[float, float]:
     """Merge as the libraries' documentation does, on 16-bit weights."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    start_s = time.monotonic()
+    start = now()
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload().save_pretrained(folder / "stock")
-    return start_s
+    return start
 
 
 def in_a_process(*words: str) -> tuple[Any, int]:
@@ -177,14 +182,19 @@ def in_a_process(*words: str) -> tuple[Any, int]:
 
 def measure(way: str, folder: Path, repeats: int) -> dict[str, Any]:
     """The seconds of one way (the least of `repeats`, each in a process of its own) and its largest peak."""
-    seconds, peaks = [], []
+    found, peaks = [], []
     for _ in range(repeats):
-        found, peak = in_a_process("--folder", str(folder), "--way", way)
+        times, peak = in_a_process("--folder", str(folder), "--way", way)
         shutil.rmtree(folder / way, ignore_errors=True)
-        seconds.append(found)
+        found.append(times)
         peaks.append(peak)
-    print(f"{WAYS[way]}: {min(seconds):.1f} s, peak {max(peaks) / 2**20:,.0f} MiB", flush=True)
-    return {"what": WAYS[way], "seconds": min(seconds), "all_seconds": seconds, "peak_bytes": max(peaks)}
+    least = {kind: min(times[kind] for times in found) for kind in ("seconds", "cpu_seconds")}
+    print(
+        f"{WAYS[way]}: {least['seconds']:.1f} s ({least['cpu_seconds']:.1f} s of CPUs), "
+        f"peak {max(peaks) / 2**20:,.0f} MiB",
+        flush=True,
+    )
+    return {"what": WAYS[way], **least, "peak_bytes": max(peaks)}
 
 
 def main() -> None:

@@ -191,12 +191,13 @@ def load_factors(model: PeftModel, folder: Path) -> None:
 
     saved = load_file(folder / WEIGHTS_FILE)
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wrong = sorted(
-        k for k in live.keys() | saved.keys() if k not in live or k not in saved or live[k].shape != saved[k].shape
-    )
+    # an adapter made elsewhere may hold embeddings of the base too
+    places = {**dict(model.named_parameters(remove_duplicate=False)), **live}
+    wrong = sorted(live.keys() - saved.keys())
+    wrong += sorted(k for k in saved if k not in places or places[k].shape != saved[k].shape)
     if wrong:
         raise RuntimeError(f"{folder / WEIGHTS_FILE} does not fit the adapter: {', '.join(wrong)}")
-    dtype = next(iter(saved.values())).dtype
+    dtype = next((value.dtype for key, value in saved.items() if "lora_" in key), None)
     for _, parameter in adapter_parameters(model):
         parameter.data = parameter.data.to(dtype)
     set_peft_model_state_dict(model, saved)

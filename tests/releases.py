@@ -28,7 +28,9 @@ FACTOR_STD = 0.1
 WRONG_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
-def make_adapter(base: Path, out: Path, bits: int = 4, seed: int = 0, **settings: Any) -> Path:
+def make_adapter(
+    base: Path, out: Path, bits: int = 4, seed: int = 0, save_embedding_layers: bool = False, **settings: Any
+) -> Path:
     """An adapter on the base in `bits`, every tensor of it drawn by `seed`, saved by PEFT; gives its folder."""
     model = load_base(BaseConfig(model=str(base), bits=bits), CPU)
     targets = settings.pop("target_modules", None) or choose_targets(model, None)
@@ -45,7 +47,7 @@ def make_adapter(base: Path, out: Path, bits: int = 4, seed: int = 0, **settings
             noise = torch.randn(parameter.shape, generator=draw) * FACTOR_STD
             near = "lora_A" not in name and "lora_B" not in name and "lora_embedding" not in name
             parameter.data = (parameter.data.float() * (1 + noise) + noise if near else noise).to(parameter.dtype)
-        peft_model.save_pretrained(str(out), save_embedding_layers=False)
+        peft_model.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)
     return out
 
 

@@ -49,7 +49,7 @@ def check(out: Path, whole: Path) -> bool:
         return False
     assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert json.loads((out / "merge_report.json").read_text())["proof"]["tensors"]["adapted"] == 14
+    assert json.loads((out / "merge_report.json").read_text())["proof"]["tensors"]["changed"] == 14
     return True
 
 

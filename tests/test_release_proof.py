@@ -106,6 +106,20 @@ def test_several_adapters_and_tensors_trained_whole_are_proven_too(tmp_path, in_
     assert found["exact"]["relative_max"] < 1e-4
 
 
+@pytest.mark.parametrize(("family", "targets"), [("llama", ["q_proj", "embed_tokens"]), ("gpt2", ["c_attn"])])
+def test_adapters_that_hold_copies_of_the_embeddings(tmp_path, in_this_process, family, targets):
+    """PEFT saves them along when asked to; they replace the base's, which here changes nothing and unties nothing."""
+    base = save_tiny(tmp_path / "base", family)
+    adapter = make_adapter(base, tmp_path / "a", target_modules=targets, save_embedding_layers=True)
+    assert any("lora_" not in name for name in load_file(adapter / "adapter_model.safetensors"))
+    request = Request(
+        base=BaseConfig(model=str(base)), adapters=((str(adapter), 1.0),), out=str(tmp_path / "out"), dtype="fp32"
+    )
+    report = merge.merge(request, QUIET).report
+    assert report["proof"]["model"]["exact"]["relative_max"] < 1e-4
+    assert report["release"]["untied"] is False
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_16_bit_release_differs_by_the_rounding_of_its_dtype(finished, tmp_path, in_this_process, dtype):
     request = request_of(finished, tmp_path / "out", dtype=dtype)
@@ -242,3 +256,16 @@ def test_differences_that_are_no_numbers_are_found(tmp_path):
     save_file({"row.0": torch.full((2, 3), float("nan"))}, tmp_path / "b")
     found = compare(tmp_path / "a", tmp_path / "b", [[1, 1]])
     assert not found.relative_max <= 1e9
+
+
+def test_code_beside_a_base_neither_runs_nor_travels_unless_it_is_trusted(tmp_path, in_this_process):
+    base = save_tiny(tmp_path / "base", "llama")
+    adapter = make_adapter(base, tmp_path / "a")
+    (base / "evil.py").write_text("raise RuntimeError('ran')")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
+    (base / "config.json").write_text(json.dumps(config))
+    request = Request(base=BaseConfig(model=str(base)), adapters=((str(adapter), 1.0),), out=str(tmp_path / "out"))
+    result = merge.merge(request, QUIET)
+    assert not (result.folder / "evil.py").exists()
+    assert "auto_map" not in (result.folder / "config.json").read_text()

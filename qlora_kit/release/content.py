@@ -28,11 +28,18 @@ BASE_FILES = ("generation_config.json",)
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
-def write_config(base: Path, folder: Path, dtype: str, untied: bool, pack: Quantization | None) -> None:
-    """Write the base's `config.json` as it is, but for the dtype and the quantization of the release."""
+def write_config(
+    base: Path, folder: Path, dtype: str, untied: bool, pack: Quantization | None, with_code: bool
+) -> None:
+    """Write the base's `config.json` as it is, but for the dtype and the quantization of the release.
+
+    Code of the base's own is named in it only where it comes along (`with_code`).
+    """
     config = read_json(base / CONFIG_FILE, "--base", str(base))
     config.pop("torch_dtype", None)  # its name before transformers 5
     config["dtype"] = dtype
+    if not with_code:
+        config.pop("auto_map", None)
     if untied:
         config["tie_word_embeddings"] = False
     if pack is not None:
@@ -52,10 +59,13 @@ def _quantization_config(dtype: str, pack: Quantization) -> dict[str, Any]:
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
 
 
-def copy_side_files(base: Path, tokenizers: Iterable[Path], folder: Path) -> None:
-    """Copy the tokenizer of the first of `tokenizers` that has one, and the base's other files that a server needs."""
-    names = set(BASE_FILES) | {file.name for pattern in LICENCE_PATTERNS for file in base.glob(pattern)}
-    names |= {file.name for file in base.glob("*.py")}  # the code of a model that brings its own
+def copy_side_files(base: Path, tokenizers: Iterable[Path], folder: Path, with_code: bool) -> None:
+    """Copy the tokenizer of the first of `tokenizers` that has one, and the base's other files that a server needs.
+
+    Code that comes with the base is copied only where the user trusts it (`with_code`).
+    """
+    patterns = [*LICENCE_PATTERNS, *(["*.py"] if with_code else [])]
+    names = set(BASE_FILES) | {file.name for pattern in patterns for file in base.glob(pattern)}
     for name in sorted(names):
         _copy(base / name, folder)
     for tokenizer in tokenizers:

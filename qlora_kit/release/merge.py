@@ -14,7 +14,7 @@ from rich.console import Console
 from qlora_kit import base, host_memory, quiet, runs
 from qlora_kit.config import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
-from qlora_kit.progress import BytesProgress
+from qlora_kit.progress import BytesProgress, say_line
 from qlora_kit.release import content, live, proof, report, stream, verify
 from qlora_kit.release.blocks import adapter_of_first_blocks, blocks_that_fit, first_blocks
 from qlora_kit.release.factors import Adapter, open_adapter
@@ -141,11 +141,12 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
         progress.stop()
     proof.check_files(folder, shards)
     dtype = str(request.torch_dtype).removeprefix("torch.")
-    content.write_config(inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack)
+    with_code = request.base.trust_remote_code
+    content.write_config(inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code)
     tokenizers = [adapter.folder for adapter in inputs.adapters]
     if request.base.tokenizer is not None:
         tokenizers.append(Path(request.base.tokenizer))
-    content.copy_side_files(inputs.base_folder, [*tokenizers, inputs.base_folder], folder)
+    content.copy_side_files(inputs.base_folder, [*tokenizers, inputs.base_folder], folder, with_code)
     return Candidate(into, folder, recipe, tensors)
 
 
@@ -242,6 +243,8 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]
         chosen, model_proof, choice = candidates[0], None, None
         if whole_model:
+            if not say.is_terminal:
+                say_line(say, "comparing the release with the live model, in processes of their own")
             with say.status("comparing the release with the live model"):
                 proofs = prove(request, inputs, candidates, working / "proof")
             chosen, model_proof, choice = choose(candidates, proofs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,13 @@ class Output:
 
     @property
     def adapted(self) -> bool:
-        """Whether any adapter changes it."""
+        """Whether any adapter has something to say about it."""
         return bool(self.factors or self.whole or self.biases)
+
+    @property
+    def must_change(self) -> bool:
+        """Whether it cannot be as it was; a tensor held whole may be a copy of the base's, saved for safety."""
+        return bool(self.factors or self.biases)
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,3 @@ def written_dtype(output: Output, checkpoint: Checkpoint, dtype: torch.dtype) ->
         return own
     kept = output.weight is not None and output.weight.kept_in_fp32
     return torch.float32 if kept else dtype
-
-
-def adapted_modules(outputs: Outputs) -> Iterator[str]:
-    """The names of the weights that adapters change."""
-    yield from (output.name for output in outputs.weights if output.adapted)

@@ -29,7 +29,7 @@ class TensorProof:
 
     name: str
     elements: int
-    adapted: bool
+    changed: bool
     delta_norm: float  # of the exact change
     lost_norm: float  # of what rounding to the dtype took from, or added to, the exact merged weight
 
@@ -42,8 +42,8 @@ class TensorProof:
 class TensorCheck:
     """Compares the pieces of one tensor with what they should be, as they are written."""
 
-    def __init__(self, name: str, dtype: torch.dtype, adapted: bool) -> None:
-        self.name, self.dtype, self.adapted = name, dtype, adapted
+    def __init__(self, name: str, dtype: torch.dtype, must_change: bool) -> None:
+        self.name, self.dtype, self.must_change = name, dtype, must_change
         self.elements, self.changed = 0, False
         self.delta_squares = self.lost_squares = 0.0
 
@@ -79,13 +79,13 @@ class TensorCheck:
 
     def result(self) -> TensorProof:
         """What was found. Raises `UserError` where an adapter changed nothing, or nothing that is left."""
-        if self.adapted and not self.delta_squares:
+        if self.must_change and not self.delta_squares:
             raise broken(f"the adapter changes nothing in {self.name}")
-        if self.adapted and not self.changed:
+        if self.must_change and not self.changed:
             rule = f"rounds away all that the adapter changed in {self.name}"
             raise UserError.of("--dtype", short_name(self.dtype), rule, "Use --dtype fp32.")
         norms = self.delta_squares**0.5, self.lost_squares**0.5
-        return TensorProof(self.name, self.elements, self.adapted, *norms)
+        return TensorProof(self.name, self.elements, self.changed, *norms)
 
 
 def short_name(dtype: torch.dtype) -> str:
@@ -167,12 +167,12 @@ def broken(what: str) -> UserError:
 def summary(proofs: Iterable[TensorProof]) -> dict[str, object]:
     """The figures of all tensors for the report."""
     every = list(proofs)
-    adapted = [proof for proof in every if proof.adapted]
-    worst = max(adapted, key=lambda proof: proof.lost, default=None)
+    changed = [proof for proof in every if proof.changed]
+    worst = max(changed, key=lambda proof: proof.lost, default=None)
     return {
         "tensors": len(every),
         "elements": sum(proof.elements for proof in every),
-        "adapted": len(adapted),
-        "adapted_elements": sum(proof.elements for proof in adapted),
+        "changed": len(changed),
+        "changed_elements": sum(proof.elements for proof in changed),
         "rounding_to_change": {"worst": worst.lost, "tensor": worst.name} if worst is not None else None,
     }

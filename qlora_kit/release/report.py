@@ -190,7 +190,7 @@ def proof_lines(report: Report) -> list[str]:
     """The proof in words."""
     tensors, model = report["proof"]["tensors"], report["proof"]["model"]
     lines = [
-        f"{tensors['tensors']:,} tensors, each read back as it was written; {tensors['adapted']:,} of them changed by "
+        f"{tensors['tensors']:,} tensors, each read back as it was written; {tensors['changed']:,} of them changed by "
         f"the adapter, the others the base's"
     ]
     worst = tensors["rounding_to_change"]
@@ -260,6 +260,10 @@ def closing(report: Report, out: str) -> list[str]:
     lines = [f"{out}: merged into {_base_text(report)}, {release['dtype']}, {release['format']}"]
     if release["left_out"]:
         lines.append(f"left out: {len(release['left_out'])} tensors of the base's files that the model does not use")
+    model = report["proof"]["model"]
+    if release["format"] == "nf4" and model is not None and model["exact"]["loss"] is not None:
+        before, after = model["exact"]["reference_loss"], model["exact"]["loss"]
+        lines.append(f"quantizing after the merge cost this: the loss was {before:.4f} and is {after:.4f} now")
     if release["untied"]:
         lines.append("the head and the embedding are no longer one tensor: the adapter changed them apart")
     return lines + [f"proof: {line}" for line in proof_lines(report)]

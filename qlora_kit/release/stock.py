@@ -1,6 +1,6 @@
 """Reads a release as any user of transformers does, and writes down what it answers. Run as a script of its own.
 
-    python stock.py RELEASE ROWS OUT
+    python stock.py RELEASE ROWS OUT [--trust-remote-code]
 
 It imports nothing of qlora_kit (but for `orphan`, beside it), so that what it finds is what the stock libraries
 find. ROWS is a JSON file of token
@@ -58,9 +58,11 @@ def greedy(model: Any, prompt: list[int], end: int | None) -> dict[str, Any]:
     return {"tokens": answer.sequences[0, len(prompt) :].tolist(), "leads": leads}
 
 
-def load(folder: Path) -> tuple[Any, dict[str, list[str]]]:
-    """The model as transformers loads it from `folder`, in the dtype of its files, and the keys that did not match."""
-    with_code = any(folder.glob("*.py"))
+def load(folder: Path, with_code: bool) -> tuple[Any, dict[str, list[str]]]:
+    """The model as transformers loads it from `folder`, in the dtype of its files, and the keys that did not match.
+
+    Python code that lies in the folder runs only where `with_code`.
+    """
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto",
@@ -84,9 +86,9 @@ def wait_for(file: Path) -> dict[str, Any]:
     return content
 
 
-def main(release: Path, rows_file: Path, out: Path) -> None:
+def main(release: Path, rows_file: Path, out: Path, with_code: bool = False) -> None:
     """Answer the rows with the release, and write it all to `out`."""
-    model, wrong = load(release)
+    model, wrong = load(release, with_code)
     asked = wait_for(rows_file)
     quantized = getattr(model, "is_quantized", False)
     if not quantized:
@@ -98,7 +100,7 @@ def main(release: Path, rows_file: Path, out: Path) -> None:
     save_file(row_logits(model, asked["rows"]), out / "exact.safetensors")
     exact = greedy(model, asked["prompt"], asked["end"])
     if quantized:
-        model, _ = load(release)
+        model, _ = load(release, with_code)
         save_file(row_logits(model, asked["rows"]), out / "served.safetensors")
         served = greedy(model, asked["prompt"], asked["end"])
     found = {"class": type(model).__name__, **wrong, "served": served, "exact": exact}
@@ -106,4 +108,5 @@ def main(release: Path, rows_file: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:]))
+    RELEASE, ROWS, OUT = (Path(place) for place in sys.argv[1:4])
+    main(RELEASE, ROWS, OUT, with_code=sys.argv[4:] == ["--trust-remote-code"])

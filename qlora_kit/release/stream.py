@@ -112,7 +112,7 @@ def _write_copy(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: 
     """A weight without factors on a layer that is not quantized: the base's, cast as loading casts it."""
     dtype = outputs.written_dtype(output, checkpoint, recipe.dtype)
     seen_dtype = outputs.seen_dtype(output, checkpoint, recipe.original)
-    check = proof.TensorCheck(output.name, dtype, adapted=False)
+    check = proof.TensorCheck(output.name, dtype, must_change=False)
     entry = writer.entry(output.name)
     numel = checkpoint.entries[output.source].numel
     for start in range(0, numel, COPY_ELEMENTS):
@@ -133,7 +133,7 @@ def _write_matrix(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer
     import torch
 
     dtype = outputs.written_dtype(output, checkpoint, recipe.dtype)
-    check = proof.TensorCheck(output.name, dtype, output.adapted)
+    check = proof.TensorCheck(output.name, dtype, output.must_change)
     entry = writer.entry(output.name)
     transposed = _is_transposed(output)
     turned = torch.empty(entry.shape, dtype=dtype) if transposed else None
@@ -157,7 +157,7 @@ def _write_packed(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer
     import torch
 
     assert recipe.pack is not None
-    check = proof.TensorCheck(output.name, recipe.dtype, output.adapted)
+    check = proof.TensorCheck(output.name, recipe.dtype, output.must_change)
     shape = checkpoint.entries[output.source].shape
     shape = tuple(reversed(shape)) if _is_transposed(output) else shape
     builder = quantize.PackedWeightBuilder(shape, recipe.dtype, recipe.pack)

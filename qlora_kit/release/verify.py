@@ -127,7 +127,8 @@ class Sides:
         for into, release in self.releases.items():
             (self.folder / into).mkdir()
             places = (release, self.folder / live.ROWS_FILE, self.folder / into)
-            commands.append([sys.executable, stock, *map(str, places)])
+            code = ["--trust-remote-code"] if self.job.config["base"]["trust_remote_code"] else []
+            commands.append([sys.executable, stock, *map(str, places), *code])
         at_once = 2 if self.together else 1
         for first in range(0, len(commands), at_once):
             self._answer(commands[first : first + at_once])
