@@ -244,8 +244,12 @@ def test_ctrl_c_ends_with_130_and_what_there_is(capsys, monkeypatch, tiny_runs):
         return model
 
     monkeypatch.setattr(reopening, "load_run_model", interrupted)
-    with pytest.raises(SystemExit) as caught:
-        generate(capsys, *flags)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
+    try:
+        with pytest.raises(SystemExit) as caught:
+            generate(capsys, *flags)
+    finally:
+        signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert caught.value.code == 130
     assert "Traceback" not in err

@@ -171,7 +171,7 @@ def test_the_collator_of_a_run_fits_its_model(family, varlen_wanted):
     varlen.put_on(model, LeanConfig())
     rows = pack(examples([9, 5, 3]), 16)
     tokenizer = prepare_tokenizer(tiny_tokenizer())
-    given = inputs.Inputs(tokenizer, rows, None, [], 16, AuditReport(*([0] * 12)))
+    given = inputs.Inputs(tokenizer, rows, None, [], 16, AuditReport(*([0] * 12)), plain_text=False)
     batch = inputs.make_collator(run_settings(pack=True), model, given)([rows[index] for index in range(len(rows))])
     assert ("segment_starts" in batch) == varlen_wanted
     assert torch.isfinite(model(**batch).loss)
