@@ -98,7 +98,8 @@ def test_without_data_it_is_what_the_run_held_out_and_said(capsys, tiny_runs):
     run = tiny_runs["adapter"]
     results = json.loads((run / "run.json").read_text())["results"]
     found = evaluated(capsys, "--run", run)
-    assert found["models"]["adapter"]["loss"] == pytest.approx(results["eval_loss"], rel=1e-6)
+    rounding = torch.finfo(torch.bfloat16).eps / 2  # the run evaluates with the lean step, in another order of sums
+    assert found["models"]["adapter"]["loss"] == pytest.approx(results["eval_loss"], rel=rounding)
     assert found["models"]["adapter"]["exact_match"] == results["exact_match_after"]
     assert found["models"]["base"]["exact_match"] == results["exact_match_before"]
     assert found["exact_match_prompts"] == 3

@@ -101,11 +101,12 @@ def test_moving_and_casting_the_model_leave_it_on_the_host():
 
 
 def test_hooks_stay():
-    model = moved()  # transformers made one of its own when it turned the checkpoints on
+    model = adapted("llama", **UNTIED)
     rows = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: rows.append(out))
+    embedding.move_to_host(model.get_input_embeddings())
     model(**plain_batch())
-    assert rows[0].requires_grad
+    assert len(rows) == 1
 
 
 def on_meta(**changes):
