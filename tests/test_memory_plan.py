@@ -271,6 +271,16 @@ def test_two_steps_because_the_states_are_born_in_the_first(operations):
     assert overall_peak(record.events).region.step == simulation.STEPS == 2
 
 
+@pytest.mark.parametrize("lean", ["on", "off"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox"])
+def test_every_step_has_its_loss(tmp_path, family, lean):
+    """OPT's head reads its decoder's decoder: a hook on what transformers calls the base model is never met."""
+    config = run(config_file(tmp_path, family, 2), lean=lean)
+    peaks = peaks_by_region(simulate(config, Recipe(64, "adamw")).events)
+    assert peaks[Region(2, "loss")].components["loss"] > 0
+    assert not any("loss" in peak.components for region, peak in peaks.items() if region.phase == "forward")
+
+
 def test_a_masked_or_unfused_attention_takes_the_memory_efficient_way(tmp_path):
     config = run(config_file(tmp_path, "llama", 2), pack=True, varlen=False)
     t4 = Recipe(64, "adamw", capability=(7, 5))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_kit.lean.loss import ChunkedLoss
 from qlora_kit.memory.track import MemoryTracker
 
 
@@ -88,7 +89,9 @@ def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:
         for layer in block.children():  # a recomputation calls them, but not the block
             yield layer.register_forward_pre_hook(_layer_begins(tracker, index))
             yield layer.register_forward_hook(_layer_ends(tracker), always_call=True)
-    yield decoder_of(model).register_forward_hook(_decoder_ends(tracker, len(blocks)))
+    for module in model.modules():  # the loss in chunks does without the head
+        if module is model.get_output_embeddings() or isinstance(module, ChunkedLoss):
+            yield module.register_forward_pre_hook(_loss_begins(tracker, len(blocks)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             yield parameter.register_post_accumulate_grad_hook(lambda p: tracker.label(p.grad, "gradients"))
@@ -155,18 +158,11 @@ def _layer_ends(tracker: MemoryTracker) -> Any:
     return hook
 
 
-def decoder_of(model: Any) -> nn.Module:
-    """What is below the head of a causal language model."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder: nn.Module = causal.base_model
-    return decoder
-
-
-def _decoder_ends(tracker: MemoryTracker, n_blocks: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _loss_begins(tracker: MemoryTracker, n_blocks: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         tracker.enter("loss")
-        hidden = output[0]
-        if hidden.requires_grad:
+        if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
+            hidden: Any = args[0]
             hidden.register_hook(lambda _: tracker.enter("backward", n_blocks - 1))
 
     return hook
