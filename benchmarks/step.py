@@ -265,6 +265,7 @@ def _run_once(connection: Connection, function: Any, arguments: tuple[Any, ...])
     _begin()
     try:
         connection.send(function(*arguments))
+    # a peer's library fails in its own ways, and a contender that fails is a row that says so
     except (RuntimeError, ImportError, NotImplementedError, OSError, ValueError, TypeError) as error:
         connection.send({"status": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"})
 

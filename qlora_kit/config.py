@@ -230,7 +230,7 @@ class LeanConfig(_Checked):
 
     def resolved(self, device_type: str) -> LeanConfig:
         """With every `auto` decided for a run on `device_type` whose memory is not short."""
-        on_cuda = {True: "on", False: "off"}[device_type == "cuda"]
+        on_cuda = "on" if device_type == "cuda" else "off"
         offload = on_cuda if self.offload_activations == "auto" else self.offload_activations
         half = offload if self.half_blocks == "auto" else self.half_blocks
         embedding = "off" if self.offload_embedding == "auto" else self.offload_embedding

@@ -69,7 +69,7 @@ def _read_held_out(config: RunConfig) -> list[data.Example]:
 def held_out_examples(config: RunConfig) -> list[data.Example]:
     """The examples that a run of `config` does not train on: its own data for it, or the share that it splits off.
 
-    None where it holds nothing out. Raises `UserError` for data that cannot be read.
+    Empty where it holds nothing out. Raises `UserError` for data that cannot be read.
     """
     if not config.data.eval_fraction:
         return _read_held_out(config)

@@ -95,10 +95,7 @@ class RunFolder:
 
     def check_place(self, overwrite: bool) -> None:
         """Check that the place can be written and nothing would be overwritten unasked. Raises `UserError`."""
-        parent = next(p for p in self.final.absolute().parents if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            reason = OSError(errno.EACCES, f"{parent} is not a folder that you may write to")
-            raise unwritable(str(self.final), reason)
+        check_writable(self.final)
         if self.final.exists() and not _may_be_replaced(self.final):
             rule = "already exists and is no run folder, so it is never replaced"
             raise UserError.of("--out", str(self.final), rule, "Choose another folder.")
@@ -137,6 +134,13 @@ class RunFolder:
 def _may_be_replaced(folder: Path) -> bool:
     """Whether `folder` is a run, or holds nothing: anything else may be dear to its owner."""
     return folder.is_dir() and ((folder / RUN_FILE).is_file() or not any(folder.iterdir()))
+
+
+def check_writable(folder: Path) -> None:
+    """Check that `folder` can be made where it is to be. Raises `UserError`."""
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise unwritable(str(folder), OSError(errno.EACCES, f"{parent} is not a folder that you may write to"))
 
 
 def unwritable(out: str, error: OSError) -> UserError:

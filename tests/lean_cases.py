@@ -11,7 +11,7 @@ import oracles
 import torch
 from families import VOCAB, tiny_model
 
-from qlora_kit import adapters
+from qlora_kit import adapters, assembly
 from qlora_kit.config import AdapterConfig, LeanConfig
 
 LEAN = LeanConfig().resolved("cpu")
@@ -35,6 +35,26 @@ def with_factors(base: Any, **settings: Any) -> Any:
 def tiny_peft_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model of `family` with factors on every linear layer."""
     return with_factors(tiny_model(family, dtype=dtype))
+
+
+def adapted(
+    family: str, dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, checkpointing: bool = False
+) -> Any:
+    """A tiny model in training mode, both factors off zero; the same values in every dtype."""
+    model = tiny_model(family, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    if checkpointing:
+        assembly.enable_checkpointing(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = adapters.inject(model, AdapterConfig(r=4))
+    draw = torch.Generator().manual_seed(1)
+    for name, factor in adapters.trainable(model):
+        values = torch.randn(factor.shape, generator=draw) * (0.05 if "lora_B" in name else 0.2)
+        factor.data = values.bfloat16().to(dtype)
+    return model.train()
 
 
 def batch(rows: int = 3, tokens: int = 17, supervised: float = 0.7, vocab: int = VOCAB) -> dict[str, torch.Tensor]:

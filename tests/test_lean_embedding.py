@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoint_cases import SETTINGS, adapted, assert_same, gradients, padded_batch, plain_batch
+from checkpoint_cases import adapted, assert_same, gradients, padded_batch, plain_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_cases import settings as run_settings
@@ -117,20 +117,20 @@ def on_meta(**changes):
 
 
 def test_put_on_says_how_much_it_moved():
-    outcome = embedding.put_on(on_meta(vocab_size=6400), SETTINGS)
+    outcome = embedding.put_on(on_meta(vocab_size=6400))
     assert (outcome.done, outcome.left) == (f"{6400 * 128 * 2 / 2**20:,.1f} MiB", "")
 
 
 def test_put_on_leaves_what_it_must_not_move():
-    assert embedding.put_on(adapted("llama", **UNTIED), SETTINGS).left == "the model is on the host already"
+    assert embedding.put_on(adapted("llama", **UNTIED)).left == "the model is on the host already"
     tied = on_meta(tie_word_embeddings=True)
-    assert embedding.put_on(tied, SETTINGS).left == "it is tied to the head"
+    assert embedding.put_on(tied).left == "it is tied to the head"
     trained = on_meta()
     trained.get_input_embeddings().weight.requires_grad_(True)
-    assert embedding.put_on(trained, SETTINGS).left == "it trains"
+    assert embedding.put_on(trained).left == "it trains"
     rescaled = on_meta()
     rescaled.get_input_embeddings().max_norm = 1.0
-    assert embedding.put_on(rescaled, SETTINGS).left == "it rescales its rows"
+    assert embedding.put_on(rescaled).left == "it rescales its rows"
 
     class Doubled(nn.Embedding):
         def forward(self, ids):
@@ -138,7 +138,7 @@ def test_put_on_leaves_what_it_must_not_move():
 
     odd = on_meta()
     odd.set_input_embeddings(Doubled(640, 128, device=META).requires_grad_(False))
-    assert embedding.put_on(odd, SETTINGS).left == "a Doubled is not a plain lookup"
+    assert embedding.put_on(odd).left == "a Doubled is not a plain lookup"
     for model in (tied, trained, rescaled, odd):
         assert not isinstance(model.get_input_embeddings(), embedding.HostEmbedding)
 
@@ -150,7 +150,7 @@ def test_on_meta_its_bytes_are_not_counted():
         tracker = MemoryTracker("meta")
         label_model(tracker, model)
         counts.append(tracker.live_bytes)
-        embedding.put_on(model, SETTINGS)
+        embedding.put_on(model)
     assert counts[0] - counts[1] == 640 * 128 * 2 - 512  # one block for the stand-in
 
 
@@ -175,7 +175,7 @@ def test_on_a_gpu_the_weight_stays_on_the_host_and_the_answers_are_the_same():
         ids = plain_batch()["input_ids"].to(cuda)
         with torch.no_grad():
             expected, n_bytes = model(ids).logits, torch.cuda.memory_allocated()
-            assert embedding.put_on(model, SETTINGS).done
+            assert embedding.put_on(model).done
             assert torch.cuda.memory_allocated() < n_bytes
             model.to(cuda)
             for _ in range(3):

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 
 from qlora_kit import RunConfig, UserError, train, training
 from qlora_kit.adapters import inject, load_factors, save_adapter, trainable
-from qlora_kit.config import AdapterConfig, LeanConfig
+from qlora_kit.config import AdapterConfig
 from qlora_kit.lean import flat
 from qlora_kit.lean.flat import (
     ALIGNMENT,
@@ -63,7 +63,7 @@ def lora(family="llama", seed=0, **settings):
 
 
 def put_on(model):
-    return flat.put_on(model, LeanConfig())
+    return flat.put_on(model)
 
 
 def twins(**settings):

@@ -9,7 +9,6 @@ from families import FAMILIES, tiny_model
 from torch import nn
 from transformers.activations import ACT2FN
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean import gelu
 from qlora_kit.memory.track import MemoryTracker
 
@@ -19,7 +18,7 @@ STEP_BY_STEP = ("gelu_new", "gelu_fast", "gelu_accurate")
 def lean_activation(name):
     parent = nn.Module()
     parent.add_module("act", ACT2FN[name])
-    assert gelu.put_on(parent, LeanConfig()).done == "1 activations"
+    assert gelu.put_on(parent).done == "1 activations"
     return parent.act
 
 
@@ -65,7 +64,7 @@ def test_fp32_differs_by_no_more_than_the_stock_one_errs(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_activation_of_the_function_is_replaced(family):
     model = tiny_model(family)
-    outcome = gelu.put_on(model, LeanConfig())
+    outcome = gelu.put_on(model)
     attribute = {"gpt2": "act", "phi": "activation_fn"}.get(family)
     if attribute is None:
         assert outcome.done == ""
@@ -95,7 +94,7 @@ def test_it_keeps_its_result_alone():
 @pytest.mark.parametrize("family", ["gpt2", "phi"])
 def test_the_model_computes_what_it_did(family):
     exact, stock, lean = (tiny_model(family, dtype=dtype) for dtype in (torch.float64, *[torch.bfloat16] * 2))
-    gelu.put_on(lean, LeanConfig())
+    gelu.put_on(lean)
     ids = torch.arange(1, 60).reshape(1, -1)
     gradients = {}
     for model in (exact, stock, lean):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from checkpoint_cases import (
     BATCHES,
-    SETTINGS,
     VARIANTS,
     adapted,
     assert_same,
@@ -30,12 +29,12 @@ SHARED_NORM = ("phi",)  # its halves each have the norm's gradient rounded, wher
 
 def halved(variant, **changes):
     model = adapted(variant, **changes)
-    half_blocks.put_on(model, SETTINGS)
+    half_blocks.put_on(model)
     return model
 
 
 def halved_in_place(model):
-    half_blocks.put_on(model, SETTINGS)
+    half_blocks.put_on(model)
     return model
 
 
@@ -186,13 +185,13 @@ def test_a_copy_of_the_model_runs_its_own_blocks():
 
 
 def test_says_what_it_did():
-    outcome = half_blocks.put_on(adapted("gemma2"), SETTINGS)
+    outcome = half_blocks.put_on(adapted("gemma2"))
     assert (outcome.done, outcome.left) == ("2 blocks: attention and MLP apart", "")
 
 
 def test_without_checkpoints_it_leaves_the_model_alone():
     model = adapted("llama", checkpointing=False)
-    assert half_blocks.put_on(model, SETTINGS).left == "checkpointing is off"
+    assert half_blocks.put_on(model).left == "checkpointing is off"
     assert all("forward" not in vars(module) for module in model.modules())
 
 
@@ -201,7 +200,7 @@ def test_blocks_of_a_class_it_does_not_know_stay_whole():
     config = AutoConfig.for_model("stablelm", vocab_size=320, num_key_value_heads=2, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     assembly.enable_checkpointing(model)
-    outcome = half_blocks.put_on(model, SETTINGS)
+    outcome = half_blocks.put_on(model)
     assert (outcome.done, outcome.left) == ("", "StableLmDecoderLayer: whole blocks")
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
@@ -211,7 +210,7 @@ def test_a_foreign_class_of_a_known_name_stays_whole():
     layers = model.base_model.model.model.layers
     kind = type(layers[0])
     layers[0].__class__ = type(kind.__name__, (kind,), {"__module__": "somebody.elses"})
-    outcome = half_blocks.put_on(model, SETTINGS)
+    outcome = half_blocks.put_on(model)
     assert outcome.done.startswith("1 blocks")
     assert layers[0].gradient_checkpointing
     assert not layers[1].gradient_checkpointing

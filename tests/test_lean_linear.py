@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapters import inject, load_adapter, save_adapter, trainable
 from qlora_kit.base import load_base
-from qlora_kit.config import AdapterConfig, BaseConfig, LeanConfig, RunConfig
+from qlora_kit.config import AdapterConfig, BaseConfig, RunConfig
 from qlora_kit.lean import apply
 from qlora_kit.lean.linear import put_on
 from qlora_kit.memory.kernels import open_kernels
@@ -86,7 +86,7 @@ def randomize_factors(model: nn.Module, dtype: torch.dtype | None = None) -> Non
 
 
 def lean(model: Any) -> Any:
-    outcome = put_on(model, LeanConfig())
+    outcome = put_on(model)
     assert outcome.left == ""
     return model
 
@@ -540,7 +540,7 @@ def test_the_scale_is_the_layers_at_the_time_of_the_call():
 def test_what_it_does_not_understand_is_left_and_said(options, why):
     model = lora_model("linear", (64, 128, 64), **options)
     types = [type(m) for m in model.modules()]
-    outcome = put_on(model, LeanConfig())
+    outcome = put_on(model)
     assert (outcome.done, outcome.left) == ("", why)
     assert [type(m) for m in model.modules()] == types
 
@@ -549,7 +549,7 @@ def test_other_kinds_of_layers_are_left_and_said():
     model: Any = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
     model = inject_adapter_in_model(LoraConfig(target_modules=["0", "1", "2"]), model)
     model[2].base_layer.requires_grad_(True)
-    outcome = put_on(model, LeanConfig())
+    outcome = put_on(model)
     assert outcome.done == "1 linear layers"
     assert outcome.left == "lora.Embedding: PEFT's own forward on 1; the base trains: PEFT's own forward on 1"
 

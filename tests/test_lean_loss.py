@@ -13,7 +13,6 @@ from families import EOS_ID, FAMILIES, VOCAB, save_tiny, tiny_model, tiny_tokeni
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lean_cases import (
-    LEAN,
     Step,
     assert_within_stock_error,
     batch,
@@ -78,7 +77,7 @@ def any_model(kind: str, dtype: torch.dtype):
 def lean_copy(model):
     """A copy of `model` with the chunked loss, of which a few rows fit a chunk."""
     lean = copy.deepcopy(model)
-    assert loss.put_on(lean, LEAN).left == ""
+    assert loss.put_on(lean).left == ""
     return lean
 
 
@@ -99,7 +98,7 @@ def test_loss_and_gradients_are_the_stock_step_s(kind, dtype, seven_rows):
     model, inputs = any_model(kind, dtype), batch()
     n_items = None if dtype == FP32 else torch.tensor(45)
     exact, stock = exact_step(model, inputs, n_items), take_step(model, inputs, n_items)
-    assert loss.put_on(model, LEAN).left == ""
+    assert loss.put_on(model).left == ""
     lean = take_step(model, inputs, n_items)
     assert lean.token_losses is None  # no logits
     assert_within_stock_error(lean, stock, exact)
@@ -340,7 +339,7 @@ def test_a_step_on_meta_needs_only_an_answer_to_nonzero():
         with torch.device("meta"):
             model = with_factors(AutoModelForCausalLM.from_config(config, dtype=BF16))
         if lean:
-            loss.put_on(model, LEAN)
+            loss.put_on(model)
         inputs = {"input_ids": empty(8, 128), "labels": empty(8, 128), "num_items_in_batch": empty()}
         with MemoryTracker("meta", 1, stand_ins) as tracker:
             model(**inputs).loss.backward()
@@ -376,32 +375,32 @@ def test_on_a_gpu_the_gradient_and_the_peak_are_the_same(dtype):
 
 
 def test_it_says_what_it_did_and_what_it_left():
-    assert loss.put_on(tiny_peft_model("llama"), LEAN).done == "logits of 256 supervised tokens at a time"
+    assert loss.put_on(tiny_peft_model("llama")).done == "logits of 256 supervised tokens at a time"
 
     twice = tiny_peft_model("llama")
-    loss.put_on(twice, LEAN)
-    assert loss.put_on(twice, LEAN).left == "the stock loss: the model's loss is not its class's own"
+    loss.put_on(twice)
+    assert loss.put_on(twice).left == "the stock loss: the model's loss is not its class's own"
 
     adapted = with_factors(tiny_model("llama"), targets=("q_proj",))
     adapted.get_base_model().lm_head.weight.requires_grad_(True)
-    assert "the head trains" in loss.put_on(adapted, LEAN).left
+    assert "the head trains" in loss.put_on(adapted).left
 
     hooked = tiny_peft_model("llama")
     hooked.get_base_model().lm_head.register_forward_hook(lambda *_: None)
-    assert "something else" in loss.put_on(hooked, LEAN).left
+    assert "something else" in loss.put_on(hooked).left
 
 
 def test_a_head_with_an_adapter_of_its_own_is_left():
     base = tiny_model("llama")
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
-    assert "not a plain linear layer" in loss.put_on(model, LEAN).left
+    assert "not a plain linear layer" in loss.put_on(model).left
     assert model(**batch()).logits is not None
 
 
 def test_an_architecture_that_is_not_in_the_table_is_left():
     config = AutoConfig.for_model("mixtral", **SIZES, vocab_size=VOCAB, intermediate_size=128, num_local_experts=2)
     model = with_factors(AutoModelForCausalLM.from_config(config, dtype=FP32), targets=("q_proj",))
-    assert loss.put_on(model, LEAN) == loss.Outcome(left="the stock loss: the head of 'mixtral' is not known")
+    assert loss.put_on(model) == loss.Outcome(left="the stock loss: the head of 'mixtral' is not known")
     assert "forward" not in vars(model.get_base_model())
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from families import FAMILIES
-from lean_cases import LEAN, batch, take_step, tiny_peft_model
+from lean_cases import batch, take_step, tiny_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit import adapters
@@ -30,7 +30,7 @@ def test_real_tokens_never_see_the_padding(family):
     """fp64: what differs is the order of sums alone."""
     stock = tiny_peft_model(family).double()
     lean = copy.deepcopy(stock)
-    assert mask.put_on(lean, LEAN).done
+    assert mask.put_on(lean).done
     expected, found = take_step(stock, padded()), take_step(lean, padded())
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)  # fp32 inside both
     for name, gradient in expected.gradients.items():
@@ -39,7 +39,7 @@ def test_real_tokens_never_see_the_padding(family):
 
 def test_the_decoder_gets_no_mask_with_labels_and_keeps_it_without():
     model = tiny_peft_model("llama").eval()
-    assert mask.put_on(model, LEAN).done
+    assert mask.put_on(model).done
     masks = []
     decoder = model.get_base_model().model
     decoder.register_forward_pre_hook(lambda m, a, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
@@ -53,7 +53,7 @@ def test_the_decoder_gets_no_mask_with_labels_and_keeps_it_without():
 def test_answers_to_prompts_padded_on_the_left_are_as_before():
     stock = tiny_peft_model("llama").eval()
     lean = copy.deepcopy(stock)
-    mask.put_on(lean, LEAN)
+    mask.put_on(lean)
     ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
     left = torch.ones_like(ids)
     left[0, :4] = 0
@@ -73,4 +73,4 @@ def test_experts_keep_the_mask_for_it_says_what_to_balance():
         num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
     model = adapters.inject(AutoModelForCausalLM.from_config(config), AdapterConfig(targets=("q_proj",)))
-    assert "experts" in mask.put_on(model, LEAN).left
+    assert "experts" in mask.put_on(model).left

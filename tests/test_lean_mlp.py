@@ -14,12 +14,13 @@ import torch
 from families import FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lean_cases import adapted
 from memory_cases import settings as run_settings
 from memory_cases import small_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit import adapters, assembly
-from qlora_kit.config import AdapterConfig, LeanConfig
+from qlora_kit.config import AdapterConfig
 from qlora_kit.lean import linear, mlp
 from qlora_kit.lean.unread import is_output_unread
 from qlora_kit.memory.kernels import stand_ins
@@ -38,26 +39,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(mlp, "WIDEST_BYTES", 1)
 
 
-def adapted(family, dtype=torch.float32, dropout=0.0, checkpointing=False):
-    """A tiny model in training mode whose factors are off zero; the same values in every dtype."""
-    model = tiny_model(family, dtype=dtype)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
-    if checkpointing:
-        assembly.enable_checkpointing(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = adapters.inject(model, AdapterConfig(r=4))
-    draw = torch.Generator().manual_seed(1)
-    for name, factor in adapters.trainable(model):
-        values = torch.randn(factor.shape, generator=draw) * (0.05 if "lora_B" in name else 0.2)
-        factor.data = values.bfloat16().to(dtype)
-    return model.train()
-
-
 def tiled(model):
-    assert mlp.put_on(model, LeanConfig()).done.startswith("2 MLPs")
+    assert mlp.put_on(model).done.startswith("2 MLPs")
     return model
 
 
@@ -177,21 +160,21 @@ def test_the_output_may_be_changed_in_place():
 
 
 def test_models_without_an_mlp_of_their_own_are_left():
-    outcome = mlp.put_on(adapted("opt"), LeanConfig())
+    outcome = mlp.put_on(adapted("opt"))
     assert outcome.done == ""
     assert outcome.left.startswith("no MLP")
 
 
 def test_dropout_inside_is_left():
     model = adapters.inject(tiny_model("llama"), AdapterConfig(r=4, dropout=0.1))
-    outcome = mlp.put_on(model, LeanConfig())
+    outcome = mlp.put_on(model)
     assert outcome.done == ""
     assert outcome.left == "2 MLPs: a dropout inside draws for all tokens at once"
 
 
 def test_eight_bits_with_outliers_are_left():
     model = assembly.build_model(run_settings(bits=8, lean="off"), torch.device("meta"), small_config("llama"))
-    outcome = mlp.put_on(model, LeanConfig())
+    outcome = mlp.put_on(model)
     assert outcome.done == ""
     assert outcome.left.startswith("2 MLPs: 8 bits")
 
@@ -236,7 +219,7 @@ def test_layers_that_run_their_factors_first_leave_the_last_product_out(family, 
     plain, model = adapted(family, checkpointing=True), adapted(family, checkpointing=True)
     seen, product = [], linear.add_frozen_product
     for lean in (plain, model):
-        linear.put_on(lean, LeanConfig())
+        linear.put_on(lean)
     last = {m.base_layer for n, m in model.named_modules() if n.endswith(tuple(f"mlp.{n}" for n in mlp.LAST.values()))}
 
     def counted(branch, x, base):
@@ -331,7 +314,7 @@ def test_a_known_class_computes_what_it_did(kind, monkeypatch):
     assert "dropout(" not in inspect.getsource(type(one).forward).replace("self.dropout(", "")  # none without a module
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     expected = one.eval()(x)
-    assert mlp.put_on(model, LeanConfig()).done
+    assert mlp.put_on(model).done
     torch.testing.assert_close(one(x), expected)
 
 
@@ -340,4 +323,4 @@ def test_a_class_that_does_more_is_left(kind, fields):
     """Of the same layers, but with factors or a dropout in between."""
     model, mlps = mlps_of(kind, **fields)
     assert mlps
-    assert "is not known" in mlp.put_on(model, LeanConfig()).left
+    assert "is not known" in mlp.put_on(model).left

@@ -12,7 +12,6 @@ from memory_cases import settings as run_settings
 from memory_cases import small_config
 
 from qlora_kit import assembly
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean import norm
 from qlora_kit.memory.track import MemoryTracker
 
@@ -22,7 +21,7 @@ NORMS = {"llama": 5, "mistral": 5, "qwen2": 5, "qwen3": 9, "gemma": 5, "gemma2":
 def first_norm(family, lean, dtype=torch.bfloat16):
     model = tiny_model(family, dtype=dtype).requires_grad_(False)
     if lean:
-        assert norm.put_on(model, LeanConfig()).done == f"{NORMS[family]} norms"
+        assert norm.put_on(model).done == f"{NORMS[family]} norms"
     return model.model.layers[0].input_layernorm
 
 
@@ -86,7 +85,7 @@ def test_the_norm_of_heads():
     x, grad_y = (t.view(2, 5, 4, 32) for t in drawn((2, 5, 128), torch.bfloat16))
     stock_y, stock_grad = value_and_gradient(stock, x, grad_y)
     exact = exact_gradient(stock, x, grad_y)
-    norm.put_on(model, LeanConfig())
+    norm.put_on(model)
     lean_y, lean_grad = value_and_gradient(model.model.layers[0].self_attn.q_norm, x, grad_y)
     assert torch.equal(lean_y, stock_y)
     assert (lean_grad - exact).norm() <= (stock_grad - exact).norm()
@@ -104,13 +103,13 @@ def test_a_norm_that_trains_is_the_stock_one():
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NORMS.keys()))
 def test_other_families_have_none(family):
-    assert norm.put_on(tiny_model(family), LeanConfig()).left == "no RMS norms in this model"
+    assert norm.put_on(tiny_model(family)).left == "no RMS norms in this model"
 
 
 def test_a_norm_of_another_formula_is_left():
     model = tiny_model("llama")
     model.model.norm = type("OtherRMSNorm", (torch.nn.RMSNorm,), {})(64)
-    outcome = norm.put_on(model, LeanConfig())
+    outcome = norm.put_on(model)
     assert outcome.done == "4 norms"
     assert outcome.left == "OtherRMSNorm: of another formula"
 
@@ -118,7 +117,7 @@ def test_a_norm_of_another_formula_is_left():
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_only_the_input_is_kept(family):
     model = assembly.build_model(run_settings(bits=4, lean="off"), torch.device("meta"), small_config(family))
-    norm.put_on(model, LeanConfig())
+    norm.put_on(model)
     x = torch.empty(64, 1024, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with MemoryTracker("meta") as tracker:
         tracker.label(x, "inputs")

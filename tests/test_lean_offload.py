@@ -8,7 +8,6 @@ import pytest
 import torch
 from checkpoint_cases import (
     BATCHES,
-    SETTINGS,
     VARIANTS,
     adapted,
     assert_same,
@@ -80,7 +79,7 @@ def offloaded(model, transport):
 
 
 def halved(model):
-    half_blocks.put_on(model, SETTINGS)
+    half_blocks.put_on(model)
     return model
 
 
@@ -270,11 +269,11 @@ def on_meta(layers=2, **changes):
 
 
 def test_put_on_says_what_it_did():
-    assert offload.put_on(adapted("llama"), SETTINGS).left == "the model is on the host already"
-    assert offload.put_on(on_meta(gradient_checkpointing=False), SETTINGS).left == "checkpointing is off"
+    assert offload.put_on(adapted("llama")).left == "the model is on the host already"
+    assert offload.put_on(on_meta(gradient_checkpointing=False)).left == "checkpointing is off"
     for first, second in ((offload, half_blocks), (half_blocks, offload)):
         model = on_meta()
-        outcomes = {piece: piece.put_on(model, SETTINGS) for piece in (first, second)}
+        outcomes = {piece: piece.put_on(model) for piece in (first, second)}
         assert outcomes[offload].done == "what 2 blocks keep for the recomputation"
         assert outcomes[half_blocks].done == "2 blocks: attention and MLP apart"
 
@@ -296,7 +295,7 @@ def planned(pieces, results):
     model = on_meta(LAYERS).train()
     model.get_base_model().disable_input_require_grads()  # else autograd keeps the first input as a leaf
     for piece in pieces:
-        piece.put_on(model, SETTINGS)
+        piece.put_on(model)
     tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins(), run=results.run)
     optimizer = make_optimizer(model, config, "adamw", [])
     with no_collections(), watch(tracker, model, optimizer), kernels.CudaChoices((8, 0)), tracker:
@@ -341,7 +340,7 @@ def test_on_a_gpu_gradients_are_the_same_and_memory_is_less(halves):
 
     step()
     expected, without_bytes = step()
-    assert offload.put_on(model, SETTINGS).done
+    assert offload.put_on(model).done
     for _ in range(4):  # later steps use the buffers of earlier ones
         found, with_bytes = step()
         assert_same(found, expected)

@@ -6,15 +6,15 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model, tiny_tokenizer
+from families import FAMILIES, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lean_cases import adapted
 from memory_cases import settings as run_settings
 from memory_cases import small_config
 from transformers import AutoConfig
 
-from qlora_kit import adapters, assembly, inputs
-from qlora_kit.config import AdapterConfig, LeanConfig
+from qlora_kit import adapters, inputs
 from qlora_kit.data import Collator, pack, prepare_tokenizer
 from qlora_kit.data.audit import AuditReport
 from qlora_kit.data.encode import Encoded, EncodedSet
@@ -43,23 +43,8 @@ def packed_batch(lengths, **options):
     return Collator(PAD, packed=True, **options)([packed[index] for index in range(len(packed))])
 
 
-def adapted(family, dtype=torch.float32, checkpointing=False):
-    """A tiny model in training mode whose factors are off zero; the same values in every dtype."""
-    model = tiny_model(family, dtype=dtype)
-    if checkpointing:
-        assembly.enable_checkpointing(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = adapters.inject(model, AdapterConfig(r=4))
-    draw = torch.Generator().manual_seed(1)
-    for name, factor in adapters.trainable(model):
-        values = torch.randn(factor.shape, generator=draw) * (0.05 if "lora_B" in name else 0.2)
-        factor.data = values.bfloat16().to(dtype)
-    return model.train()
-
-
 def by_example(model):
-    assert varlen.put_on(model, LeanConfig()).done == "packed rows attend example by example"
+    assert varlen.put_on(model).done == "packed rows attend example by example"
     return model
 
 
@@ -95,7 +80,7 @@ def exact_step(family):
 @pytest.mark.parametrize("family", BY_EXAMPLE)
 def test_loss_and_gradients_are_those_of_the_mask(family, dtype, checkpointing):
     masked = loss_and_gradients(adapted(family, dtype), packed_batch(LENGTHS))
-    lean = by_example(adapted(family, dtype, checkpointing))
+    lean = by_example(adapted(family, dtype, checkpointing=checkpointing))
     ours = loss_and_gradients(lean, packed_batch(LENGTHS, varlen=True))
     error = (masked - exact_step(family)).norm()
     assert error > 0
@@ -168,7 +153,7 @@ def test_an_attention_without_segments_fails_rather_than_look_across_examples():
 @pytest.mark.parametrize(("family", "varlen_wanted"), [("llama", True), ("gemma2", False)])
 def test_the_collator_of_a_run_fits_its_model(family, varlen_wanted):
     model = adapted(family)
-    varlen.put_on(model, LeanConfig())
+    varlen.put_on(model)
     rows = pack(examples([9, 5, 3]), 16)
     tokenizer = prepare_tokenizer(tiny_tokenizer())
     given = inputs.Inputs(tokenizer, rows, None, [], 16, AuditReport(*([0] * 12)), plain_text=False)
@@ -181,7 +166,7 @@ def test_the_collator_of_a_run_fits_its_model(family, varlen_wanted):
 
 
 def test_soft_capped_scores_are_left():
-    outcome = varlen.put_on(adapted("gemma2"), LeanConfig())
+    outcome = varlen.put_on(adapted("gemma2"))
     assert outcome.done == ""
     assert outcome.left == "packed rows get a mask: eager attention"
 
@@ -198,7 +183,7 @@ def test_models_that_look_otherwise_are_left(changes, reason):
     model = adapted("llama")
     for name, value in changes.items():
         object.__setattr__(model.config, name, value)
-    assert reason in varlen.put_on(model, LeanConfig()).left
+    assert reason in varlen.put_on(model).left
 
 
 # ------------------------------------------------------------------------------------------------------- in a plan

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from families import FAMILIES, save_tiny
+from releases import live_weights
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base import load_base
@@ -20,20 +21,6 @@ DTYPES = {4: torch.bfloat16, 8: torch.bfloat16, 16: torch.bfloat16, 32: torch.fl
 
 def together(pieces) -> torch.Tensor:
     return torch.cat([rows for _, rows in pieces])
-
-
-def live_weights(model) -> dict[str, torch.Tensor]:
-    """Every parameter of the live model as it computes with it, in fp32; quantized ones through bitsandbytes."""
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if hasattr(parameter, "quant_state"):
-            value = functional.dequantize_4bit(parameter.data, parameter.quant_state)
-        elif parameter.dtype == torch.int8:
-            value = functional.int8_vectorwise_dequant(parameter.data, parameter.SCB)
-        else:
-            value = parameter.data
-        found[name] = value.float()
-    return found
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])

@@ -1,6 +1,6 @@
 """Puts the pieces of the lean step on a model, and says what it did.
 
-A piece is a file with one function `put_on(model, settings) -> Outcome`, and one line in `PIECES`.
+A piece is a file with one function `put_on(model) -> Outcome`, and one line in `PIECES`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Piece:
 
     setting: str
     name: str
-    put_on: Callable[[Any, LeanConfig], Outcome]
+    put_on: Callable[[Any], Outcome]
 
 
 PIECES: tuple[Piece, ...] = (
@@ -54,4 +54,4 @@ def _put_on(piece: Piece, model: Any, settings: LeanConfig) -> Outcome:
     assert wanted != "auto", "resolve the settings first"
     if wanted in (False, "off"):
         return Outcome(left="switched off")
-    return piece.put_on(model, settings)
+    return piece.put_on(model)

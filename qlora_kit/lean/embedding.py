@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.outcome import Outcome
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Move the input embedding of `model` to the host, where it is frozen and the head has another weight."""
     embedding = model.get_input_embeddings()
     reason = _why_not(model, embedding)

@@ -24,7 +24,6 @@ from torch import nn
 from transformers import Trainer
 
 from qlora_kit import adapters
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.outcome import Outcome
 
 ALIGNMENT = 256
@@ -169,7 +168,7 @@ def flat_factors(model: Any) -> FlatFactors | None:
     return getattr(model, "flat_factors", None)
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Lay all factors of `model` side by side; after that no factor may be moved or cast."""
     named = adapters.trainable(model)
     if not named:

@@ -11,13 +11,12 @@ from typing import Any
 from torch import nn
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.outcome import Outcome
 
 SAME_FUNCTION = (NewGELUActivation, FastGELUActivation, AccurateGELUActivation)
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Replace each module of `model` that computes `gelu_new` step by step, wherever it hangs."""
     places = [
         (parent, name)

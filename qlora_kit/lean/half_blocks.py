@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.outcome import Outcome
 
 Checkpoint = Callable[[Callable[[torch.Tensor], Any], torch.Tensor], torch.Tensor]
@@ -29,7 +28,7 @@ Given = dict[str, Any]  # what a block is called with beside its input, by name
 Halves = Callable[[Any, torch.Tensor, Given, Checkpoint], torch.Tensor]
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Let every block of a known class that has its checkpoint on keep one for each of its halves instead."""
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     if not blocks:

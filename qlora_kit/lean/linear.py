@@ -22,7 +22,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.outcome import Outcome
 from qlora_kit.lean.unread import is_output_unread
 
@@ -152,7 +151,7 @@ LORA_FIRST: dict[type, type] = {
 }
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Let the LoRA layers of `model` run their factors first; parameters, names and files stay as they are.
 
     The base must stay frozen. The class of a layer changes, not its `forward` attribute: that would make the layer a

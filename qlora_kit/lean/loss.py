@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.heads import Head, decoder_of, head_of, why_not
 from qlora_kit.lean.outcome import Outcome
 
@@ -30,7 +29,7 @@ MAX_FP32_BYTES = 128 * 2**20  # of the logits of one chunk; two such buffers liv
 IGNORED = -100
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Let the causal language model in the PEFT `model` compute its loss in chunks; without labels it gives logits."""
     causal = model.get_base_model()
     reason = why_not(causal)

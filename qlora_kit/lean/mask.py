@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.outcome import Outcome
 
 # their attention is not causal everywhere, or they count the tokens that the mask shows
@@ -16,7 +15,7 @@ NOT_CAUSAL = ("prefix_lm", "is_encoder_decoder", "use_bidirectional_attention")
 COUNTS_TOKENS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Let `model` drop the mask of every batch with labels; such batches must be padded on the right.
 
     `data.Collator` pads so. Batches without labels (prompts to answer, padded on the left) keep theirs.

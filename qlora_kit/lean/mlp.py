@@ -25,7 +25,6 @@ from torch.autograd.graph import get_gradient_edge
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.gated import Gated, known_activation
 from qlora_kit.lean.outcome import Outcome
 from qlora_kit.lean.unread import output_unread
@@ -67,7 +66,7 @@ LAST = {
 dropout). Others of the same layers clamp, scale or drop in between, so a class is known by its name alone."""
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Let each MLP of `model` run on tiles of tokens; those that a tile would change are left."""
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     mlps = [m for block in blocks for m in block.modules() if type(m).__name__.lower().endswith("mlp")]

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.outcome import Outcome
 
 CHUNK_BYTES = 16 << 20
@@ -26,7 +25,7 @@ SCALED_BY_WEIGHT = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSN
 SCALED_BY_ONE_PLUS_WEIGHT = ("GemmaRMSNorm", "Gemma2RMSNorm")
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Let each RMS norm of `model` whose formula is known here keep its input only."""
     known = (*SCALED_BY_WEIGHT, *SCALED_BY_ONE_PLUS_WEIGHT)
     rms_norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]

@@ -21,7 +21,6 @@ import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean.outcome import Outcome
 
@@ -29,7 +28,7 @@ BUFFERS_AT_ONCE = 4  # at least so many are allocated together; see `HostPool`
 ALIGNMENT_BYTES = 512
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Let the checkpoints of `model` keep their inputs on the host. On `meta` they keep nothing: the host's is free."""
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return Outcome(left="checkpointing is off")

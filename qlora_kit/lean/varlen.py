@@ -22,7 +22,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_kit.config import LeanConfig
 from qlora_kit.lean.mask import NOT_CAUSAL
 from qlora_kit.lean.outcome import Outcome
 
@@ -34,7 +33,7 @@ CHANGES_SCORES = ("is_causal", "position_bias", "softcap")  # what transformers'
 aten = torch.ops.aten
 
 
-def put_on(model: Any, settings: LeanConfig) -> Outcome:
+def put_on(model: Any) -> Outcome:
     """Let the attention of `model` take packed rows example by example; other batches are attended as before."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     reason = _reason_to_leave(base)

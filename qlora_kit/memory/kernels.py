@@ -7,7 +7,8 @@ allocate, none of their code is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ def stand_ins() -> dict[Any, StandIn]:
 
     bnb = torch.ops.bitsandbytes
     table: dict[Any, StandIn] = {
-        aten._local_scalar_dense.default: _scalar,
-        aten.nonzero.default: _all_places,
+        aten._local_scalar_dense.default: scalars(),
+        aten.nonzero.default: places(itertools.repeat(None)),  # a plan has every token supervised
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
         aten._flash_attention_backward.default: _flash_varlen_backward,
         bnb.dequantize_4bit.default: _as_workspace,
@@ -76,21 +77,31 @@ def cpu_dropout(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs
     return result
 
 
-def _scalar(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A value where `meta` has none: "yes" to masks without padding and rows without packing; 1 for a number."""
-    if args[0].device.type != "meta":
-        return func(*args, **kwargs)
-    if args[0].dtype == torch.bool:
-        return True
-    return 1.0 if args[0].is_floating_point() else 1
+def scalars(padded: bool = False) -> StandIn:
+    """What `.item()` gives on `meta`: 1 for a number; whether masks are without padding and rows without packing."""
+
+    def scalar(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args[0].device.type != "meta":
+            return func(*args, **kwargs)
+        if args[0].dtype == torch.bool:
+            return not padded
+        return 1.0 if args[0].is_floating_point() else 1
+
+    return scalar
 
 
-def _all_places(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where a mask is true: on `meta` everywhere, so that a plan has every token supervised."""
-    if args[0].device.type != "meta":
-        return func(*args, **kwargs)
-    with tracker:
-        return torch.empty((args[0].numel(), args[0].dim()), dtype=torch.int64, device="meta")
+def places(counts: Iterator[int | None]) -> StandIn:
+    """Where a mask is true: on `meta` in as many places as the next of `counts` says; for None everywhere."""
+
+    def nonzero(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args[0].device.type != "meta":
+            return func(*args, **kwargs)
+        count = next(counts)
+        with tracker:
+            n_places = args[0].numel() if count is None else count
+            return torch.empty((n_places, args[0].dim()), dtype=torch.int64, device="meta")
+
+    return nonzero
 
 
 def _as_workspace(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from qlora_kit.trainer import resolve_optim
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+aten = torch.ops.aten
 CPU = torch.device("cpu")
 MAX_FRAMES = 60  # how far up a stack the line that made a tensor is looked for
 _BORING = ("/torch/", "/memory/track.py", "/memory/profile", "/memory/kernels.py", "/memory/watch.py", "<frozen")
@@ -114,10 +115,9 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
         with watch(tracker, model, optimizer), _CpuChoices(), tracker:
             for shapes in steps:
                 tracker.begin_step()
-                tracker.stand_ins[torch.ops.aten._local_scalar_dense.default] = _answer(
-                    has_mask and any(shape.padded for shape in shapes)
-                )
-                tracker.stand_ins[torch.ops.aten.nonzero.default] = _places(shapes)
+                padded = has_mask and any(shape.padded for shape in shapes)
+                tracker.stand_ins[aten._local_scalar_dense.default] = kernels.scalars(padded)
+                tracker.stand_ins[aten.nonzero.default] = kernels.places(iter([s.supervised for s in shapes]))
                 batches = [_batch(shape) for shape in shapes]
                 run_step(tracker, model, optimizer, batches, config.optim.clip)
                 del batches
@@ -143,38 +143,9 @@ def _batch(shape: BatchShape) -> dict[str, Any]:
 
 def _stand_ins() -> dict[Any, Any]:
     """Those of bitsandbytes' 4-bit products serve here too: a CPU dequantizes the weight likewise."""
-    aten = torch.ops.aten
     flash = aten._scaled_dot_product_flash_attention_backward.default
     shared = {func: stand_in for func, stand_in in kernels.stand_ins().items() if func is not flash}
     return {**shared, aten.native_dropout.default: kernels.cpu_dropout}
-
-
-def _answer(padded: bool) -> Callable[..., Any]:
-    """What `.item()` gives: whether no token is padding, for the question that masks ask."""
-
-    def scalar(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args[0].device.type != "meta":
-            return func(*args, **kwargs)
-        if args[0].dtype == torch.bool:
-            return not padded
-        return 1.0 if args[0].is_floating_point() else 1
-
-    return scalar
-
-
-def _places(shapes: Sequence[BatchShape]) -> Callable[..., Any]:
-    """Where the labels are, as `.nonzero()` says: as many places as the next of `shapes` has tokens with a loss."""
-    left = iter(shapes)
-
-    def nonzero(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args[0].device.type != "meta":
-            return func(*args, **kwargs)
-        supervised = next(left).supervised
-        with tracker:
-            n_places = args[0].numel() if supervised is None else supervised
-            return torch.empty((n_places, args[0].dim()), dtype=torch.int64, device="meta")
-
-    return nonzero
 
 
 class _CpuChoices(TorchFunctionMode):

@@ -7,7 +7,6 @@ release/x/           complete, or not there
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -43,10 +42,7 @@ class Place:
 
     def check(self, overwrite: bool) -> None:
         """Check that the place can be written and nothing would be overwritten unasked. Raises `UserError`."""
-        parent = next(p for p in self.final.absolute().parents if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            reason = OSError(errno.EACCES, f"{parent} is not a folder that you may write to")
-            raise runs.unwritable(str(self.final), reason)
+        runs.check_writable(self.final)
         if not os.path.lexists(self.final):
             return
         if not _may_be_replaced(self.final):
