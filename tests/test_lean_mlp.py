@@ -58,7 +58,7 @@ def loss_and_gradients(model, tokens, seed=3):
 @functools.cache
 def exact_step(family, dropout=0.0):
     """In fp64, whatever the step; on a CPU it draws the same numbers for a dropout as the others."""
-    return loss_and_gradients(adapted(family, torch.float64, dropout), ids(2, 19))
+    return loss_and_gradients(adapted(family, torch.float64, dropout=dropout), ids(2, 19))
 
 
 def assert_as_close_as_stock(lean, stock, exact):
@@ -84,7 +84,7 @@ def test_loss_and_gradients_are_the_stock_steps(family, dtype, checkpointing):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_the_dropout_at_the_end_draws_what_the_stock_step_draws(dtype, checkpointing):
     tokens = ids(2, 19)
-    stock, lean = (adapted("gpt2", dtype, 0.3, checkpointing) for _ in range(2))
+    stock, lean = (adapted("gpt2", dtype, dropout=0.3, checkpointing=checkpointing) for _ in range(2))
     stock, lean = loss_and_gradients(stock, tokens), loss_and_gradients(tiled(lean), tokens)
     assert_as_close_as_stock(lean, stock, exact_step("gpt2", 0.3))
 
