@@ -144,6 +144,34 @@ def fits() -> str:
     )
 
 
+def merges() -> str:
+    """The table of what merges take beside the stock one, and whether they keep to their bounds."""
+    results = [read(file.stem) for file in sorted(RESULTS.glob("merge_*_cpu.json"))]
+    results.sort(key=lambda result: result["parameters"])
+    names = {"trained": "`qlora-kit merge`, NF4 and back", "original": "`qlora-kit merge --into original`"}
+    names |= {"stock": "stock `merge_and_unload`, 16 bits", "copy": "a plain copy of the files"}
+    shapes = [f"{result['shape']} ({result['files_bytes'] / 10**9:.1f} GB)" for result in results]
+    lines = ["| time, peak memory | " + " | ".join(shapes) + " |", "|---" + "|--:" * len(results) + "|"]
+    for way, name in names.items():
+        lines.append("| " + " | ".join([name, *(_taken(result["ways"].get(way)) for result in results)]) + " |")
+    lines += [""]
+    lines += [
+        "Every tensor is read back and compared. The bounds of a merge are twice the plain copy and the arithmetic of"
+    ]
+    lines += ["NF4, and 3 times the largest tensor in fp32 and 600 MiB:"]
+    for result in results:
+        copy_s, arithmetic_s = (result["ways"][way]["seconds"] for way in ("copy", "arithmetic"))
+        lines += [
+            f"{result['shape']}: {2 * copy_s + arithmetic_s:,.0f} s and {result['bound_bytes'] / 2**20:,.0f} MiB "
+            f"(measured on {place(result)})."
+        ]
+    return "\n".join(lines)
+
+
+def _taken(way: dict[str, Any] | None) -> str:
+    return "not measured" if way is None else f"{way['seconds']:,.0f} s, {way['peak_bytes'] / 2**20:,.0f} MiB"
+
+
 def accuracy() -> str:
     """The sentences on how far predictions are from what was recorded."""
     result = read("planner_accuracy_profiler_cpu")
@@ -213,6 +241,7 @@ BLOCKS = {
     "parity": parity,
     "step": step,
     "fit": fits,
+    "merge": merges,
 }
 
 

@@ -226,6 +226,7 @@ class LeanConfig(_Checked):
     rms_norm: bool = setting(True, "RMS norms that keep their input only, and no copy of it in fp32")
     tanh_gelu: bool = setting(True, "gelu_new as one operation without temporaries")
     maskless_padding: bool = setting(True, "no attention mask for padding on the right, which no token sees")
+    attention_by_row: bool = setting(True, "on a CPU, attention with dropout one row of the batch at a time")
     varlen: bool = setting(True, "with --pack, attend within each example without a mask over the row")
 
     def resolved(self, device_type: str) -> LeanConfig:

@@ -203,7 +203,7 @@ def recorded(monkeypatch, lean, capability=(8, 0), example_tokens=256):
 def test_a_plan_has_no_mask_and_the_kernels_buffers(monkeypatch):
     mask_bytes = 2 * 1024 * 1024  # bool
     stock, lean = recorded(monkeypatch, False), recorded(monkeypatch, True)
-    assert lean.attention == varlen.NAME
+    assert lean.attention == varlen.NAMES["sdpa"]
     assert mask_bytes in {e.storage.n_bytes for e in stock.events if e.storage.category == "inputs"}
     assert mask_bytes not in {e.storage.n_bytes for e in lean.events if e.storage.category == "inputs"}
     assert overall_peak(lean.events).n_bytes < overall_peak(stock.events).n_bytes

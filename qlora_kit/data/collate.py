@@ -116,7 +116,7 @@ def packed_mask_dtype(model_config: Any, longest_tokens: int) -> torch.dtype:
     where the model's attention cannot take the mask: another implementation, or a sliding window shorter than the
     longest example, which the mask would undo.
     """
-    implementation = getattr(model_config, "_attn_implementation", None)
+    implementation = str(getattr(model_config, "_attn_implementation", None)).split("_by_")[0]  # ours are sdpa's
     window = getattr(model_config, "sliding_window", None)
     if implementation not in ("sdpa", "eager"):
         raise UserError.of("--pack", True, f"cannot go with {implementation} attention", "Drop --pack.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.config import LeanConfig
-from qlora_kit.lean import embedding, flat, gelu, half_blocks, linear, loss, mask, mlp, norm, offload, varlen
+from qlora_kit.lean import attention, embedding, flat, gelu, half_blocks, linear, loss, mask, mlp, norm, offload, varlen
 from qlora_kit.lean.outcome import Outcome
 
 
@@ -33,6 +33,7 @@ PIECES: tuple[Piece, ...] = (
     Piece("offload_embedding", "embedding on the host", embedding.put_on),
     Piece("chunked_loss", "loss in chunks", loss.put_on),
     Piece("maskless_padding", "padding without a mask", mask.put_on),
+    Piece("attention_by_row", "attention row by row", attention.put_on),
     Piece("varlen", "packed rows by example", varlen.put_on),
     Piece("flat_buffer", "one buffer of factors", flat.put_on),  # last: it lays out what the others leave
 )

@@ -13,6 +13,7 @@ does not know of segments fails on it, where it would look across examples witho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,10 +23,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_kit.lean import attention
 from qlora_kit.lean.mask import NOT_CAUSAL
 from qlora_kit.lean.outcome import Outcome
 
-NAME = "sdpa_by_example"  # with "flash" in it transformers would look for a kernel on the hub
+NAMES = {"sdpa": "sdpa_by_example", attention.NAME: f"{attention.NAME}_or_example"}
+"""The attention of packed rows, by that of other batches; with "flash" in it transformers would ask the hub."""
+
 KNOWN_WINDOWS = ("mistral", "qwen2", "qwen3")
 """Models that give a sliding window to the attention function, and not only to the mask."""
 
@@ -39,20 +43,22 @@ def put_on(model: Any) -> Outcome:
     reason = _reason_to_leave(base)
     if reason:
         return Outcome(left=f"packed rows get a mask: {reason}")
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    base.set_attn_implementation(NAME)
+    otherwise = base.config._attn_implementation
+    name = NAMES[otherwise]
+    AttentionInterface.register(name, functools.partial(attend, otherwise))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    base.set_attn_implementation(name)
     return Outcome(done="packed rows attend example by example")
 
 
 def is_on(model_config: Any) -> bool:
     """Whether a model with this (transformers) config takes packed rows example by example."""
-    return getattr(model_config, "_attn_implementation", None) == NAME
+    return getattr(model_config, "_attn_implementation", None) in NAMES.values()
 
 
 def _reason_to_leave(base: Any) -> str:
     config = base.config
-    if config._attn_implementation != "sdpa" or not base._supports_attention_backend:
+    if config._attn_implementation not in NAMES or not base._supports_attention_backend:
         return f"{config._attn_implementation} attention"
     if any(getattr(config, name, None) for name in NOT_CAUSAL) or not getattr(config, "is_causal", True):
         return "attention is not causal everywhere"
@@ -65,6 +71,7 @@ def _reason_to_leave(base: Any) -> str:
 
 
 def attend(
+    otherwise: str,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -74,9 +81,9 @@ def attend(
     segment_starts: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention of packed rows, (B, T, H, D), for transformers; of a batch without segments what sdpa gives."""
+    """The attention of packed rows, (B, T, H, D), for transformers; without segments by the attention `otherwise`."""
     if segment_lengths is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+        return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     assert segment_starts is not None, "the collator gives both"
     plain = all(options.get(name) is None for name in CHANGES_SCORES)
     way = attend_at_once if plain and _is_for_flash(query, value) else attend_one_by_one
