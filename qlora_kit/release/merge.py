@@ -16,7 +16,7 @@ from qlora_kit.config import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
 from qlora_kit.progress import BytesProgress, say_line
 from qlora_kit.release import content, live, proof, report, stream, verify
-from qlora_kit.release.blocks import adapter_of_first_blocks, blocks_that_fit, first_blocks
+from qlora_kit.release.blocks import adapter_of_first_blocks, block_of, blocks_that_fit, first_blocks
 from qlora_kit.release.factors import Adapter, open_adapter
 from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
 from qlora_kit.release.outputs import Outputs, plan_outputs
@@ -87,6 +87,9 @@ def read_inputs(request: Request, say: Console) -> Inputs:
 def _check_together(adapters: Sequence[Adapter]) -> None:
     """Check that the adapters and their weights have a common meaning. Raises `UserError`."""
     for adapter in adapters:
+        if adapter.weight != 1.0 and adapter.uses_dora:
+            rule = f"cannot have the weight {adapter.weight:g}: its lengths (DoRA) are meant for its whole change"
+            raise UserError.of("--adapter", adapter.given, rule, "Merge it with weight 1.")
         if adapter.weight != 1.0 and adapter.settings.get("bias", "none") != "none":
             rule = f"cannot have the weight {adapter.weight:g}: it trained the base's biases, which PEFT does not scale"
             raise UserError.of("--adapter", adapter.given, rule, "Merge it with weight 1.")
@@ -139,7 +142,8 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
             tensors = list(written)
     finally:
         progress.stop()
-    proof.check_files(folder, shards)
+    with say.status("reading the files back"):
+        proof.check_files(folder, shards, writer.checksums)
     dtype = str(request.torch_dtype).removeprefix("torch.")
     with_code = request.base.trust_remote_code
     content.write_config(inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code)
@@ -152,16 +156,15 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
 
 def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], folder: Path) -> list[verify.ModelProof]:
     """Compare each release with the live model in processes of their own. Raises `UserError` where they differ."""
-    parameters = sum(entry.numel for entry in inputs.checkpoint.entries.values())
-    vocabulary = max(entry.shape[0] for entry in inputs.checkpoint.entries.values() if len(entry.shape) == 2)
-    needed = parameters * verify.MODEL_BYTES + verify.PROCESS_BYTES
-    available = verify.available_bytes()
+    entries = inputs.checkpoint.entries
+    needed, available = proof_bytes(inputs), verify.available_bytes()
     folder.mkdir()
-    shown = _as_they_are(request, candidates)
+    shown = _as_they_are(request, inputs, candidates)
     if needed > available:
-        room = available - verify.PROCESS_BYTES
-        count = blocks_that_fit(inputs.checkpoint.entries, room, verify.MODEL_BYTES)
+        count = blocks_that_fit(entries, available - verify.PROCESS_BYTES, verify.MODEL_BYTES)
         shown = _first_blocks(inputs, candidates, count, folder)
+    parameters = sum(entry.numel for name, entry in entries.items() if shown.has(name))
+    vocabulary = max(entry.shape[0] for entry in entries.values() if len(entry.shape) == 2)
     recipe = candidates[0].recipe
     config = _run_config(request, inputs, shown.base)
     job = live.Job(
@@ -172,14 +175,14 @@ def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], fol
         dtype=str(request.torch_dtype).removeprefix("torch."),
         pack=vars(recipe.pack) if recipe.pack is not None else None,
         packed_names=sorted(recipe.packed_names),
-        token_budget=verify.token_budget(parameters, vocabulary),
+        token_budget=verify.token_budget(parameters, vocabulary, request.into == "best"),
         data_use=request.data_use,
         out=str(folder),
     )
     verify.Sides(job, shown.releases, folder, together=2 * needed <= available).run()
     tokenizer = base.load_tokenizer(config.base)
     cases = [
-        verify.Case(into, request.dtype, request.held, recipe.pack is not None, shown.blocks) for into in shown.releases
+        verify.Case(into, request.dtype, request.held, recipe.pack is not None, shown.first) for into in shown.releases
     ]
     return [verify.judge(folder, case, tokenizer) for case in cases]
 
@@ -191,21 +194,40 @@ class _Shown:
     base: str
     releases: Mapping[str, Path]
     adapters: Sequence[tuple[str, float]]
-    blocks: str
+    first: int | None = None  # so many blocks; None: all
+
+    def has(self, name: str) -> bool:
+        """Whether the weight `name` of the base's files is among what is looked at."""
+        return self.first is None or (block_of(name) or 0) < self.first
 
 
-def _as_they_are(request: Request, candidates: Sequence[Candidate]) -> _Shown:
+def proof_bytes(inputs: Inputs) -> int:
+    """The memory that a process of the proof takes for the whole model."""
+    parameters = sum(entry.numel for entry in inputs.checkpoint.entries.values())
+    return parameters * verify.MODEL_BYTES + verify.PROCESS_BYTES
+
+
+def _check_choice(request: Request, inputs: Inputs) -> None:
+    """Check that two releases can be compared before they are made. Raises `UserError`."""
+    needed, available = proof_bytes(inputs), verify.available_bytes()
+    if request.into == "best" and needed > available:
+        rule = f"needs {needed / 2**30:.1f} GiB of memory to compare both, and {available / 2**30:.1f} are free"
+        raise UserError.of("--into", "best", rule, "Choose: --into original, or how the adapter saw the base.")
+
+
+def _as_they_are(request: Request, inputs: Inputs, candidates: Sequence[Candidate]) -> _Shown:
     releases = {candidate.into: candidate.folder for candidate in candidates}
-    return _Shown(request.base.model, releases, request.adapters, "all")
+    return _Shown(str(inputs.base_folder), releases, request.adapters)
 
 
 def _first_blocks(inputs: Inputs, candidates: Sequence[Candidate], count: int, folder: Path) -> _Shown:
     chosen = [
-        (str(adapter_of_first_blocks(adapter.folder, count, folder / f"adapter-{number}")), adapter.weight)
+        (str(part), adapter.weight)
         for number, adapter in enumerate(inputs.adapters)
+        if (part := adapter_of_first_blocks(adapter.folder, count, folder / f"adapter-{number}")) is not None
     ]
     releases = {c.into: first_blocks(c.folder, count, folder / f"release-{c.into}") for c in candidates}
-    return _Shown(str(first_blocks(inputs.base_folder, count, folder / "base")), releases, chosen, f"the first {count}")
+    return _Shown(str(first_blocks(inputs.base_folder, count, folder / "base")), releases, chosen, count)
 
 
 def _run_config(request: Request, inputs: Inputs, model: str) -> RunConfig:
@@ -238,6 +260,7 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
     place = Place.at(request.out)
     place.check(request.overwrite)
     inputs = read_inputs(request, say)
+    _check_choice(request, inputs)
     with place.made() as working:
         runs.require_space(working, _needed_bytes(request, inputs, whole_model))
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]

@@ -19,7 +19,7 @@ MAX_ROW_TOKENS = 512
 MAX_PROMPT_TOKENS = 256
 ROOM_TOKENS = 32  # that the positions must leave for the answer to the prompt
 IGNORED = -100
-DATA_USES = ("none", "preferred", "needed")  # what data the settings name, and whether it must be read
+DATA_USES = ("none", "preferred", "needed", "choice")  # what data there is, whether it must be read, and decides
 BUILT_IN = (
     "The ferry leaves the harbour at eight in the morning and is back before dark. On Sundays it waits for the last "
     "bus. Whoever wants to take a bicycle along pays two crowns more, and children under six pay nothing at all.",
@@ -31,13 +31,17 @@ BUILT_IN = (
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows of token ids with what is supervised in them (−100 where nothing is), a prompt, and where they are from."""
+    """Rows of token ids with what is supervised in them (−100 where nothing is), a prompt, and where they are from.
+
+    `probe` is a text with its token ids and the chat template, which the release's own tokenizer must give too.
+    """
 
     rows: list[list[int]]
     labels: list[list[int]]
     prompt: list[int]
     end: int | None
     source: str
+    probe: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
@@ -55,21 +59,31 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     They come from the held-out data of `config`, else from its training data; where `data_use` (of `DATA_USES`) says
     so, or allows it and these cannot be read, from a built-in text. Raises `UserError` for data that must be read.
     """
-    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base))
+    tokenizer = base.load_tokenizer(config.base)
+    probe = _probe(tokenizer)
+    tokenizer = data.prepare_tokenizer(tokenizer)
     positions = base.max_positions(base.load_model_config(config.base))
     seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
     if data_use == "none":
-        return _built_in(tokenizer, token_budget, seq_len)
+        return _built_in(tokenizer, token_budget, seq_len, probe)
     try:
         examples, source = _examples(config)
     except UserError:  # it was moved since; any text will do for a proof, but not for a choice
-        if data_use == "needed":
+        if data_use in ("needed", "choice"):
             raise
-        return _built_in(tokenizer, token_budget, seq_len)
+        return _built_in(tokenizer, token_budget, seq_len, probe)
     encoded = data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on).rows
     rows, labels = _within(token_budget, [row.input_ids for row in encoded], [row.labels for row in encoded])
+    if data_use == "choice" and not any(map(_is_supervised, labels)):
+        rule = f"has no answer within the first {token_budget} tokens, which are all there is time for"
+        raise UserError.of("--data", config.data.data, rule, "Give shorter examples, or choose --into yourself.")
     prompt = data.encode_prompt(examples[0], tokenizer)[-_prompt_room(positions) :]
-    return Questions(rows, labels, prompt, tokenizer.eos_token_id, source)
+    return Questions(rows, labels, prompt, tokenizer.eos_token_id, source, probe)
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    text = BUILT_IN[0][:60]
+    return {"text": text, "ids": tokenizer(text)["input_ids"], "template": tokenizer.chat_template}
 
 
 def _examples(config: RunConfig) -> tuple[list[data.Example], str]:
@@ -87,26 +101,36 @@ def _examples(config: RunConfig) -> tuple[list[data.Example], str]:
 def _within(
     budget: int, rows: Sequence[list[int]], labels: Sequence[list[int]]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The first rows, each cut at `MAX_ROW_TOKENS`, and the last where the budget ends; all learned if none is."""
+    """The first rows in which something is learned, each cut at `MAX_ROW_TOKENS`, and the last where the budget ends.
+
+    Where no row has anything to learn within that, the first rows as they are.
+    """
     kept_rows: list[list[int]] = []
     kept_labels: list[list[int]] = []
+    some_learn = any(_is_supervised(marks[: min(MAX_ROW_TOKENS, budget)]) for marks in labels)
     for ids, marks in zip(rows, labels, strict=True):
         length = min(len(ids), MAX_ROW_TOKENS, budget)
         if length < 2:
             break
+        if some_learn and not _is_supervised(marks[:length]):
+            continue
         kept_rows.append(ids[:length])
         kept_labels.append(marks[:length])
         budget -= length
-    if all(mark == IGNORED for marks in kept_labels for mark in marks[1:]):
-        kept_labels = kept_rows
     return kept_rows, kept_labels
+
+
+def _is_supervised(marks: Sequence[int]) -> bool:
+    """Whether any token but the first, which nothing predicts, is learned."""
+    return any(mark != IGNORED for mark in marks[1:])
 
 
 def _prompt_room(positions: int | None) -> int:
     return MAX_PROMPT_TOKENS if positions is None else max(1, min(MAX_PROMPT_TOKENS, positions - ROOM_TOKENS))
 
 
-def _built_in(tokenizer: PreTrainedTokenizerBase, budget: int, seq_len: int) -> Questions:
+def _built_in(tokenizer: PreTrainedTokenizerBase, budget: int, seq_len: int, probe: dict[str, Any]) -> Questions:
     every = [ids[:seq_len] for ids in tokenizer(list(BUILT_IN))["input_ids"]]
     rows, _ = _within(budget, every, every)
-    return Questions(rows, rows, every[0][: min(8, seq_len)], tokenizer.eos_token_id, "a built-in text")
+    prompt = every[0][: min(8, seq_len)]
+    return Questions(rows, rows, prompt, tokenizer.eos_token_id, "a built-in text", probe)

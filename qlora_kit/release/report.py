@@ -209,8 +209,8 @@ def _model_lines(model: Mapping[str, Any]) -> list[str]:
         f"loaded by stock transformers as {model['loaded_as']}{blocks}, on {exact['tokens']:,} tokens of "
         f"{model['source']}",
         f"logits differ from {model['reference']} by at most {exact['relative_max']:.1e} and on average "
-        f"{exact['relative_mean']:.1e} of their scale (allowed: {model['limit']['relative_max']:.1e}, "
-        f"{model['limit']['why']})",
+        f"{exact['relative_mean']:.1e} of their scale",
+        f"{_decision(model)} (allowed: {model['limit']['relative_max']:.1e}, {model['limit']['why']})",
         f"KL {_small(exact['kl'])} nats a token, {exact['agreement']:.2%} of next tokens the same{_losses(exact)}",
     ]
     if answer["same"]:
@@ -234,6 +234,15 @@ def _model_lines(model: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _decision(model: Mapping[str, Any]) -> str:
+    if model["rounded"] is None:
+        return f"the weights are the live model's: {model['exact']['relative_max']:.1e} of the scale at most"
+    return (
+        "the weights are the live model's own, merged by PEFT and rounded likewise: logits differ by at most "
+        f"{model['rounded']['relative_max']:.1e} of their scale"
+    )
+
+
 def _losses(comparison: Mapping[str, Any]) -> str:
     if comparison["loss"] is None:
         return ""
@@ -248,7 +257,8 @@ def _choice_lines(choice: Mapping[str, Any] | None) -> list[str]:
     if choice is None:
         return []
     scores = ", ".join(
-        f"{into}: loss {own['loss']:.4f}, KL from the model that trained {_small(own['kl'])}"
+        f"{into}: loss {own['loss']:.4f} ± {own['loss_error']:.4f} over {own['tokens']:,} tokens, "
+        f"KL from the model that trained {_small(own['kl'])}"
         for into, own in choice["scores"].items()
     )
     return [f"the {choice['chosen']} base was chosen on {choice['source']} ({scores})"]

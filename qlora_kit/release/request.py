@@ -73,7 +73,9 @@ class Request:
         """How much the proof depends on the data, in the words of `questions.DATA_USES`."""
         if self.data is None:
             return "none"
-        return "needed" if self.data_given or self.into == "best" else "preferred"
+        if self.into == "best":
+            return "choice"
+        return "needed" if self.data_given else "preferred"
 
     @staticmethod
     def _kinds(word: str) -> set[tuple[int, str]]:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 NEW_TOKENS = 32  # of the greedy answer
 POLL_S = 0.05
@@ -103,7 +103,9 @@ def main(release: Path, rows_file: Path, out: Path, with_code: bool = False) -> 
         model, _ = load(release, with_code)
         save_file(row_logits(model, asked["rows"]), out / "served.safetensors")
         served = greedy(model, asked["prompt"], asked["end"])
-    found = {"class": type(model).__name__, **wrong, "served": served, "exact": exact}
+    tokenizer = AutoTokenizer.from_pretrained(release, local_files_only=True, trust_remote_code=with_code)
+    probe = {"ids": tokenizer(asked["probe"]["text"])["input_ids"], "template": tokenizer.chat_template}
+    found = {"class": type(model).__name__, **wrong, "served": served, "exact": exact, "probe": probe}
     (out / "release.json").write_text(json.dumps(found), encoding="utf-8")
 
 
