@@ -236,8 +236,6 @@ def load_base(
     Raises `UserError` where it is not found or cannot be read.
     """
     assert architecture is None or config.weights == "random" or device.type == "meta", "it would not fit the weights"
-    from qlora_kit import new_head
-
     if device.type == "cpu":
         host_memory.return_large_blocks()
     if architecture is None:
@@ -253,11 +251,22 @@ def load_base(
     else:
         model = _load_pretrained(architecture, config, device, dtype, seed)
     _keep_weights_plain(model)
-    if TASK_MODELS[task].has_new_head and not config.full:
-        new_head.keep_in_fp32(model, new_head.head_names(model))
+    if TASK_MODELS[task].has_new_head:
+        _finish_head(model, config)
     model.requires_grad_(config.full)
     model.config.use_cache = False  # no cache in training; generation asks for its own
     return model
+
+
+def _finish_head(model: PreTrainedModel, config: BaseConfig) -> None:
+    """Keep the new head in fp32, unless every weight trains; and no cache anywhere, for nothing is generated."""
+    from qlora_kit import new_head
+
+    if not config.full:
+        new_head.keep_in_fp32(model, new_head.head_names(model))
+    for module in model.modules():  # the decoder of an encoder and a decoder has a configuration of its own
+        if hasattr(module, "config"):
+            module.config.use_cache = False
 
 
 def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
