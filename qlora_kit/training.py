@@ -21,6 +21,7 @@ from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.inputs import Inputs, check_vocabulary, make_collator, read_inputs
 from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
+from qlora_kit.trained_base import TrainedBase
 
 if TYPE_CHECKING:
     import torch
@@ -310,6 +311,9 @@ def _save(
     target = folder.working / result.adapter.name
     trainer.save_model(str(target))
     inputs.tokenizer.save_pretrained(str(target))
+    settings = RunConfig.from_flat(read_settings({**record})).base
+    if not settings.full:
+        TrainedBase.of(settings, record["base_hash"], record["resolved"]["dtype"]).write(target)
     results = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "adapter")}
     finished = {**record, "steps": result.steps, "results": results, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     runs.write_json(folder.working / runs.RUN_FILE, finished)
