@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import base
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.release.factors import SETTING, Adapter, targeted
+from qlora_kit.release.factors import REMEDY, SETTING, Adapter, targeted
 from qlora_kit.release.source import FETCH_REMEDY, Checkpoint
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ def check_fits(adapter: Adapter, layout: Layout) -> None:
     layers = {module: name for module, name in layout.modules.items() if layout.weights[name].linear}
     lacking = [module for module in targeted(adapter.settings, layers) if not _covers(adapter, module)]
     if lacking and not faults:
-        faults.append(f"lacks the factors of {len(lacking)} of the layers that it names: {', '.join(lacking[:3])}")
+        rule = f"lacks the factors of {len(lacking)} of the layers that it names: {', '.join(lacking[:3])}"
+        raise UserError.of(SETTING, adapter.given, rule, REMEDY)
     if faults:
         shown = faults[:3] + ([f"and {len(faults) - 3} more such faults"] if len(faults) > 3 else [])
         raise UserError(Fault(SETTING, adapter.given, fault, OTHER_ARCHITECTURE) for fault in shown)
