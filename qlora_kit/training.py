@@ -311,7 +311,7 @@ def _save(
     target = folder.working / result.adapter.name
     trainer.save_model(str(target))
     inputs.tokenizer.save_pretrained(str(target))
-    settings = RunConfig.from_flat(read_settings({**record})).base
+    settings = RunConfig.from_flat(read_settings({"settings": record["settings"]})).base
     if not settings.full:
         TrainedBase.of(settings, record["base_hash"], record["resolved"]["dtype"]).write(target)
     results = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "adapter")}

@@ -119,7 +119,7 @@ class RunRecord:
     @property
     def base(self) -> TrainedBase:
         """The base that it trained on. Raises `UserError` for settings that break a rule."""
-        settings = RunConfig.from_flat(read_settings({**self.content})).base
+        settings = RunConfig.from_flat(read_settings({"settings": self.content["settings"]})).base
         dtype = str(self.content["resolved"].get("dtype", "bfloat16"))
         return TrainedBase.of(settings, str(self.content["base_hash"]), dtype)
 
