@@ -41,6 +41,18 @@ PADDED_POSITIONS = (
     "xmod",
 )
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+# files one of which a folder with a tokenizer has
+VOCABULARY_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+)
 
 
 @dataclass(frozen=True)
@@ -161,14 +173,15 @@ def _check_folder(config: BaseConfig, folder: Path) -> None:
         else:
             rule, remedy = "the folder has no model.safetensors", "Complete it, or use --weights random."
         faults.append(Fault("--model", config.model, rule, remedy))
-    if config.tokenizer is None and not _has_tokenizer(folder):
+    if config.tokenizer is None and not has_tokenizer(folder):
         faults.append(Fault("--tokenizer", None, f"{config.model} has no tokenizer.json", "Give --tokenizer FOLDER."))
     if faults:
         raise UserError(faults)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer."""
+    return any(file.is_file() for pattern in VOCABULARY_PATTERNS for file in folder.glob(pattern))
 
 
 def _first_line(error: BaseException) -> str:
@@ -184,7 +197,7 @@ def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
 
     source, setting = _tokenizer_source(config)
     folder = Path(source)
-    if folder.is_dir() and not _has_tokenizer(folder):
+    if folder.is_dir() and not has_tokenizer(folder):
         raise UserError.of(setting, source, "the folder has no tokenizer.json", "Give a folder that has one.")
     if not folder.is_dir():
         hub.fetch_model_file(source, "tokenizer_config.json", config.revision, setting)
@@ -205,7 +218,7 @@ def _tokenizer_source(config: BaseConfig) -> tuple[str, str]:
     if config.tokenizer is not None:
         return (str(demo.base_folder()) if config.tokenizer == "demo" else config.tokenizer), "--tokenizer"
     folder = Path(model_source(config))
-    if config.weights == "random" and not (folder.is_dir() and _has_tokenizer(folder)):
+    if config.weights == "random" and not (folder.is_dir() and has_tokenizer(folder)):
         return str(demo.base_folder()), "--model"  # any text will do
     return str(folder), "--model"
 
@@ -534,7 +547,7 @@ def hash_base(config: BaseConfig, seed: int) -> str:
         return f"random:{digest.hexdigest()}"
     for file in _weight_files(source, config):
         digest.update(file.name.encode())
-        digest.update(_file_digest(file))
+        digest.update(file_digest(file))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -542,10 +555,27 @@ def _weight_files(source: Path, config: BaseConfig) -> Iterator[Path]:
     if not source.is_dir():
         source = hub.fetch_model_file(str(source), "config.json", config.revision).parent
     yield source / "config.json"
-    yield from sorted(source.glob("*.safetensors"))
+    yield from sorted(file for name in weight_names(source) if (file := source / name).is_file())
 
 
-def _file_digest(file: Path) -> bytes:
+def weight_names(folder: Path) -> set[str]:
+    """The names of the safetensors files that loading the model in `folder` reads, as transformers chooses them.
+
+    Others may lie beside them (Mistral's `consolidated.safetensors`). Empty where neither a single file nor a readable
+    index is there.
+    """
+    single, index = (folder / name for name in WEIGHT_FILES)
+    if single.is_file():
+        return {single.name}
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return {Path(name).name for name in named}  # never a file elsewhere
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+
+
+def file_digest(file: Path) -> bytes:
+    """The SHA-256 of a file's content."""
     blob = file.resolve().name  # the hub's cache names each large file by its sha256
     if file.is_symlink() and len(blob) == 64:
         return bytes.fromhex(blob)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypedDict
 import tyro
 
 from qlora_kit import quiet
-from qlora_kit.config import DEFAULT_NEW_TOKENS, RunConfig, default_of, read_settings_file, settings
+from qlora_kit.config import DEFAULT_ASKED, DEFAULT_NEW_TOKENS, RunConfig, default_of, read_settings_file, settings
 from qlora_kit.errors import Faults, UserError
 
 
@@ -144,10 +144,14 @@ EVAL_FLAGS = {
     "json": Flag("print JSON instead of a table", bool),
 }
 EVAL_SETTINGS = {
+    "model": "model folder or hub id to evaluate alone instead of a run, e.g. a release of an adapter made elsewhere",
+    "revision": "",
+    "bits": "load --model in 4 | 8 | 16 | 32 bits; unset: as it was saved",
+    "tokenizer": "",
     "data": "data to evaluate on; unset: what the run held out",
     "columns": "",
     "seq_len": "tokens an example may have; unset: the run's",
-    "exact_match": "answer so many prompts, and count exact matches (unset: as many as the run did)",
+    "exact_match": f"answer so many prompts, and count exact matches (unset: as the run, else {DEFAULT_ASKED})",
     "batch_size": "examples in a forward pass (default: the run's)",
     "device": "",
     "trust_remote_code": "",

@@ -25,6 +25,7 @@ Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8
 Tasks = ("text-generation", "text-classification")
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
 DEFAULT_SEQ_LEN = 1024  # tokens an example may have where neither --seq-len nor the model's positions say less
+DEFAULT_ASKED = 50  # prompts that eval answers where neither --exact-match nor the run says
 DEFAULT_NEW_TOKENS = 256  # most tokens of an answer where --max-new-tokens does not say
 PER_CALL = ("out", "overwrite", "resume")  # say where one call writes, not what the run is: a repeat drops them
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qlora_kit import base, data, inputs, reopening, scoring
-from qlora_kit.config import BaseConfig, RunConfig
+from qlora_kit.config import DEFAULT_ASKED, BaseConfig, RunConfig
 from qlora_kit.errors import UserError, said_of
 from qlora_kit.progress import counted
 from qlora_kit.reopening import FinishedRun
@@ -87,18 +87,22 @@ def read_material(run: FinishedRun, source: str | None) -> Material:
 
     Raises `UserError` where there is none, or it cannot be read or encoded.
     """
-    config = run.config
     tokenizer = reopening.run_tokenizer(run)
+    seq_len = data.resolve_seq_len(run.seq_len, tokenizer, reopening.run_positions(run))
+    material = _read(run.config, source, tokenizer, seq_len)
+    return dataclasses.replace(material, asked=[]) if run.is_plain_text else material
+
+
+def _read(config: RunConfig, source: str | None, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Material:
     if source is not None:
         config = _holding_out(config, source)
     with said_of("--data", instead_of="--eval-data"):
         examples = inputs.held_out_examples(config)
     if not examples:
         raise UserError.of("--data", source, "is needed: the run held no data out", "Give --data FILE.")
-    seq_len = data.resolve_seq_len(run.seq_len, tokenizer, reopening.run_positions(run))
     encoded = inputs.encode(config, examples, tokenizer, seq_len, "--data")
-    asked = [] if run.is_plain_text else [e for e in examples if e.prompt is not None or e.messages is not None]
-    count = config.evaluation.exact_match or 0
+    asked = [example for example in examples if example.prompt is not None or example.messages is not None]
+    count = config.evaluation.exact_match or DEFAULT_ASKED
     return Material(_described(config, source), tokenizer, encoded, asked[:count], seq_len)
 
 
@@ -133,6 +137,24 @@ def evaluate(run: FinishedRun, source: str | None, release: str | None, console:
             scores[name] = _score(name, title, model, material, run.config.optim.batch_size, console)
         del model  # before the next one is loaded
     return Evaluation(material.source, material.seq_len, material.encoded.report, len(material.asked), scores, warning)
+
+
+def evaluate_model(config: RunConfig, source: str, as_saved: bool, console: Console) -> Evaluation:
+    """Score the model that `config` names, alone, on `source`: as its files are if `as_saved`, else in its bits.
+
+    Progress goes to `console`. Raises `UserError`.
+    """
+    device = base.resolve_device(config.base.device)
+    opened = reopening.open_model(config.base, device, as_saved)
+    seq_len = data.resolve_seq_len(config.data.seq_len, opened.tokenizer, opened.positions)
+    material = _read(config, source, opened.tokenizer, seq_len)
+    with console.status(f"loading {config.base.model}"):
+        model = opened.load()
+    inputs.check_vocabulary(material.tokenizer, model)
+    score = _score(
+        "model", f"{config.base.model}, {_saved_as(model)}", model, material, config.optim.batch_size, console
+    )
+    return Evaluation(source, seq_len, material.encoded.report, len(material.asked), {"model": score}, None)
 
 
 Loaded = tuple[str, str, Any, AbstractContextManager[Any]]

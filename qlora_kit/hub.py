@@ -71,15 +71,19 @@ def fetch_model_file(model: str, filename: str, revision: str | None, setting: s
         raise UserError.of(setting, model, f"has no {filename} on the hub", "Choose a transformers model.") from None
 
 
-def fetch_model_folder(model: str, revision: str | None, patterns: tuple[str, ...], setting: str = "--model") -> Path:
+def fetch_model_folder(
+    model: str, revision: str | None, patterns: tuple[str, ...], setting: str = "--model", probe: str = "config.json"
+) -> Path:
     """The local folder of a hub model with the files that match `patterns`, downloaded if need be.
+
+    The file `probe` it must have.
 
     Raises `UserError` as `fetch_model_file`, and where the hub cannot be reached and files are missing.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    fetch_model_file(model, "config.json", revision, setting)
+    fetch_model_file(model, probe, revision, setting)
     try:
         offline = not hub_reachable()
         found = snapshot_download(model, revision=revision, allow_patterns=list(patterns), local_files_only=offline)

@@ -166,12 +166,12 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise
 
 
-def require_space(folder: Path, needed_bytes: int) -> None:
-    """Check that the disk has room for `needed_bytes`. Raises `UserError`."""
+def require_space(folder: Path, needed_bytes: int, out: Path | None = None) -> None:
+    """Check that the disk of `folder` has room for `needed_bytes`. Raises `UserError`, in the name of `out`."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         rule = f"takes {needed_bytes / 2**20:.0f} MiB, and the disk has {free_bytes / 2**20:.0f} MiB free"
-        raise UserError.of("--out", str(folder), rule, "Free some space, or choose another disk.")
+        raise UserError.of("--out", str(out or folder), rule, "Free some space, or choose another disk.")
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from qlora_kit.errors import Fault, UserError
 from qlora_kit.inputs import Inputs, check_vocabulary, make_collator, read_inputs, weigh_labels
 from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
 from qlora_kit.task_models import GENERATION
+from qlora_kit.trained_base import TrainedBase
 
 if TYPE_CHECKING:
     import torch
@@ -346,6 +347,9 @@ def _save(
     inputs.tokenizer.save_pretrained(str(target))
     if inputs.config.base.labels is not None:
         runs.write_json(target / runs.LABELS_FILE, reopening.label_map(inputs.config.base))
+    settings = RunConfig.from_flat(read_settings({"settings": record["settings"]})).base
+    if not settings.full:
+        TrainedBase.of(settings, record["base_hash"], record["resolved"]["dtype"]).write(target)
     results = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "adapter")}
     finished = {**record, "steps": result.steps, "results": results, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     runs.write_json(folder.working / runs.RUN_FILE, finished)

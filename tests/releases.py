@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from qlora_kit import AdapterConfig, DataConfig, OptimConfig, RunConfig, cli, train
 from qlora_kit.adapters import choose_targets
 from qlora_kit.base import load_base
+from qlora_kit.commands.merge import make_request
 from qlora_kit.config import BaseConfig
 from qlora_kit.release.merge import Result, merge
 from qlora_kit.release.request import Request
@@ -49,6 +52,35 @@ def make_adapter(
             parameter.data = (parameter.data.float() * (1 + noise) + noise if near else noise).to(parameter.dtype)
         peft_model.save_pretrained(str(out), save_embedding_layers=save_embedding_layers)
     return out
+
+
+def train_tiny(base: Path, out: Path, **base_settings: Any) -> Path:
+    """A finished run of two steps on the base; gives its folder."""
+    data = out.parent / f"{out.name}.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) for i in range(8)))
+    config = RunConfig(
+        base=BaseConfig(model=str(base), device="cpu", **base_settings),
+        adapter=AdapterConfig(r=4),
+        data=DataConfig(data=str(data), seq_len=32),
+        optim=OptimConfig(lr=2e-2, max_steps=2),
+        out=str(out),
+        preflight=False,
+    )
+    train(config, QUIET)
+    return out
+
+
+def asked(*words: object) -> Request:
+    """What `qlora-kit merge` makes of the words after it."""
+    command = cli.COMMANDS["merge"]
+    flags = cli._parse("merge", command, [str(word) for word in words])
+    own = {key: flags.pop(key) for key in command.flags if key in flags}
+    return make_request(flags, own.pop("run", None), own.pop("adapter", ()), own.pop("base", None), own)
+
+
+def merged(*words: object) -> Result:
+    """`qlora-kit merge` without the proof on the whole model."""
+    return merge(asked(*words), QUIET, whole_model=False)
 
 
 def live_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -252,3 +253,24 @@ def test_the_hash_follows_the_content_and_not_the_place(tmp_path):
 def test_the_hash_of_random_weights_follows_the_seed():
     config = BaseConfig(model="gpt2", weights="random")
     assert hash_base(config, 0) == hash_base(config, 0) != hash_base(config, 1)
+
+
+def old_hash(folder):
+    """As it was: of every safetensors file in the folder."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+@pytest.mark.parametrize("limit", ["1GB", "50KB"])
+def test_the_hash_is_of_the_files_that_loading_reads(tmp_path, limit):
+    """In one file and in several: weights in another form beside them change nothing, as none were there before."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size=limit)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (limit == "50KB")
+    config = BaseConfig(model=str(tmp_path))
+    before = hash_base(config, 0)
+    assert before == old_hash(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"the same again")
+    assert hash_base(config, 0) == before != old_hash(tmp_path)

@@ -143,7 +143,19 @@ def test_a_release_stands_beside_its_adapter(capsys, tiny_runs, release):
     assert f"{release}, float32" in out
     found = evaluated(capsys, "--run", tiny_runs["fp32"], "--release", release)["models"]
     assert found["release"]["loss"] == pytest.approx(found["adapter"]["loss"], rel=1e-5)
-    assert found["release"]["exact_match"] is None  # the run did not ask
+    assert found["release"]["exact_match"] == found["adapter"]["exact_match"] is not None  # also where nobody asked
+
+
+def test_a_model_is_evaluated_alone(capsys, tmp_path, tiny_runs, release):
+    """As the release of an adapter that was made elsewhere."""
+    rows = "\n".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) for i in range(60))
+    (tmp_path / "data.jsonl").write_text(rows)
+    words = ["--data", tmp_path / "data.jsonl", "--seq-len", 32]
+    alone = evaluated(capsys, "--model", release, *words)
+    beside = evaluated(capsys, "--run", tiny_runs["fp32"], "--release", release, *words)
+    assert alone["models"] == {"model": beside["models"]["release"]}
+    assert alone["exact_match_prompts"] == beside["exact_match_prompts"] == 50
+    assert evaluated(capsys, "--model", release, "--exact-match", 2, *words)["exact_match_prompts"] == 2
 
 
 def test_a_model_that_was_trained_whole_stands_beside_its_base(capsys, tiny_runs):
@@ -207,6 +219,9 @@ def test_what_is_cut_is_counted_and_what_is_wrong_with_the_base_said(capsys, tmp
         (["--run", "{run}", "--release", "no/such/release"], ["--release"]),
         (["--run", "{run}", "--release", "{run}/adapter"], ["--release", "no config.json"]),
         (["--run", "{run}", "--temperature", "1"], ["--temperature"]),
+        (["--run", "{run}", "--model", "x", "--bits", "4"], ["--model = 'x'", "--bits", "cannot go with --run"]),
+        (["--model", "x", "--release", "y"], ["--data", "--release = 'y'", "needs --run"]),
+        (["--model", "no/such/model", "--data", "demo"], ["--model"]),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_two(capsys, tiny_runs, flags, messages):

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import save_tiny
-from releases import QUIET, make_adapter, release
+from releases import QUIET, asked, check_release, make_adapter, merged, release, train_tiny
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from qlora_kit import AdapterConfig, BaseConfig, DataConfig, OptimConfig, RunConfig, UserError, train
+from qlora_kit import UserError
 from qlora_kit.cli import main
+from qlora_kit.release import merge
 from qlora_kit.release.factors import parse_adapter
 from qlora_kit.release.place import Place
 
@@ -28,17 +30,7 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     save_tiny(folder / "base", "llama")
     make_adapter(folder / "base", folder / "adapter")
-    data = folder / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) for i in range(8)))
-    config = RunConfig(
-        base=BaseConfig(model=str(folder / "base"), device="cpu"),
-        adapter=AdapterConfig(r=4),
-        data=DataConfig(data=str(data), seq_len=32),
-        optim=OptimConfig(lr=2e-2, max_steps=2),
-        out=str(folder / "run"),
-        preflight=False,
-    )
-    train(config, QUIET)
+    train_tiny(folder / "base", folder / "run")
     return folder
 
 
@@ -86,8 +78,10 @@ def changed_tensors(file: Path, change) -> None:
         (["--adapter", "x:0", "--base", "demo"], ["--adapter", "x:0"]),
         (["--adapter", "x", "--base", "demo", "--bits", "5"], ["--bits = 5"]),
         (["--adapter", "x", "--base", "demo", "--into", "q4", "--dtype", "int8"], ["--into", "trained", "--dtype"]),
-        (["--adapter", "x", "--base", "demo", "--into", "int8"], ["--into", "held in nf4"]),
-        (["--adapter", "x", "--base", "demo", "--into", "best"], ["--data", "choose between two bases"]),
+        (["--adapter", "x", "--base", "demo", "--bits", "4", "--into", "int8"], ["--into", "held in nf4"]),
+        (["--adapter", "x", "--base", "demo", "--bits", "4", "--into", "best"], ["--data", "choose between two bases"]),
+        (["--adapter", "x", "--base", "demo", "--into", "best"], ["--bits", "nothing beside the adapter says"]),
+        (["--adapter", "x", "--base", "demo", "--into", "trained"], ["--bits", "nothing beside the adapter says"]),
         (["--adapter", "none", "--base", "nor/this/one/here"], ["none", "adapter_model", "--base"]),
     ],
 )
@@ -138,6 +132,99 @@ def test_adapters_that_are_no_plain_lora(capsys, tmp_path, copy, settings, messa
     err = refused(capsys, tmp_path, *from_adapter(copy))
     for message in ["--adapter", str(copy / "adapter"), *messages]:
         assert message in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", "abc"),
+        ("r", None),
+        ("r", 0),
+        ("lora_alpha", None),
+        ("lora_alpha", "x"),
+        ("rank_pattern", [1]),
+        ("rank_pattern", {"*[": 4}),
+        ("rank_pattern", {"q_proj": "4"}),
+        ("alpha_pattern", {"q_proj": None}),
+        ("target_modules", "*["),
+        ("target_modules", 5),
+        ("target_modules", [5]),
+        ("exclude_modules", {}),
+        ("layers_to_transform", "0"),
+        ("layers_pattern", ["*["]),
+        ("modules_to_save", "*["),
+        ("use_dora", "no"),
+        ("use_rslora", 1),
+    ],
+)
+def test_settings_that_peft_never_writes(capsys, tmp_path, copy, name, value):
+    changed_settings(copy, **{name: value})
+    err = refused(capsys, tmp_path, *from_adapter(copy))
+    assert f"its adapter_config.json has {name} = {value!r}, which is not " in err
+
+
+def test_a_choice_of_layers_that_peft_cannot_make(capsys, tmp_path, copy):
+    changed_settings(copy, target_modules=".*q_proj", layers_to_transform=[0])
+    assert "in a way that PEFT does not know" in refused(capsys, tmp_path, *from_adapter(copy))
+
+
+@pytest.mark.parametrize("file", ["adapter/adapter_config.json", "base/config.json", "base/model.safetensors"])
+def test_json_without_end(capsys, tmp_path, copy, file):
+    text = b"[" * 200_000
+    if file.endswith(".safetensors"):
+        text = len(text).to_bytes(8, "little") + text
+    (copy / file).write_bytes(text)
+    assert "cannot be read" in (err := refused(capsys, tmp_path, *from_adapter(copy))) or "without end" in err
+
+
+def test_a_vocabulary_that_was_resized_is_met_by_a_resized_base(capsys, tmp_path, made):
+    """As one trains with added tokens: PEFT keeps the embeddings whole, and the base has fewer."""
+    base = AutoModelForCausalLM.from_pretrained(made / "base")
+    base.resize_token_embeddings(322, mean_resizing=False)
+    base.save_pretrained(tmp_path / "resized")
+    shutil.copy(made / "base" / "tokenizer.json", tmp_path / "resized")
+    adapter = make_adapter(tmp_path / "resized", tmp_path / "adapter", 16, modules_to_save=["embed_tokens", "lm_head"])
+    err = refused(capsys, tmp_path, "--adapter", str(adapter), "--base", str(made / "base"))
+    assert "its vocabulary was resized: it has 322 tokens, and this base has 320" in err
+    assert "architecture" not in err
+    check_release(tmp_path / "resized", [(adapter, 1.0)], tmp_path / "out", bits=32)
+
+
+def test_the_second_adapter_must_be_whole_too(capsys, tmp_path, made):
+    """PEFT chooses by the number of the layer here, and loads what is lacking as zero."""
+    other = make_adapter(
+        made / "base", tmp_path / "b", seed=1, layers_to_transform=[0, 1], target_modules=["q_proj", "v_proj"]
+    )
+    words = ["--adapter", str(made / "adapter"), "--adapter", str(other), "--base", str(made / "base")]
+    merged(*words, "--out", tmp_path / "out")
+    changed_tensors(other / WEIGHTS, lambda t: [t.pop(name) for name in list(t) if "layers.1.self_attn.v" in name])
+    err = refused(capsys, tmp_path, *words)
+    assert "lacks the factors of 1 of the layers that it names: model.layers.1.self_attn.v_proj" in err
+    assert str(other) in err
+
+
+def test_a_base_that_is_cut_off_while_it_is_read(capsys, tmp_path, copy, monkeypatch):
+    file = copy / "base" / "model.safetensors"
+
+    def cut_off(*args):
+        file.write_bytes(file.read_bytes()[:60_000])
+        return plan(*args)
+
+    plan = merge.plan_files
+    monkeypatch.setattr(merge, "plan_files", cut_off)
+    err = refused(capsys, tmp_path, *from_adapter(copy))
+    assert "--base" in err
+    assert "changed while it was read: model.safetensors ended early" in err
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOENT])
+def test_a_disk_that_goes_away_is_one_message(capsys, tmp_path, made, monkeypatch, code):
+    def gone(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("qlora_kit.release.shards.os.pwrite", gone)
+    err = refused(capsys, tmp_path, *from_adapter(made))
+    assert f"--out = '{tmp_path / 'new' / 'out'}': cannot be written ({os.strerror(code)})" in err
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -202,7 +289,7 @@ def integers(tensors):
         (foreign, "which is no name that PEFT gives"),
         (other_name, "another architecture: this base has no layer model.layers.7.self_attn.q_proj"),
         (other_width, "another architecture: model.layers.0.self_attn.q_proj is 64 → 128 here, and 96 → 128 there"),
-        (resized, "(330, 64), and this base has (320, 64) (was the vocabulary resized?)"),
+        (resized, "its vocabulary was resized: it has 330 tokens, and this base has 320"),
         (packed, "has the dtype torch.uint8"),
         (integers, "has the dtype torch.int32"),
     ],
@@ -384,6 +471,12 @@ def test_space_is_looked_for_before_anything_is_written(capsys, tmp_path, made, 
     monkeypatch.setattr("qlora_kit.release.shards.os.pwrite", full_disk)
     err = refused(capsys, tmp_path, *from_adapter(made))
     assert "the disk has 1 MiB free" in err
+    assert f"--out = '{tmp_path / 'new' / 'out'}'" in err
+
+
+def test_space_for_the_proof_is_that_of_its_questions(tmp_path, made):
+    request = asked(*from_adapter(made), "--out", tmp_path / "out")
+    assert merge._needed_bytes(request, merge.read_inputs(request, QUIET), whole_model=True) < 100 << 20
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "..", ""])

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_kit import quiet
-from qlora_kit.errors import UserError
+from qlora_kit.config import RunConfig, flag
+from qlora_kit.errors import Fault, UserError
 
 if TYPE_CHECKING:
     from qlora_kit.evaluating import Evaluation
 
+OF_A_MODEL = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
 WIDTH = 10_000  # columns where the output is no terminal: a line is never broken
 
 
@@ -26,27 +28,30 @@ def run(
     base: str | None = None,
     json: bool = False,
 ) -> None:
-    """Evaluate the run and print what was found, as a table or `json`; progress goes to standard error.
+    """Evaluate the run, or the model in `given`, and print what was found, as a table or `json`.
 
-    `given` holds those settings that were given, by name. Raises `UserError`.
+    Progress goes to standard error. `given` holds those settings that were given, by name. Raises `UserError`.
     """
-    if run is None:
-        raise UserError.of("--run", run, "is missing", "Give the folder of a finished run.")
+    _check(given, run, release, base)
     quiet.quiet_libraries()
     from qlora_kit import evaluating, narration, reopening
     from qlora_kit.base import resolve_device
     from qlora_kit.progress import say_line
 
-    found = reopening.find_run(run, given, base)
-    if not found.generates:
+    found = None if run is None else reopening.find_run(run, given, base)
+    if found is not None and not found.generates:
         rule = f"was trained for {found.config.base.task}, whose figures are in its evaluation.json"
         raise UserError.of("--run", run, rule, "Use `qlora-kit predict` for other data.")
+    config = RunConfig.from_flat(given) if found is None else found.config
     quiet.quiet_progress_bars()
     say = Console(stderr=True, highlight=False)
-    for line in narration.opening(found.config, resolve_device(found.config.base.device)):
+    for line in narration.opening(config, resolve_device(config.base.device)):
         say_line(say, line)
-    with reopening.memory_errors(found.config.base.device):
-        evaluation = evaluating.evaluate(found, given.get("data"), release, say)
+    with reopening.memory_errors(config.base.device):
+        if found is None:
+            evaluation = evaluating.evaluate_model(config, given["data"], "bits" not in given, say)
+        else:
+            evaluation = evaluating.evaluate(found, given.get("data"), release, say)
     if json:
         print(jsonlib.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False))
         return
@@ -54,6 +59,25 @@ def run(
     for line in _lines(evaluation):
         say_line(console, line)
     console.print(_table(evaluation))
+
+
+def _check(given: Mapping[str, Any], run: str | None, release: str | None, base: str | None) -> None:
+    """The rules that join several flags. Raises one `UserError` with every fault."""
+    faults = []
+    if run is not None:
+        rule = "cannot go with --run, which has its own"
+        remedy = "Give one of the two (--release adds a model, --base says where a base moved)."
+        faults += [Fault(flag(name), given[name], rule, remedy) for name in OF_A_MODEL if name in given]
+    elif "model" not in given:
+        faults.append(Fault("--run", None, "is missing, and so is --model", "Give --run RUN or --model MODEL."))
+    else:
+        others = {"--release": release, "--base": base}
+        rule, remedy = "needs --run", "Evaluate each model on its own with --model."
+        faults += [Fault(name, value, rule, remedy) for name, value in others.items() if value is not None]
+        if "data" not in given:
+            faults.append(Fault("--data", None, "is needed: a model holds no data out", "Give --data FILE."))
+    if faults:
+        raise UserError(faults)
 
 
 def _lines(evaluation: Evaluation) -> list[str]:

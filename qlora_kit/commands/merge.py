@@ -46,10 +46,12 @@ def make_request(
 
     faults = Faults()
     parsed = [faults.collect(lambda text=text: parse_adapter(text)) for text in adapters]  # type: ignore[misc]
-    config = faults.collect(lambda: _settings(given, run, adapters, base))
-    faults.raise_if_any()
-    assert config is not None
     chosen = [own for own in parsed if own is not None]
+    folders = [folder for folder, _ in chosen]
+    settings = faults.collect(lambda: _settings(given, run, folders, base, choices.get("into")))
+    faults.raise_if_any()
+    assert settings is not None
+    config, into = settings
     if not chosen and run is not None:
         chosen = [(f"{run.rstrip('/')}/adapter", 1.0)]
     data = dataclasses.replace(config.data, eval_data=None, eval_fraction=0.0) if "data" in given else config.data
@@ -62,21 +64,41 @@ def make_request(
         data=data if "data" in given or run is not None else None,
         data_given="data" in given,
         seed=config.seed,
-        **choices,
+        **{"into": into, **choices},
     )
 
 
-def _settings(given: Mapping[str, Any], run: str | None, adapters: Sequence[str], base: str | None) -> RunConfig:
-    """The settings of the run with those that were given over them; without a run, those that were given."""
+def _settings(
+    given: Mapping[str, Any], run: str | None, adapters: Sequence[str], base: str | None, into: str | None
+) -> tuple[RunConfig, str]:
+    """The settings of the run with those that were given over them; without a run, those that were given.
+
+    And what to merge into by default: where nothing says how the base was seen, its own weights.
+    """
     if "out" not in given:
         raise UserError.of("--out", None, "is needed", "Say where to write the release, for example --out release/x.")
     if run is not None:
-        from qlora_kit.reopening import find_run
-
-        return find_run(run, given, base).config
+        return _run_settings(given, run, adapters, base), "trained"
     if not adapters:
         raise UserError.of("--run", None, "is needed", "Give --run runs/x, or --adapter DIR --base MODEL.")
     if base is None:
         rule = "is needed beside --adapter"
         raise UserError.of("--base", None, rule, "Give the model that the adapter was trained on.")
-    return RunConfig.from_flat({**given, "model": base})
+    from qlora_kit.release.request import held_by
+
+    held = held_by(adapters, given, into)
+    known = {"bits": 16} if held is None else held
+    return RunConfig.from_flat({**known, **given, "model": base}), "original" if held is None else "trained"
+
+
+def _run_settings(given: Mapping[str, Any], run: str, adapters: Sequence[str], base: str | None) -> RunConfig:
+    from qlora_kit.reopening import find_run
+
+    if adapters:
+        remedy = f"To merge both, give --adapter {run.rstrip('/')}/adapter --adapter {adapters[0]} --base MODEL."
+        raise UserError.of("--adapter", adapters[0], "cannot go with --run, whose own adapter is merged", remedy)
+    config = find_run(run, given, base).config
+    if "tokenizer" in given:
+        return config
+    saved = dataclasses.replace(config.base, tokenizer=None)  # the one that was saved beside the adapter
+    return dataclasses.replace(config, base=saved)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kit import runs
+import yaml
+
+from qlora_kit import base as base_model
+from qlora_kit import demo, hub, runs
+from qlora_kit.config import BaseConfig
+from qlora_kit.errors import UserError
 from qlora_kit.release.quantize import Quantization
 from qlora_kit.release.source import read_json
 
 CONFIG_FILE = "config.json"
 # what a tokenizer's folder may hold, by the names that transformers gives
-TOKENIZER_FILES = (
-    "tokenizer.json",
+TOKENIZER_PATTERNS = (
+    *base_model.VOCABULARY_PATTERNS,
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 BASE_FILES = ("generation_config.json",)
-LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a card, as the hub names them
 
 
 def write_config(
@@ -69,33 +74,68 @@ def _quantization_config(dtype: str, pack: Quantization, heads: Sequence[str]) -
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
 
 
-def copy_side_files(base: Path, tokenizers: Iterable[Path], folder: Path, with_code: bool) -> None:
-    """Copy the tokenizer of the first of `tokenizers` that has one, and the base's other files that a server needs.
+def find_tokenizer(config: BaseConfig, adapters: Iterable[Path], base: Path) -> Path | None:
+    """The folder of the tokenizer that belongs to a release; None where there is none.
+
+    It is the one that was asked for (`config.tokenizer`), else that of the first adapter that has one, else the base's.
+    Raises `UserError` where the one that was asked for is not to be had.
+    """
+    if config.tokenizer is not None:
+        return _named_tokenizer(config, config.tokenizer)
+    return next((folder for folder in (*adapters, base) if base_model.has_tokenizer(folder)), None)
+
+
+def _named_tokenizer(config: BaseConfig, name: str) -> Path:
+    """The folder of the tokenizer `name`: a folder, a hub id, or "demo"."""
+    if name == "demo":
+        return demo.base_folder()
+    if Path(name).is_dir():
+        if not base_model.has_tokenizer(Path(name)):
+            raise UserError.of("--tokenizer", name, "the folder has no tokenizer.json", "Give a folder that has one.")
+        return Path(name)
+    revision = config.revision if name == config.model else None
+    probe = "tokenizer_config.json"
+    return hub.fetch_model_folder(name, revision, TOKENIZER_PATTERNS, "--tokenizer", probe)
+
+
+def copy_side_files(base: Path, tokenizer: Path | None, folder: Path, with_code: bool) -> None:
+    """Copy the tokenizer in the folder `tokenizer`, and the base's other files that a server needs.
 
     Code that comes with the base is copied only where the user trusts it (`with_code`).
     """
-    patterns = [*LICENCE_PATTERNS, *(["*.py"] if with_code else [])]
-    names = set(BASE_FILES) | {file.name for pattern in patterns for file in base.glob(pattern)}
-    for name in sorted(names):
-        _copy(base / name, folder)
-    for tokenizer in tokenizers:
-        if any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            for name in TOKENIZER_FILES:
-                _copy(tokenizer / name, folder)
-            return
+    patterns = [*BASE_FILES, *base_model.LICENCE_PATTERNS, *(["*.py"] if with_code else [])]
+    _copy(base, patterns, folder)
+    if tokenizer is not None:
+        _copy(tokenizer, TOKENIZER_PATTERNS, folder)
 
 
-def _copy(file: Path, folder: Path) -> None:
-    if file.is_file():
-        runs.write_bytes(folder / file.name, file.read_bytes())
+def _copy(source: Path, patterns: Iterable[str], folder: Path) -> None:
+    for file in sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()}):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        runs.write_bytes(target, file.read_bytes())
 
 
-def licence_of(base: Path) -> str | None:
-    """The licence that the base's own card names; None where it names none."""
-    card = base / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    if not text.startswith("---\n"):
-        return None
-    fields = dict(line.split(":", 1) for line in text[4:].split("\n---", 1)[0].splitlines() if ":" in line)
-    name = fields.get("license_name", fields.get("license", "")).strip().strip("'\"")
-    return name or None
+def licence_of(folder: Path) -> dict[str, Any]:
+    """What the card in `folder` says of its licence: those of `LICENCE_FIELDS` that stand there."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+    parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        fields = yaml.safe_load(parts[1])
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    found = {name: fields.get(name) for name in LICENCE_FIELDS} if isinstance(fields, dict) else {}
+    return {name: value for name, value in found.items() if _is_text(value) and value}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+
+
+def licence_text(licence: Mapping[str, Any]) -> str | None:
+    """The licence in a word: its own name, or its identifier on the hub."""
+    name = licence.get("license_name", licence.get("license"))
+    return ", ".join(name) if isinstance(name, list) else name

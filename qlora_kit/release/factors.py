@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ UNMERGEABLE = (
     "use_qalora",
     "velora_config",
 )
+DEFAULT_RANK = DEFAULT_ALPHA = 8  # what PEFT takes where the settings do not say
+REMEDY = "Save or fetch it again."
 # initialisations after which the base under the factors is still the published one; the others change it
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -123,6 +125,9 @@ def _no_weights(given: str, folder: Path) -> UserError:
 
 def _check_settings(given: str, settings: Mapping[str, Any]) -> None:
     """Check that the adapter is one that adds s·B·A to the published base. Raises `UserError`."""
+    wrong = list(_wrong_types(settings))
+    if wrong:
+        raise UserError(Fault(SETTING, given, f"its {CONFIG_FILE} has {fault}", REMEDY) for fault in wrong)
     faults = []
     if settings.get("peft_type") != "LORA":
         faults.append(f"is of the kind {settings.get('peft_type')!r}, and only LoRA can be merged")
@@ -131,11 +136,73 @@ def _check_settings(given: str, settings: Mapping[str, Any]) -> None:
     start = settings.get("init_lora_weights")
     if start not in HARMLESS_INITS:
         faults.append(f"began with init_lora_weights={start!r}, which changed the base under it")
+    try:
+        _choice_of_layers(settings)
+    except ValueError as error:
+        faults.append(f"chooses its layers in a way that PEFT does not know ({str(error).rstrip('.')})")
     if settings.get("ensure_weight_tying"):
         faults.append("ties its own factors (ensure_weight_tying), which cannot be merged")
     if faults:
         remedy = "Convert it to plain LoRA with PEFT (save_pretrained's path_initial_model_for_weight_conversion)."
         raise UserError(Fault(SETTING, given, fault, remedy) for fault in faults)
+
+
+def _wrong_types(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What in the settings is not what PEFT writes there."""
+    kinds: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+        ("a whole number from 1", _is_rank, ("r",)),
+        ("a number", _is_number, ("lora_alpha",)),
+        ("true or false", lambda v: v is None or isinstance(v, bool), ("use_dora", "use_rslora", "fan_in_fan_out")),
+        ("names of layers, or a pattern of them", _are_names, ("target_modules", "exclude_modules")),
+        ("patterns of names", _are_patterns, ("modules_to_save", "layers_pattern")),
+        ("numbers of layers", _are_numbers, ("layers_to_transform",)),
+        ("a mapping from patterns to ranks", lambda v: _is_pattern(v, _is_rank), ("rank_pattern",)),
+        ("a mapping from patterns to numbers", lambda v: _is_pattern(v, _is_number), ("alpha_pattern",)),
+    )
+    for kind, holds, names in kinds:
+        for name in names:
+            if name in settings and not holds(settings[name]):
+                yield f"{name} = {settings[name]!r}, which is not {kind}"
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_names(value: object) -> bool:
+    if isinstance(value, str):
+        return _compiles(value)
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _are_patterns(value: object) -> bool:
+    return value is None or all(isinstance(own, str) and _compiles(own) for own in _as_list(value))
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _are_numbers(value: object) -> bool:
+    return value is None or all(type(number) is int for number in _as_list(value))
+
+
+def _is_pattern(value: object, holds: Callable[[Any], bool]) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(_compiles(name) and holds(own) for name, own in value.items())
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _sorted_out(
@@ -175,11 +242,11 @@ def _factor(
 ) -> Factor:
     a, b = parts["lora_A"], parts["lora_B"]
     shapes = checkpoint.entries[a].shape, checkpoint.entries[b].shape
-    rank = int(_by_pattern(settings.get("rank_pattern"), module, settings.get("r", 8)))
+    rank = int(_by_pattern(settings.get("rank_pattern"), module, settings.get("r", DEFAULT_RANK)))
     if any(len(shape) != 2 for shape in shapes) or not shapes[0][0] == shapes[1][1] == rank:
         rule = f"{module} has factors of shapes {shapes[0]} and {shapes[1]}, and its rank is {rank}"
         raise UserError.of(SETTING, given, rule, "Save or fetch it again.")
-    alpha = float(_by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8)))
+    alpha = float(_by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", DEFAULT_ALPHA)))
     scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     embedding = a.endswith("lora_embedding_A")
     return Factor(module, a, b, scaling, parts.get("lora_magnitude_vector"), parts.get("lora_B.bias"), embedding)
@@ -211,22 +278,21 @@ def _check_values(adapter: Adapter) -> None:
         raise UserError(Fault(SETTING, adapter.given, f"{name} {rule}", remedy) for name, rule in shown)
 
 
-def targeted(settings: Mapping[str, Any], modules: Mapping[str, Any]) -> Iterator[str]:
-    """Those of `modules` that the adapter's settings say carry factors, as PEFT chooses them.
+def targeted(settings: Mapping[str, Any], modules: Iterable[str]) -> Iterator[str]:
+    """Those of `modules` that the adapter's settings say carry factors, by PEFT's own rule."""
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-    Yields nothing where PEFT chose by layer number, which the settings alone do not tell apart.
-    """
-    wanted, without = settings.get("target_modules"), settings.get("exclude_modules")
-    if not wanted or settings.get("layers_to_transform") is not None or wanted == "all-linear":
+    if not settings.get("target_modules") or settings["target_modules"] == "all-linear":
         return
-    for name in modules:
-        if _is_among(name, wanted) and not _is_among(name, without):
-            yield name
+    config = _choice_of_layers(settings)
+    for module in modules:
+        if bool(check_target_module_exists(config, module)):
+            yield module
 
 
-def _is_among(name: str, wanted: Any) -> bool:
-    if not wanted:
-        return False
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in wanted)
+def _choice_of_layers(settings: Mapping[str, Any]) -> Any:
+    """PEFT's own settings with those that choose layers. Raises `ValueError` for a choice that PEFT cannot make."""
+    from peft import LoraConfig
+
+    names = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    return LoraConfig(**{name: settings[name] for name in names if settings.get(name) is not None})

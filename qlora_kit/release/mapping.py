@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import base
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.release.factors import SETTING, Adapter, targeted
+from qlora_kit.release.factors import REMEDY, SETTING, Adapter, targeted
 from qlora_kit.release.source import FETCH_REMEDY, Checkpoint
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Layout:
     unknown: frozenset[str]  # names in the files that the model has no use for
     tied: tuple[tuple[str, ...], ...]  # names in the model that share one tensor
     modules: Mapping[str, str]  # module with a weight → the weight's name in the model
+    vocabulary: frozenset[str]  # names in the model of the weights with a row for each token
 
     def weight_of(self, file_name: str) -> Weight | None:
         """The live weight that the file's tensor is; None where it is none, or only a part of one."""
@@ -73,7 +74,13 @@ def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) 
     tied = _tied(model)
     _check_complete(config, weights, file_names, converted, tied, checkpoint)
     modules = {name.rpartition(".")[0]: name for name in weights if name.endswith(".weight")}
-    return Layout(weights, file_names, converted, unknown, tied, modules)
+    return Layout(weights, file_names, converted, unknown, tied, modules, _vocabulary(model))
+
+
+def _vocabulary(model: Any) -> frozenset[str]:
+    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if any(parameter is end for end in ends))
 
 
 def _weights(model: Any, dtype: torch.dtype) -> Iterable[Weight]:
@@ -190,14 +197,40 @@ def check_fits(adapter: Adapter, layout: Layout) -> None:
 
     Raises `UserError` with the faults.
     """
+    _check_vocabulary(adapter, layout)
     faults = [*_factor_faults(adapter, layout), *_whole_faults(adapter, layout)]
     layers = {module: name for module, name in layout.modules.items() if layout.weights[name].linear}
     lacking = [module for module in targeted(adapter.settings, layers) if not _covers(adapter, module)]
     if lacking and not faults:
-        faults.append(f"lacks the factors of {len(lacking)} of the layers that it names: {', '.join(lacking[:3])}")
+        rule = f"lacks the factors of {len(lacking)} of the layers that it names: {', '.join(lacking[:3])}"
+        raise UserError.of(SETTING, adapter.given, rule, REMEDY)
     if faults:
         shown = faults[:3] + ([f"and {len(faults) - 3} more such faults"] if len(faults) > 3 else [])
         raise UserError(Fault(SETTING, adapter.given, fault, OTHER_ARCHITECTURE) for fault in shown)
+
+
+def _check_vocabulary(adapter: Adapter, layout: Layout) -> None:
+    """Check that the adapter was trained with as many tokens as the base has. Raises `UserError`."""
+    for name in layout.vocabulary & {*adapter.whole, *(f"{module}.weight" for module in adapter.factors)}:
+        rows, columns = layout.weights[name].shape
+        found = _rows_and_columns(adapter, name)
+        if found[1] == columns and found[0] != rows:
+            rule = f"was trained after its vocabulary was resized: it has {found[0]} tokens, and this base has {rows}"
+            remedy = (
+                f"Resize the base with transformers (resize_token_embeddings({found[0]})), save it with the adapter's "
+                "tokenizer, and give that folder as --base."
+            )
+            raise UserError.of(SETTING, adapter.given, rule, remedy)
+
+
+def _rows_and_columns(adapter: Adapter, name: str) -> tuple[int, ...]:
+    """The shape that the adapter gives the weight `name` of the vocabulary: tokens × width."""
+    entries = adapter.checkpoint.entries
+    if name in adapter.whole:
+        return (*entries[adapter.whole[name]].shape, 0, 0)[:2]
+    factor = adapter.factors[name.removesuffix(".weight")]
+    inner, outer = entries[factor.a].shape[1], entries[factor.b].shape[0]
+    return (inner, outer) if factor.embedding else (outer, inner)
 
 
 def _covers(adapter: Adapter, module: str) -> bool:
@@ -234,7 +267,7 @@ def _whole_faults(adapter: Adapter, layout: Layout) -> Iterable[str]:
         elif weight.quantized:
             yield f"holds {name} whole, which the run kept in {shape} packed bytes"
         elif shape != weight.shape:
-            yield f"holds {name} in the shape {shape}, and this base has {weight.shape} (was the vocabulary resized?)"
+            yield f"holds {name} in the shape {shape}, and this base has {weight.shape}"
 
 
 def check_mappable(adapters: Iterable[Adapter], layout: Layout, quantized: bool) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import base, host_memory, quiet, runs
-from qlora_kit.config import BaseConfig, DataConfig, RunConfig
+from qlora_kit import base, host_memory, quiet
+from qlora_kit.config import DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
 from qlora_kit.progress import BytesProgress, say_line
 from qlora_kit.release import content, live, proof, report, stream, verify
@@ -23,10 +24,19 @@ from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_l
 from qlora_kit.release.outputs import Outputs, plan_outputs
 from qlora_kit.release.place import Place
 from qlora_kit.release.quantize import Quantization
-from qlora_kit.release.request import Request, RunRecord, check_base, records_of, seen_dtype_name
+from qlora_kit.release.request import (
+    Request,
+    RunRecord,
+    check_base,
+    doubts,
+    records_of,
+    seen_dtype_name,
+    trained_base,
+)
 from qlora_kit.release.shards import SHARD_BYTES, Shard, plan_shards, writing
-from qlora_kit.release.source import Checkpoint, open_base
+from qlora_kit.release.source import FETCH_REMEDY, BadFileError, Checkpoint, open_base
 from qlora_kit.release.stream import Recipe
+from qlora_kit.trained_base import TrainedBase
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +51,10 @@ class Inputs:
     request: Request  # with the task, where only an adapter says it
     records: Sequence[RunRecord]
     adapters: Sequence[Adapter]
+    trained_bases: Sequence[TrainedBase | None]  # what each adapter says of its base
     base_folder: Path
     base_hash: str
+    tokenizer: Path | None
     checkpoint: Checkpoint
     seen_dtype: torch.dtype
     layout: Layout
@@ -67,6 +79,7 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     faults = Faults()
     records = faults.collect(lambda: records_of(request))
     adapters = [faults.collect(lambda own=own: open_adapter(*own)) for own in request.adapters]  # type: ignore[misc]
+    seen = [faults.collect(lambda given=given: trained_base(given)) for given, _ in request.adapters]  # type: ignore[misc]
     opened = faults.collect(lambda: open_base(request.base))
     faults.raise_if_any()
     assert records is not None
@@ -75,18 +88,30 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     folder, checkpoint = opened
     _check_together(found)
     request = dataclasses.replace(request, base=with_task(request.base, found))
-    heads = head_names(request.base)
+    tokenizer = content.find_tokenizer(request.base, [adapter.folder for adapter in found], folder)
+    complete = _with_tokenizer(request, tokenizer)
+    heads = head_names(complete.base)
     checkpoint = with_heads(checkpoint, found, heads)
-    dtype: torch.dtype = getattr(torch, seen_dtype_name(request, records))
+    dtype: torch.dtype = getattr(torch, seen_dtype_name(request, seen))
+    for line in doubts(request, [adapter.settings.get("base_model_name_or_path") for adapter in found], seen):
+        say_line(say, line)
     with ThreadPoolExecutor(1) as beside, say.status("hashing the base"):
-        hashing = beside.submit(check_base, request, records)
-        layout = read_layout(request.base, dtype, checkpoint)
+        hashing = beside.submit(check_base, complete, seen)
+        layout = read_layout(complete.base, dtype, checkpoint)
         base_hash = hashing.result()
     for adapter in found:
         check_fits(adapter, layout)
     check_mappable(found, layout, request.base.bits <= 8 and request.into != "original")
     outputs = plan_outputs(layout, checkpoint, found, dtype, named_by_model=bool(heads))
-    return Inputs(request, records, found, folder, base_hash, checkpoint, dtype, layout, outputs, heads)
+    return Inputs(
+        request, records, found, seen, folder, base_hash, tokenizer, checkpoint, dtype, layout, outputs, heads
+    )
+
+
+def _with_tokenizer(request: Request, tokenizer: Path | None) -> Request:
+    """`request` with the tokenizer of the release for the base's, which need not have one."""
+    chosen = request.base.tokenizer if tokenizer is None else str(tokenizer)
+    return dataclasses.replace(request, base=dataclasses.replace(request.base, tokenizer=chosen))
 
 
 def _check_together(adapters: Sequence[Adapter]) -> None:
@@ -119,7 +144,7 @@ def recipe_of(request: Request, inputs: Inputs, into: str) -> Recipe:
     if pack is not None:
         layout = inputs.layout
         if request.base.bits != 4:
-            as_nf4 = BaseConfig(**{**vars(request.base), "bits": 4})
+            as_nf4 = dataclasses.replace(_with_tokenizer(request, inputs.tokenizer).base, bits=4)
             layout = read_layout(as_nf4, inputs.seen_dtype, inputs.checkpoint)
         names = frozenset(name for name, weight in layout.weights.items() if weight.quantized)
     return Recipe(None if original else request.how, original, request.torch_dtype, pack, names)
@@ -155,10 +180,7 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
     content.write_config(
         inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code, inputs.heads, fields
     )
-    tokenizers = [adapter.folder for adapter in inputs.adapters]
-    if request.base.tokenizer is not None:
-        tokenizers.append(Path(request.base.tokenizer))
-    content.copy_side_files(inputs.base_folder, [*tokenizers, inputs.base_folder], folder, with_code)
+    content.copy_side_files(inputs.base_folder, inputs.tokenizer, folder, with_code)
     return Candidate(into, folder, recipe, tensors)
 
 
@@ -195,6 +217,12 @@ def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], fol
     return [verify.judge(folder, case, tokenizer) for case in cases]
 
 
+def _sizes(inputs: Inputs) -> tuple[int, int]:
+    """The parameters of the base, and at least as many as it has tokens in its vocabulary."""
+    entries = inputs.checkpoint.entries.values()
+    return sum(entry.numel for entry in entries), max(entry.shape[0] for entry in entries if len(entry.shape) == 2)
+
+
 @dataclass(frozen=True)
 class _Shown:
     """What the proof looks at: everything, or stand-ins with the first blocks of each."""
@@ -211,7 +239,7 @@ class _Shown:
 
 def proof_bytes(inputs: Inputs) -> int:
     """The memory that a process of the proof takes for the whole model."""
-    parameters = sum(entry.numel for entry in inputs.checkpoint.entries.values())
+    parameters, _ = _sizes(inputs)
     return parameters * verify.MODEL_BYTES + verify.PROCESS_BYTES
 
 
@@ -239,11 +267,8 @@ def _first_blocks(inputs: Inputs, candidates: Sequence[Candidate], count: int, f
 
 
 def _run_config(request: Request, inputs: Inputs, model: str) -> RunConfig:
-    """The settings of the live side: the tokenizer is the one that came with the adapter, where one did."""
-    own = request.base.tokenizer
-    with_tokenizer = [a for a in inputs.adapters if (a.folder / "tokenizer.json").is_file()]
-    tokenizer = str(with_tokenizer[0].folder) if own is None and with_tokenizer else own
-    changed = dataclasses.replace(request.base, model=model, tokenizer=tokenizer)
+    """The settings of the live side, with the tokenizer of the release."""
+    changed = dataclasses.replace(_with_tokenizer(request, inputs.tokenizer).base, model=model)
     return RunConfig(base=changed, data=request.data or DataConfig(), seed=request.seed)
 
 
@@ -267,11 +292,32 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
     say = console if console is not None else Console(stderr=True)
     place = Place.at(request.out)
     place.check(request.overwrite)
+    with _unreadable_files(request, place):
+        return _merge(request, place, say, whole_model)
+
+
+@contextmanager
+def _unreadable_files(request: Request, place: Place) -> Iterator[None]:
+    """Say of a file that was right at first, and cannot be read any more, whose it is. Raises `UserError`."""
+    try:
+        yield
+    except BadFileError as error:
+        folder = error.file.parent if error.file is not None else None
+        setting, value, remedy = "--base", request.base.model, FETCH_REMEDY
+        for given, _ in request.adapters:
+            if folder == Path(given):
+                setting, value, remedy = "--adapter", given, "Copy it again."
+        if folder is not None and place.working in folder.parents:
+            setting, value, remedy = "--out", request.out, "Merge again; the disk may be faulty."
+        raise UserError.of(setting, value, f"a file changed while it was read: {error}", remedy) from None
+
+
+def _merge(request: Request, place: Place, say: Console, whole_model: bool) -> Result:
     inputs = read_inputs(request, say)
     request = inputs.request
     _check_choice(request, inputs)
     with place.made() as working:
-        runs.require_space(working, _needed_bytes(request, inputs, whole_model))
+        place.require_space(_needed_bytes(request, inputs, whole_model))
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]
         chosen, model_proof, choice = candidates[0], None, None
         if whole_model:
@@ -282,7 +328,7 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
             chosen, model_proof, choice = choose(candidates, proofs)
         found = _report(request, inputs, chosen, model_proof, choice)
         report.write_report(found, chosen.folder)
-        place.put(chosen.folder)
+        place.put(chosen.folder, request.overwrite)
     return Result(place.final, found)
 
 
@@ -290,7 +336,9 @@ def _needed_bytes(request: Request, inputs: Inputs, whole_model: bool) -> int:
     """Space for every release that is made, and for what the proof writes down."""
     recipes = [recipe_of(request, inputs, into) for into in request.bases]
     weights = sum(shard.n_bytes for recipe in recipes for shard in plan_files(inputs, recipe))
-    logits = verify.MAX_LOGIT_BYTES * verify.LOGIT_FILES * len(recipes) if whole_model else 0
+    parameters, vocabulary = _sizes(inputs)
+    file_bytes = 4 * vocabulary * verify.token_budget(parameters, vocabulary, request.into == "best")  # fp32
+    logits = file_bytes * verify.LOGIT_FILES * len(recipes) if whole_model else 0
     return weights + logits + SPARE_BYTES
 
 
@@ -313,17 +361,19 @@ def _report(
     model_proof: verify.ModelProof | None,
     choice: dict[str, Any] | None,
 ) -> report.Report:
-    licences = {"base": content.licence_of(inputs.base_folder), "data": None}
     return report.make_report(
         request,
-        inputs.base_hash,
-        inputs.adapters,
-        inputs.records,
-        chosen.into,
-        licences,
-        inputs.outputs.left_out,
-        inputs.outputs.untied,
-        chosen.tensors,
-        model_proof,
-        choice,
+        report.Findings(
+            base_hash=inputs.base_hash,
+            base_licence=content.licence_of(inputs.base_folder),
+            adapters=inputs.adapters,
+            trained_bases=inputs.trained_bases,
+            records=inputs.records,
+            into=chosen.into,
+            left_out=inputs.outputs.left_out,
+            untied=inputs.outputs.untied,
+            tensors=chosen.tensors,
+            model=model_proof,
+            choice=choice,
+        ),
     )

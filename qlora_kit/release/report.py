@@ -5,58 +5,89 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit import runs
-from qlora_kit.release.factors import Adapter
+import yaml
+
+from qlora_kit import base, runs
+from qlora_kit.adapters import WEIGHTS_FILE
+from qlora_kit.config import DataConfig
+from qlora_kit.release import content
+from qlora_kit.release.factors import DEFAULT_ALPHA, DEFAULT_RANK, Adapter
 from qlora_kit.release.place import REPORT_FILE
 from qlora_kit.release.proof import TensorProof, summary
 from qlora_kit.release.request import Request, RunRecord
 from qlora_kit.release.verify import ModelProof
 from qlora_kit.task_models import GENERATION
+from qlora_kit.trained_base import TrainedBase
 
+MAX_TARGETS = 12  # names of layers on the card; full names of every layer would be too many
 Report = dict[str, Any]
 
 
-def make_report(
-    request: Request,
-    base_hash: str,
-    adapters: Sequence[Adapter],
-    records: Sequence[RunRecord],
-    into: str,
-    licences: Mapping[str, str | None],
-    left_out: Sequence[str],
-    untied: bool,
-    tensors: Sequence[TensorProof],
-    model: ModelProof | None,
-    choice: Mapping[str, Any] | None,
-) -> Report:
+@dataclass(frozen=True)
+class Findings:
+    """What a merge found out, beside what was asked."""
+
+    base_hash: str
+    base_licence: Mapping[str, Any]
+    adapters: Sequence[Adapter]
+    trained_bases: Sequence[TrainedBase | None]  # what each adapter says of its base
+    records: Sequence[RunRecord]
+    into: str
+    left_out: Sequence[str]
+    untied: bool
+    tensors: Sequence[TensorProof]
+    model: ModelProof | None
+    choice: Mapping[str, Any] | None
+
+    @property
+    def base_is_theirs(self) -> bool | None:
+        """Whether the adapters were trained on this base; None where not all of them say so."""
+        hashes = [own.hash if own is not None else None for own in self.trained_bases]
+        if any(known not in (None, self.base_hash) for known in hashes):
+            return False
+        return None if None in hashes else True
+
+
+def make_report(request: Request, found: Findings) -> Report:
     """The content of `merge_report.json`. Paths in it are those that the user typed."""
+    own_licences = [content.licence_of(adapter.folder) for adapter in found.adapters]
     return {
         "release": {
-            "into": into,
+            "into": found.into,
             "asked_for": request.into,
             "dtype": request.dtype,
             "format": request.format,
-            "left_out": list(left_out),
-            "untied": untied,
+            "left_out": list(found.left_out),
+            "untied": found.untied,
             "task": request.base.task or GENERATION,
         },
         "base": {
             "model": request.base.model,
+            "on_hub": not Path(base.model_source(request.base)).exists(),
             "revision": request.base.revision,
-            "hash": base_hash,
-            "is_that_of_the_run": all(record.base_hash == base_hash for record in records) if records else None,
+            "hash": found.base_hash,
+            "is_that_of_the_run": found.base_is_theirs,
+            "trained_on": [own.hash if own is not None else None for own in found.trained_bases],
             "seen_as": _seen_as(request),
-            "license": licences.get("base"),
+            "license": dict(found.base_licence),
         },
-        "adapters": [_adapter(adapter) for adapter in adapters],
-        "runs": [_run(record) for record in records],
-        "licenses": dict(licences),
-        "choice": dict(choice) if choice is not None else None,
-        "proof": {"tensors": summary(tensors), "model": model.to_dict() if model is not None else None},
-        "command": command_of(request),
+        "adapters": [_adapter(*own) for own in zip(found.adapters, own_licences, strict=True)],
+        "runs": [_run(record) for record in found.records],
+        "licenses": {
+            "base": content.licence_text(found.base_licence),
+            "adapter": "; ".join(filter(None, map(content.licence_text, own_licences))) or None,
+            "data": None,
+        },
+        "choice": dict(found.choice) if found.choice is not None else None,
+        "proof": {
+            "tensors": summary(found.tensors),
+            "model": found.model.to_dict() if found.model is not None else None,
+        },
+        "command": command_of(request, found.records),
         "versions": runs.versions(),
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -67,17 +98,21 @@ def _seen_as(request: Request) -> str:
     return request.held + double
 
 
-def _adapter(adapter: Adapter) -> Report:
+def _adapter(adapter: Adapter, licence: Mapping[str, Any]) -> Report:
     settings = adapter.settings
     kinds = [kind for kind, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if settings.get(key)]
+    targets = settings.get("target_modules")
     return {
         "folder": adapter.given,
+        "hash": f"sha256:{base.file_digest(adapter.folder / WEIGHTS_FILE).hex()}",
         "weight": adapter.weight,
-        "r": settings.get("r"),
-        "alpha": settings.get("lora_alpha"),
+        "r": settings.get("r", DEFAULT_RANK),
+        "alpha": settings.get("lora_alpha", DEFAULT_ALPHA),
         "kinds": kinds,
+        "targets": sorted(targets) if isinstance(targets, list) else targets,
         "layers": len(adapter.factors),
         "whole_tensors": sorted(adapter.whole),
+        "license": dict(licence),
     }
 
 
@@ -91,26 +126,49 @@ def _run(record: RunRecord) -> Report:
         "steps": record.content.get("steps"),
         "train_loss": results.get("train_loss"),
         "eval_loss": results.get("eval_loss"),
+        "seq_len": record.content["resolved"].get("seq_len"),
+        "seed": settings.get("seed"),
         "settings": {group: settings[group] for group in ("base", "adapter", "optim") if group in settings},
         "versions": record.content.get("versions"),
     }
 
 
-def command_of(request: Request) -> str:
-    """The command that makes this release again."""
+def command_of(request: Request, records: Sequence[RunRecord]) -> str:
+    """The command that makes this release again. Of a run with `records` only what differs from it is said."""
     words = ["qlora-kit", "merge"]
+    own = request.base
     if request.run is not None:
         words += ["--run", request.run]
-    if request.run is None or [given for given, _ in request.adapters] != [f"{request.run.rstrip('/')}/adapter"]:
+        if (own.model, own.revision) != _base_of_run(records):
+            words += ["--base", own.model, *_given("--revision", own.revision)]
+    else:
         for given, weight in request.adapters:
-            words += ["--adapter", given if weight == 1.0 else f"{given}:{weight:g}"]
-        words += ["--base", request.base.model, "--bits", str(request.base.bits)]
+            words += ["--adapter", given if weight == 1.0 else f"{given}:{weight!r}"]
+        words += ["--base", own.model, *_given("--revision", own.revision), "--bits", str(own.bits)]
+        words += ["--quant-type", own.quant_type, "--double-quant" if own.double_quant else "--no-double-quant"]
     words += ["--into", request.into, "--dtype", request.dtype, "--format", request.format, "--out", request.out]
-    if request.data_given and request.data is not None:
-        words += ["--data", request.data.data]
-    if request.allow_other_base:
-        words.append("--allow-other-base")
+    words += _given("--tokenizer", own.tokenizer)
+    if request.data is not None:
+        words += _data_words(request.data, request.data_given)
+    words += ["--trust-remote-code"] if own.trust_remote_code else []
+    words += ["--allow-other-base"] if request.allow_other_base else []
     return shlex.join(words)
+
+
+def _base_of_run(records: Sequence[RunRecord]) -> tuple[str, str | None]:
+    settings = records[0].content["settings"]["base"]  # the run's comes first
+    return settings["model"], settings.get("revision")
+
+
+def _data_words(data: DataConfig, given: bool) -> list[str]:
+    words = ["--data", data.data] if given else []
+    if data.columns:
+        words += ["--columns", ",".join(f"{name}={column}" for name, column in data.columns.items())]
+    return words + _given("--seq-len", data.seq_len)
+
+
+def _given(flag: str, value: object) -> list[str]:
+    return [] if value is None else [flag, str(value)]
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -123,18 +181,14 @@ def card(report: Report) -> str:
     """The Markdown card of the release."""
     base, release = report["base"], report["release"]
     name = Path(base["model"].rstrip("/")).name
-    licence = base["license"]
     lines = [
         "---",
-        "library_name: transformers",
-        *([f"license: {licence}"] if licence else []),
-        f"base_model: {base['model']}",
-        "tags: [lora, merged, qlora_kit]",
+        yaml.safe_dump(_front_matter(report), sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
         f"# {name}, fine-tuned and merged",
         "",
-        f"- base: `{base['model']}`, hash `{base['hash']}`, merged into {_base_text(report)}",
+        f"- base: `{base['model']}`, hash `{base['hash']}`{_base_doubt(report)}, merged into {_base_text(report)}",
         *(f"- adapter: {_adapter_text(adapter)}" for adapter in report["adapters"]),
         *(f"- trained on `{run['data']}`{_run_text(run)}" for run in report["runs"]),
         f"- weights: {release['dtype']}" + (", then quantized to nf4" if release["format"] == "nf4" else ""),
@@ -167,20 +221,59 @@ def _how_to_load(task: str) -> list[str]:
     ]
 
 
+def _front_matter(report: Report) -> dict[str, Any]:
+    """What the hub reads. A folder of this machine is no model there, so it is not named as one."""
+    base = report["base"]
+    fields: dict[str, Any] = {"library_name": "transformers", **base["license"]}
+    others = [adapter["license"].get("license") for adapter in report["adapters"]]
+    names = [own for other in (base["license"].get("license"), *others) for own in _as_list(other)]
+    if len(set(names)) > 1:
+        fields["license"] = list(dict.fromkeys(names))
+    elif names:
+        fields["license"] = names[0]
+    if base["on_hub"]:
+        fields["base_model"] = base["model"]
+    return {**fields, "tags": ["lora", "merged", "qlora_kit"]}
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _base_doubt(report: Report) -> str:
+    """What is to be said of a base that is not, or not known to be, the one that the adapter was trained on."""
+    if report["base"]["is_that_of_the_run"] is None:
+        return " (assumed to be the adapter's: it records no hash of its base)"
+    if report["base"]["is_that_of_the_run"]:
+        return ""
+    own = ", ".join(f"`{known}`" for known in dict.fromkeys(report["base"]["trained_on"]) if known is not None)
+    return f" (**not the base that the adapter was trained on**, which has the hash {own}; merged all the same)"
+
+
 def _base_text(report: Report) -> str:
+    own, seen_as = report["base"], report["base"]["seen_as"]
+    recorded = None not in own["trained_on"]
     if report["release"]["into"] == "original":
-        return f"its own weights (the adapter saw them as {report['base']['seen_as']})"
-    return f"the weights that the adapter saw ({report['base']['seen_as']})"
+        return f"its own weights ({'the adapter saw' if recorded else 'assumed: the adapter saw'} them as {seen_as})"
+    if own["is_that_of_the_run"] is False:
+        return f"these weights as the adapter saw those of its own base ({seen_as})"
+    return f"the weights that the adapter saw ({'' if recorded else 'assumed: '}{seen_as})"
 
 
 def _adapter_text(adapter: Mapping[str, Any]) -> str:
     parts = [f"`{adapter['folder']}`", f"r = {adapter['r']}, alpha = {adapter['alpha']:g}", *adapter["kinds"]]
-    parts.append(f"{adapter['layers']} layers")
+    parts.append(f"{adapter['layers']} layers{_targets_text(adapter['targets'])}")
     if adapter["whole_tensors"]:
         parts.append(f"{len(adapter['whole_tensors'])} tensors trained whole")
     if adapter["weight"] != 1.0:
-        parts.append(f"weight {adapter['weight']:g}")
-    return ", ".join(parts)
+        parts.append(f"weight {adapter['weight']!r}")
+    return ", ".join([*parts, f"`{adapter['hash']}`"])
+
+
+def _targets_text(targets: str | list[str] | None) -> str:
+    if isinstance(targets, list) and len(targets) <= MAX_TARGETS:
+        return f" ({', '.join(targets)})"
+    return f" ({targets})" if isinstance(targets, str) else ""
 
 
 def _run_text(run: Mapping[str, Any]) -> str:
@@ -189,6 +282,10 @@ def _run_text(run: Mapping[str, Any]) -> str:
         parts.append(f"{run['steps']:,} steps")
     if run["eval_loss"] is not None:
         parts.append(f"held-out loss {run['eval_loss']:.4f}")
+    optim = run["settings"].get("optim", {})
+    if optim:
+        batch = f"batch {optim['batch_size']} × {optim['grad_accum']}"
+        parts.append(f"learning rate {optim['lr']:g}, {batch}, at most {run['seq_len']} tokens, seed {run['seed']}")
     return "".join(f", {part}" for part in parts)
 
 
@@ -282,6 +379,13 @@ def closing(report: Report, out: str) -> list[str]:
     """What the command says at its end."""
     release = report["release"]
     lines = [f"{out}: merged into {_base_text(report)}, {release['dtype']}, {release['format']}"]
+    if report["base"]["is_that_of_the_run"] is False:
+        lines.append(f"the base {report['base']['model']} is not the one that the adapter was trained on")
+    if None in report["base"]["trained_on"]:
+        lines.append(
+            f"assumed: nothing beside the adapter says how it saw its base; if not as {report['base']['seen_as']}, say "
+            "so with --bits, --quant-type and --no-double-quant"
+        )
     if release["left_out"]:
         lines.append(f"left out: {len(release['left_out'])} tensors of the base's files that the model does not use")
     model = report["proof"]["model"]

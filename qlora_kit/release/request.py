@@ -1,17 +1,18 @@
-"""What is asked of a merge, and the record of the run that the adapter comes from."""
+"""What is asked of a merge, and what the adapters and their runs wrote down about their base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import base, reopening
-from qlora_kit.config import BaseConfig, DataConfig, flag
+from qlora_kit.config import BaseConfig, DataConfig, RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.release.quantize import Quantization
 from qlora_kit.runs import RUN_FILE
+from qlora_kit.trained_base import TrainedBase, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -121,14 +122,11 @@ class RunRecord:
     content: Mapping[str, Any]
 
     @property
-    def base_hash(self) -> str:
-        """The content hash of the base that it trained on."""
-        return str(self.content["base_hash"])
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype that it loaded the base in, as torch calls it."""
-        return str(self.content["resolved"].get("dtype", "bfloat16"))
+    def base(self) -> TrainedBase:
+        """The base that it trained on. Raises `UserError` for settings that break a rule."""
+        settings = RunConfig.from_flat(read_settings({"settings": self.content["settings"]})).base
+        dtype = str(self.content["resolved"].get("dtype", "bfloat16"))
+        return TrainedBase.of(settings, str(self.content["base_hash"]), dtype)
 
 
 def records_of(request: Request) -> list[RunRecord]:
@@ -138,47 +136,111 @@ def records_of(request: Request) -> list[RunRecord]:
     """
     folders = [request.run] if request.run is not None else []
     for given, _ in request.adapters:
-        run = Path(given).parent
-        if Path(given).name == "adapter" and (run / RUN_FILE).is_file() and str(run) not in folders:
-            folders.append(str(run))
-    return [RunRecord(folder, reopening.find_run(folder, {}).record) for folder in folders]
+        run = _run_around(given)
+        if run is not None and not any(Path(folder).resolve() == Path(run).resolve() for folder in folders):
+            folders.append(run)
+    return [_record(folder) for folder in folders]
 
 
-def seen_dtype_name(request: Request, records: Iterable[RunRecord]) -> str:
-    """The dtype in which the adapters saw the base: what their run says, else bf16 as nearly everyone trains.
+def _record(run: str) -> RunRecord:
+    return RunRecord(run, reopening.find_run(run, {}).record)
 
-    Raises `UserError` where the runs of several adapters differ.
+
+def _run_around(given: str) -> str | None:
+    """The run whose `adapter/` the folder `given` is, said as the user said that; None where it is in none."""
+    folder = Path(given).resolve()
+    if folder.name != "adapter" or not (folder.parent / RUN_FILE).is_file():
+        return None
+    return str(Path(given).parent if Path(given).name == "adapter" else Path(given) / "..")
+
+
+def trained_base(given: str) -> TrainedBase | None:
+    """The base that the adapter in the folder `given` was trained on; None where nothing there says so.
+
+    It stands beside the weights; older runs have it only in their record. Raises `UserError`.
+    """
+    found = read_record(Path(given), "--adapter")
+    run = _run_around(given)
+    return _record(run).base if found is None and run is not None else found
+
+
+def held_by(adapters: Iterable[str], given: Mapping[str, object], into: str | None) -> dict[str, object] | None:
+    """The settings of how the adapters saw their base: those that stand beside them, else what follows from `given`.
+
+    None where nothing says it. Raises `UserError` where the adapters differ, or it must be known and is not.
+    """
+    adapters = list(adapters)
+    held = [own.held for own in map(trained_base, adapters) if own is not None]
+    if held:
+        if any(other != held[0] for other in held):
+            rule = "saw their bases held in different ways"
+            raise UserError.of("--adapter", adapters, rule, "Merge one at a time.")
+        return held[0]
+    if "bits" in given:
+        return {}
+    if into in TRAINED_AS:
+        bits, kind = TRAINED_AS[into]
+        return {"bits": bits} if kind is None else {"bits": bits, "quant_type": kind}
+    if "quant_type" in given or "double_quant" in given:
+        return {"bits": 4}
+    if into in ("trained", "best"):
+        rule = f"is needed for --into {into}: nothing beside the adapter says how it saw its base"
+        raise UserError.of("--bits", None, rule, "Give --bits 4, 8, 16 or 32, or --into original.")
+    return None
+
+
+def seen_dtype_name(request: Request, seen: Iterable[TrainedBase | None]) -> str:
+    """The dtype in which the adapters saw the base: what is written down, else bf16 as nearly everyone trains.
+
+    Raises `UserError` where several adapters differ.
     """
     if request.base.bits == 32:
         return "float32"
-    names = {record.dtype_name for record in records} or {"bfloat16"}
+    names = {own.dtype for own in seen if own is not None} or {"bfloat16"}
     if len(names) > 1:
         rule = f"saw the base in different dtypes: {', '.join(sorted(names))}"
         raise UserError.of("--adapter", [given for given, _ in request.adapters], rule, "Merge one at a time.")
     return names.pop()
 
 
-def check_base(request: Request, records: Iterable[RunRecord]) -> str:
-    """Check that the base is the one that each run trained on, and held as it was; returns its hash.
+def check_base(request: Request, seen: Sequence[TrainedBase | None]) -> str:
+    """Check that the base is the one that each adapter was trained on, and held as it was; returns its hash.
 
-    Raises `UserError`, which says how to overrule.
+    `seen` has what each of them says of its base. Raises `UserError`, which says how to overrule.
     """
-    records = list(records)
-    for record in records:
-        trained = record.content["settings"].get("base", {})
-        for name in ("bits", "quant_type", "double_quant"):
-            if trained.get(name) != getattr(request.base, name):
-                rule = f"is not how {record.given} held the base, which was {trained.get(name)!r}"
-                raise UserError.of(flag(name), getattr(request.base, name), rule, "Leave it as it was in the run.")
-    found = base.hash_base(request.base, request.seed)
-    for record in records:
-        if record.base_hash != found and not request.allow_other_base:
+    known = [(given, own) for (given, _), own in zip(request.adapters, seen, strict=True) if own is not None]
+    for given, own in known:
+        for name, value in own.held.items():
+            if getattr(request.base, name) != value:
+                rule = f"is not how {given} saw the base, which was {value!r}"
+                raise UserError.of(flag(name), getattr(request.base, name), rule, "Leave it as it was in training.")
+    try:
+        found = base.hash_base(request.base, request.seed)
+    except OSError as error:
+        rule = f"its files cannot be read ({error.strerror})"
+        raise UserError.of("--base", request.base.model, rule, "Fetch or copy it again.") from None
+    for given, own in known:
+        if own.hash != found and not request.allow_other_base:
             rule = (
-                f"is not the base that {record.given} was trained on: its content hash is {found[:19]}…, "
-                f"and that of the run's base is {record.base_hash[:19]}…"
+                f"is not the base that {given} was trained on: its content hash is {found[:19]}…, "
+                f"and that of the adapter's base is {own.hash[:19]}…"
             )
             remedy = (
                 "Give the one that it was trained on, or add --allow-other-base to merge into this one all the same."
             )
             raise UserError.of("--base", request.base.model, rule, remedy)
     return found
+
+
+def doubts(request: Request, named: Sequence[object], seen: Sequence[TrainedBase | None]) -> list[str]:
+    """Warnings about bases that cannot be checked, where the adapter's own settings name (`named`) another one."""
+    return [
+        f"warning: {given} says that its base is {name}, and {request.base.model} was given; whether they are the "
+        "same cannot be checked"
+        for (given, _), name, own in zip(request.adapters, named, seen, strict=True)
+        if own is None and isinstance(name, str) and name and not _same_place(name, request.base.model)
+    ]
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one.rstrip("/") == other.rstrip("/") or Path(one).resolve() == Path(other).resolve()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE_FILE, INDEX_FILE = base.WEIGHT_FILES
-SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md", "LICENSE*")
+SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md", *base.LICENCE_PATTERNS)
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 READ_BYTES = 1 << 28  # at most so many in one system call
 # the names of dtypes in a header, as torch calls them
@@ -70,6 +70,10 @@ class Entry:
 class BadFileError(Exception):
     """A safetensors file, or an index of some, that cannot be trusted; the message says what is wrong with it."""
 
+    def __init__(self, message: str, file: Path | None = None) -> None:
+        super().__init__(message)
+        self.file = file  # the one that could not be read although its header was right
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -101,20 +105,27 @@ class Checkpoint:
 
 
 def read_bytes(entry: Entry, offset: int, count: int) -> torch.Tensor:
-    """`count` bytes of a tensor from `offset` on, as a uint8 tensor."""
+    """`count` bytes of a tensor from `offset` on, as a uint8 tensor. Raises `BadFileError`."""
     import torch
 
     buffer = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs
+    try:
+        _fill(memoryview(buffer.numpy()), entry, offset)  # type: ignore[arg-type]  # numpy's stubs
+    except OSError as error:
+        raise BadFileError(f"{entry.file.name} cannot be read ({error.strerror})", entry.file) from None
+    return buffer
+
+
+def _fill(view: memoryview, entry: Entry, offset: int) -> None:
+    count = len(view)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start + offset)
         done = 0
         while done < count:
             got = stream.readinto(view[done : done + READ_BYTES])
             if not got:
-                raise BadFileError(f"{entry.file.name} ended early")
+                raise BadFileError(f"{entry.file.name} ended early", entry.file)
             done += got
-    return buffer
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -127,7 +138,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         text = stream.read(length)
     try:
         header = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadFileError(f"{file.name} is no safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
         raise BadFileError(f"{file.name} is no safetensors file: its header is no mapping")
@@ -178,7 +189,7 @@ def open_base(config: BaseConfig, setting: str = "--base") -> tuple[Path, Checkp
         raise UserError.of(setting, config.model, rule, "Train on a published model to release one.")
     folder = Path(base.model_source(config))
     if not folder.exists():
-        folder = hub.fetch_model_folder(config.model, config.revision, ("*.safetensors*", *SIDE_PATTERNS), setting)
+        folder = _fetch(config, setting)
     try:
         checkpoint = Checkpoint.open(weight_files(folder))
     except (BadFileError, OSError) as error:
@@ -187,8 +198,17 @@ def open_base(config: BaseConfig, setting: str = "--base") -> tuple[Path, Checkp
     return folder, checkpoint
 
 
+def _fetch(config: BaseConfig, setting: str) -> Path:
+    """The local folder of a hub model, downloaded if need be: of several sets of weights only the one that is used."""
+    folder = hub.fetch_model_folder(config.model, config.revision, (SINGLE_FILE, *SIDE_PATTERNS), setting)
+    parts = tuple(sorted(base.weight_names(folder)))
+    if parts:
+        hub.fetch_model_folder(config.model, config.revision, parts, setting)
+    return folder
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, as transformers chooses them. Raises `BadFileError`."""
+    """The safetensors files of a model folder, as transformers chooses them, checked. Raises `BadFileError`."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
@@ -202,7 +222,7 @@ def _indexed_files(folder: Path) -> list[Path]:
     """The files that the index names, each checked to be in the folder and to hold what it should."""
     try:
         places = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise BadFileError(f"{INDEX_FILE} is no index of tensors") from None
     check_index(places)
     files = [folder / name for name in sorted(set(places.values()))]
@@ -244,6 +264,8 @@ def read_json(file: Path, setting: str, value: object) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError.of(setting, value, f"has no {file.name}", "Give a complete folder.") from None
+    except RecursionError:
+        raise UserError.of(setting, value, f"its {file.name} is nested without end", FETCH_REMEDY) from None
     except (OSError, ValueError) as error:
         raise UserError.of(setting, value, f"its {file.name} cannot be read ({error})", FETCH_REMEDY) from None
     if not isinstance(content, dict):
