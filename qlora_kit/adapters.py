@@ -35,13 +35,30 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def choose_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> list[str]:
+def block_of(name: str) -> int:
+    """The number of the block that a layer of `linear_layers` is in."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def choose_targets(
+    model: PreTrainedModel, wanted: tuple[str, ...] | None, blocks: frozenset[int] | None = None
+) -> list[str]:
     """The names to give PEFT: `wanted`, or by default all of `linear_layers`, by their shortest unambiguous names.
 
-    Raises `UserError` where one of `wanted` matches no linear layer.
+    With `blocks` they are the full names of the layers in those (in an encoder-decoder model those of both stacks):
+    PEFT's own `layers_to_transform` takes no notice of targets that are given by their full names.
+    Raises `UserError` where one of `wanted` matches no linear layer, or one of `blocks` is not there.
     """
     layers = linear_layers(model)
     short = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    if blocks is not None:
+        _check_blocks(blocks, layers)
+        names = choose_targets(model, wanted)
+        layers = {n: m for n, m in layers.items() if block_of(n) in blocks and any(_matches(n, t) for t in names)}
+        if not layers:
+            rule = f"is in none of the blocks {_ranges(blocks)}"
+            raise UserError.of("--targets", ",".join(wanted or short), rule, "Choose other --layers or --targets.")
+        return sorted(layers)
     if wanted is None:
         everywhere = [name for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in short]
         return short if set(everywhere) == set(layers) else sorted(layers)
@@ -56,6 +73,41 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
+def _check_blocks(blocks: frozenset[int], layers: Iterable[str]) -> None:
+    there = {block_of(name) for name in layers}
+    if not blocks <= there:
+        rule = "names blocks that the model has not"
+        raise UserError.of("--layers", _ranges(blocks - there), rule, f"This model has: {_ranges(there)}.")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-3,7` for the numbers 0, 1, 2, 3 and 7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def ranks_of(names: Iterable[str], config: AdapterConfig) -> dict[str, int]:
+    """The rank of each of the layers `names`, as PEFT chooses it: by the first of the patterns that fits.
+
+    Raises `UserError` for patterns that fit none of them.
+    """
+    names = list(names)
+    unused = [p for p in config.rank_pattern if not any(_matches(name, p) for name in names)]
+    if unused:
+        short = sorted({name.rsplit(".", 1)[-1] for name in names})
+        remedy = f"The layers that get factors are: {', '.join(short)}."
+        given = [f"{pattern}={config.rank_pattern[pattern]}" for pattern in unused]
+        rule = "matches no layer that gets factors"
+        raise UserError(Fault("--rank-pattern", shown, rule, remedy) for shown in given)
+    own = {name: [r for pattern, r in config.rank_pattern.items() if _matches(name, pattern)] for name in names}
+    return {name: found[0] if found else config.r for name, found in own.items()}
+
+
 def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     """Put trainable factors on the frozen `model`; A is random by torch's seed, B zero, both in `adapter_dtype`.
 
@@ -68,16 +120,19 @@ def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     if config.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
         rule = "does not work on 8-bit layers on a CPU (PEFT's DoRA loses their scales at the second step)"
         raise UserError.of("--dora", True, rule, "Use --bits 4 or 16, or a CUDA device.")
-    targets = choose_targets(model, config.targets)
-    chosen = [m for name, m in linear_layers(model).items() if any(_matches(name, t) for t in targets)]
+    targets = choose_targets(model, config.targets, config.blocks)
+    chosen = {name: m for name, m in linear_layers(model).items() if any(_matches(name, t) for t in targets)}
+    ranks_of(chosen, config)
     settings = LoraConfig(
         r=config.r,
         lora_alpha=config.resolved_alpha,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern={name: config.alpha_of(r) for name, r in config.rank_pattern.items()},
         lora_dropout=config.dropout,
         target_modules=targets,
         use_rslora=config.rslora,
         use_dora=config.dora,
-        fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen),  # unquantized GPT-2 stores in × out
+        fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen.values()),  # unquantized GPT-2 stores in × out
         task_type="CAUSAL_LM",
     )
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})

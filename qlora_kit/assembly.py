@@ -42,6 +42,7 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
             model = adapters.inject(model, settings)
     if config.optim.gradient_checkpointing:
         enable_checkpointing(model)
+    model.lora_plus = None if config.base.full else config.optim.lora_plus  # the flat buffers keep A and B apart by it
     model.lean_outcomes = {}
     if not config.base.full:
         simulated = "cuda" if device.type == "meta" else device.type

@@ -109,7 +109,8 @@ def make_optimizer(model: Any, config: RunConfig, optim: str) -> torch.optim.Opt
 
 def _optimizer_of(model: Any, arguments: TrainingArguments) -> torch.optim.Optimizer:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    return flat.connect(model, kind(flat.parameter_groups(model, arguments.weight_decay), **options))
+    groups = flat.parameter_groups(model, arguments.weight_decay, arguments.learning_rate)
+    return flat.connect(model, kind(groups, **options))
 
 
 class AdapterTrainer(Trainer):
@@ -133,8 +134,9 @@ class AdapterTrainer(Trainer):
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of the settings; over the flat buffers, where the factors lie in some."""
-        if self.optimizer is None and flat.flat_factors(self.model) is not None:
+        """The optimizer of the settings; over the flat buffers, where the factors lie in some, and with LoRA+."""
+        own = flat.flat_factors(self.model) is not None or flat.fast_names(self.model)
+        if self.optimizer is None and own:
             self.optimizer = _optimizer_of(self.model, self.args)
         return super().create_optimizer(model)
 

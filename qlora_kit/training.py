@@ -106,6 +106,9 @@ def _check(config: RunConfig) -> None:
     if has_eval and evaluation.keep_best and eval_steps and (save_steps or 0) % eval_steps:
         rule = f"must be a multiple of --eval-steps {eval_steps}, so that the best can be kept"
         faults.append(Fault("--save-steps", save_steps, rule, "Change one of them, or add --no-keep-best."))
+    if config.optim.lora_plus is not None and config.base.full:
+        rule = "is for adapters, and --full trains every weight"
+        faults.append(Fault("--lora-plus", config.optim.lora_plus, rule, "Drop one of the two."))
     for library in config.report_to:
         if importlib.util.find_spec(library) is None:
             faults.append(Fault("--report-to", library, "is not installed", f"pip install 'qlora_kit[{library}]'"))
@@ -121,7 +124,7 @@ def _check_resumable(config: RunConfig, point: runs.ResumePoint) -> None:
         "base": None,
         "adapter": None,
         "data": None,
-        "optim": ("optim", "batch_size", "grad_accum"),
+        "optim": ("optim", "lora_plus", "batch_size", "grad_accum"),
         "lean": ("lean", "flat_buffer"),  # the optimizer's states are those of the flat buffer or of each factor
     }
     faults = [Fault("--seed", now.seed, f"was {before.seed} in the run to resume", RESUME_REMEDY)] * (

@@ -63,6 +63,18 @@ def alike(one, other):
     return abs(states[0] - states[1]) <= ROUNDING_BYTES and rest[0] == rest[1] and where[0] == where[1]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"layers": "0-2,5"}, {"rank_pattern": "layers.3.mlp.up_proj=16"}, {"targets": "layers.6.mlp.up_proj"}]
+)
+def test_blocks_with_factors_of_their_own_are_all_simulated(tmp_path, changes):
+    """Three or four blocks, extrapolated, would have other factors than seven."""
+    config = run(config_file(tmp_path, "llama", 7), **changes)
+    planned = plan(config)
+    model = assembly.build_model(config, META)
+    assert planned.exact
+    assert planned.n_trainable == base.count_parameters(model).trainable > 0
+
+
 @pytest.mark.parametrize("family", EVEN)
 def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
     config = run(config_file(tmp_path, family, 7))
@@ -90,6 +102,8 @@ def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
         {"offload_activations": "off"},
         {"offload_activations": "off", "half_blocks": "on"},
         {"offload_embedding": "on", "flat_buffer": False},
+        {"lora_plus": 16},
+        {"rank_pattern": "up_proj=16,o_proj=2"},
     ],
     ids=str,
 )

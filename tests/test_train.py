@@ -199,6 +199,7 @@ def test_evaluating_changes_nothing(config):
         ({"optim": {"schedule": "constant"}}, [2, 4, 6]),
         ({"adapter": {"r": 64}, "optim": {"grad_accum": 2, "max_steps": 5, "optim": "adamw_8bit"}}, [2, 4]),
         ({"adapter": {"r": 64}, "optim": {"optim": "lion_8bit"}}, [4]),
+        ({"adapter": {"rank_pattern": {"up_proj": 2}, "layers": "1"}, "optim": {"lora_plus": 4.0}}, [2]),
         ({"adapter": {"dora": True, "adapter_dtype": "fp32"}, "data": {"pack": True}}, [2]),
         ({"optim": {"max_steps": None, "epochs": 1.5}, "evaluation": {"eval_steps": 2}}, [4, 6]),
     ],

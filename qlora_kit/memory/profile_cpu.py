@@ -129,7 +129,7 @@ def _optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer as on a CPU, where torch's SGD loops over the parameters and nothing pages."""
     optim = resolve_optim(config, CPU).removeprefix("paged_")
     if optim == "sgd":
-        groups = flat.parameter_groups(model, config.optim.weight_decay)
+        groups = flat.parameter_groups(model, config.optim.weight_decay, config.optim.lr)
         return flat.connect(model, torch.optim.SGD(groups, lr=config.optim.lr, foreach=False))
     return make_optimizer(model, config, optim.replace("_32bit", ""), [])
 

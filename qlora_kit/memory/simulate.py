@@ -188,7 +188,7 @@ def make_optimizer(
 
     What pages is what would at `depth` times the layers of `model`, with which a flat buffer grows.
     """
-    groups = flat.parameter_groups(model, config.optim.weight_decay)
+    groups = flat.parameter_groups(model, config.optim.weight_decay, config.optim.lr)
     if optim == "adamw":
         return flat.connect(model, MetaFusedAdamW(groups, lr=config.optim.lr))
     if optim == "sgd":
