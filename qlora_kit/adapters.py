@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit import initialization
 from qlora_kit.config import AdapterConfig
 from qlora_kit.errors import Fault, UserError
 
@@ -108,8 +109,10 @@ def ranks_of(names: Iterable[str], config: AdapterConfig) -> dict[str, int]:
     return {name: found[0] if found else config.r for name, found in own.items()}
 
 
-def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
-    """Put trainable factors on the frozen `model`; A is random by torch's seed, B zero, both in `adapter_dtype`.
+def inject(model: PreTrainedModel, config: AdapterConfig, originals: nn.Module | None = None) -> PeftModel:
+    """Put trainable factors in `adapter_dtype` on the frozen `model`, with the values that `config` says they begin at.
+
+    By default A is random by torch's seed and B zero. `originals` is the base before it was quantized, for LoftQ.
 
     Raises `UserError` for targets that match nothing and for combinations that the libraries cannot train.
     """
@@ -123,11 +126,13 @@ def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     targets = choose_targets(model, config.targets, config.blocks)
     chosen = {name: m for name, m in linear_layers(model).items() if any(_matches(name, t) for t in targets)}
     ranks_of(chosen, config)
+    halves = 2 if config.doubles_rank else 1
     settings = LoraConfig(
-        r=config.r,
-        lora_alpha=config.resolved_alpha,
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern={name: config.alpha_of(r) for name, r in config.rank_pattern.items()},
+        r=halves * config.r,
+        lora_alpha=config.alpha_of(halves * config.r),
+        rank_pattern={name: halves * r for name, r in config.rank_pattern.items()},
+        alpha_pattern={name: config.alpha_of(halves * r) for name, r in config.rank_pattern.items()},
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
         lora_dropout=config.dropout,
         target_modules=targets,
         use_rslora=config.rslora,
@@ -145,6 +150,7 @@ def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else torch.float32
     for _, parameter in trainable(peft_model):
         parameter.data = parameter.data.to(dtype)
+    initialization.start(peft_model, config, originals)
     return peft_model
 
 
@@ -174,10 +180,15 @@ def check_first_gradients(named: Iterable[tuple[str, torch.nn.Parameter]]) -> No
 def save_adapter(model: PeftModel, folder: Path, trained: bool = True) -> None:
     """Save in PEFT's format, then reopen the files and check them against the live factors.
 
+    Beside it go the parts of factors that are made of some (see `factor_parts`), for who resumes; no other needs them.
+
     Raises `RuntimeError` where the files differ from the factors or (once trained) a factor is all zero.
     """
+    from qlora_kit import factor_parts
+
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; the run writes its own card
+    factor_parts.save_parts(model, folder)
     check_saved(model, folder, trained)
 
 
@@ -186,12 +197,15 @@ def check_saved(model: PeftModel, folder: Path, trained: bool = True) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from qlora_kit import factor_parts
+
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = load_file(folder / WEIGHTS_FILE)
     faults = [f"{key}: missing from the file" for key in live.keys() - saved.keys()]
     faults += [f"{key}: in the file only" for key in saved.keys() - live.keys()]
     for key in live.keys() & saved.keys():
         faults += [f"{key}: {what}" for what in _differences(live[key], saved[key], trained)]
+    faults += factor_parts.differences(model, folder)
     if faults:
         raise RuntimeError(f"the adapter saved in {folder} is not right:\n  " + "\n  ".join(sorted(faults)))
 
@@ -244,6 +258,8 @@ def load_factors(model: PeftModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from qlora_kit import factor_parts
+
     saved = load_file(folder / WEIGHTS_FILE)
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
     # an adapter made elsewhere may hold embeddings of the base too
@@ -253,9 +269,11 @@ def load_factors(model: PeftModel, folder: Path) -> None:
     if wrong:
         raise RuntimeError(f"{folder / WEIGHTS_FILE} does not fit the adapter: {', '.join(wrong)}")
     dtype = next((value.dtype for key, value in saved.items() if "lora_" in key), None)
-    for _, parameter in adapter_parameters(model):
+    parts = {id(part) for _, part in factor_parts.hidden_parts(model)}  # these have dtypes of their own
+    for parameter in (p for _, p in adapter_parameters(model) if id(p) not in parts):
         parameter.data = parameter.data.to(dtype)
     set_peft_model_state_dict(model, saved)
+    factor_parts.load_parts(model, folder)
 
 
 def adapter_parameters(model: PeftModel) -> list[tuple[str, Any]]:

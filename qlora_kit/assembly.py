@@ -39,7 +39,7 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     if not config.base.full:
         with device if device.type == "meta" else nullcontext():  # copies of weights that PEFT makes stay there
             settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
-            model = adapters.inject(model, settings)
+            model = adapters.inject(model, settings, _originals(config, device))
     if config.optim.gradient_checkpointing:
         enable_checkpointing(model)
     model.lora_plus = None if config.base.full else config.optim.lora_plus  # the flat buffers keep A and B apart by it
@@ -48,6 +48,13 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
         simulated = "cuda" if device.type == "meta" else device.type
         model.lean_outcomes = make_lean(model, config.lean.resolved(simulated))
     return model
+
+
+def _originals(config: RunConfig, device: torch.device) -> Any:
+    """The base before it was quantized, where the factors begin at what that did to it; else None."""
+    if config.adapter.init != "loftq" or config.base.bits > 8 or device.type == "meta":
+        return None
+    return base.load_originals(config.base, device, config.seed)
 
 
 def enable_checkpointing(model: Any) -> None:

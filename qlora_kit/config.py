@@ -24,6 +24,8 @@ from qlora_kit.errors import Fault, UserError
 
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
+Init = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
+VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # as they are written
 DEFAULT_SEQ_LEN = 1024  # tokens an example may have where neither --seq-len nor the model's positions say less
 DEFAULT_NEW_TOKENS = 256  # most tokens of an answer where --max-new-tokens does not say
 PER_CALL = ("out", "overwrite", "resume")  # say where one call writes, not what the run is: a repeat drops them
@@ -172,6 +174,12 @@ class AdapterConfig(_Checked):
     adapter_dtype: str = setting("bf16", "dtype of the factors: bf16 | fp32", one_of("bf16", "fp32"))
     rslora: bool = setting(False, "scale by alpha / sqrt(r) (rsLoRA)")
     dora: bool = setting(False, "weight-decomposed adapters (DoRA)")
+    variant: str = setting(
+        "lora",
+        "lora | lora-xs (frozen factors from the SVD of the weight, and r × r weights between them that train)",
+        one_of(*VARIANTS),
+    )
+    init: str = setting("default", " | ".join(Init) + ": how the factors begin", one_of(*Init))
 
     @property
     def resolved_alpha(self) -> float:
@@ -188,12 +196,32 @@ class AdapterConfig(_Checked):
         names = [*(self.targets or ()), *self.rank_pattern]
         return self.layers is not None or any(part.isdigit() for name in names for part in name.split("."))
 
+    @property
+    def doubles_rank(self) -> bool:
+        """Whether the factors have a frozen half, what they were at the beginning, beside the one that trains."""
+        return self.init in ("pissa", "olora")
+
     def alpha_of(self, r: int) -> float:
         """The numerator with which factors of rank `r` are scaled as those of the rank that was set."""
         if r == self.r:
             return self.resolved_alpha
         share = r / self.r
         return self.resolved_alpha * (math.sqrt(share) if self.rslora else share)
+
+    def extra_faults(self) -> Iterator[Fault]:
+        if self.variant == "lora-xs" and self.init != "default":
+            rule = "is for factors that train, and those of --variant lora-xs are frozen"
+            yield Fault("--init", self.init, rule, "Drop one of the two.")
+        if self.dora and (self.variant == "lora-xs" or self.init in ("pissa", "olora", "loftq")):
+            method = "--variant lora-xs" if self.variant == "lora-xs" else f"--init {self.init}"
+            yield Fault(
+                "--dora", True, f"cannot go with {method}, which begins at another weight", "Drop one of the two."
+            )
+        if self.init in ("orthogonal", "pissa", "olora", "loftq") and self.adapter_dtype == "bf16":
+            rule = f"would lose the steps of --init {self.init}, whose factors begin at full size, in rounding"
+            yield Fault("--adapter-dtype", "bf16", rule, "Add --adapter-dtype fp32.")
+        if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            yield Fault("--init", self.init, "needs even ranks", "Use an even --r and --rank-pattern.")
 
 
 @dataclass(frozen=True)
@@ -235,7 +263,9 @@ class OptimConfig(_Checked):
     )
     lr: float = setting(2e-4, "peak learning rate", above(0))
     lora_plus: float | None = setting(
-        None, "LoRA+: learning rate of the factors B, as a multiple of that of A; unset: the same", above(0)
+        None,
+        "LoRA+: learning rate of the factors B as a multiple of --lr, which is that of A; unset: the same",
+        above(0),
     )
     schedule: str = setting("cosine", " | ".join(Schedule), one_of(*Schedule))
     warmup: float = setting(0.03, "share of the steps spent warming up", fraction())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import adapters, base, cards, data, narration, preflight, quiet, runs, scoring
+from qlora_kit import adapters, base, cards, data, initialization, narration, preflight, quiet, runs, scoring
 from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
@@ -109,6 +109,9 @@ def _check(config: RunConfig) -> None:
     if config.optim.lora_plus is not None and config.base.full:
         rule = "is for adapters, and --full trains every weight"
         faults.append(Fault("--lora-plus", config.optim.lora_plus, rule, "Drop one of the two."))
+    if config.optim.lora_plus is not None and config.adapter.variant == "lora-xs":
+        rule = "needs both factors to train, and with --variant lora-xs only a core between them does"
+        faults.append(Fault("--lora-plus", config.optim.lora_plus, rule, "Drop one of the two."))
     for library in config.report_to:
         if importlib.util.find_spec(library) is None:
             faults.append(Fault("--report-to", library, "is not installed", f"pip install 'qlora_kit[{library}]'"))
@@ -142,7 +145,9 @@ def _check_resumable(config: RunConfig, point: runs.ResumePoint) -> None:
 
 def _needed_bytes(config: RunConfig, model: Any) -> int:
     """Space for the trained weights and the checkpoints with their optimizer states: two moments, at most fp32."""
-    weights = sum(p.nbytes for _, p in adapters.trainable(model))
+    from qlora_kit import factor_parts
+
+    weights = sum(p.nbytes for _, p in adapters.trainable(model)) + factor_parts.frozen_bytes(model)
     states = sum(8 * p.numel() for _, p in adapters.trainable(model))
     return weights + (config.evaluation.keep_checkpoints + 1) * (weights + states)
 
@@ -184,6 +189,9 @@ def _run(
         say_line(say, line)
     progress = TrainingProgress(device, say)
     collator = make_collator(config, model, inputs)
+    if config.adapter.init == "eva" and point is None and not config.base.full:
+        with say.status("fitting the factors to the data"):
+            _start_from_data(config, device, model, inputs, collator)
     sample = _sampler(model, inputs)
     trainer, callback = build_trainer(
         config,
@@ -232,6 +240,18 @@ def _run(
     if planned is not None:
         say_line(say, planned.closing_line(result.peak_bytes if device.type == "cuda" else None, profile))
     return result
+
+
+def _start_from_data(config: RunConfig, device: torch.device, model: Any, inputs: Inputs, collator: Any) -> None:
+    """Turn the factors to what the model is fed, in batches of the run's size, drawn by its seed."""
+    import torch
+
+    draw = torch.Generator().manual_seed(config.seed)
+    options = {"batch_size": config.optim.batch_size, "shuffle": True, "generator": draw, "collate_fn": collator}
+    loader: Any = torch.utils.data.DataLoader(inputs.train, **options)  # type: ignore[arg-type]
+    batches = ({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in loader)
+    with scoring.undisturbed(model):
+        initialization.start_from_data(model, batches)
 
 
 @contextmanager

@@ -102,8 +102,8 @@ def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
         {"offload_activations": "off"},
         {"offload_activations": "off", "half_blocks": "on"},
         {"offload_embedding": "on", "flat_buffer": False},
-        {"lora_plus": 16},
-        {"rank_pattern": "up_proj=16,o_proj=2"},
+        {"init": "pissa", "adapter_dtype": "fp32"},
+        {"variant": "lora-xs", "r": 16},
     ],
     ids=str,
 )
