@@ -47,7 +47,22 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     if not config.base.full:
         simulated = "cuda" if device.type == "meta" else device.type
         model.lean_outcomes = make_lean(model, config.lean.resolved(simulated))
+    _regularize(model, config)
     return model
+
+
+def _regularize(model: Any, config: RunConfig) -> None:
+    """Put on `model` what disturbs or penalizes its training; none of it acts in evaluation mode."""
+    if config.optim.neftune is not None:
+        from transformers.integrations.neftune import activate_neftune  # Jain et al., arXiv 2310.05914
+
+        activate_neftune(model, config.optim.neftune)
+    model.adversary = None
+    if config.optim.adversarial is not None:
+        from qlora_kit.adversarial import Adversary
+
+        model.adversary = Adversary(model, config.optim)
+    model.rank_penalty = None if config.base.full else config.optim.rank_penalty
 
 
 def _originals(config: RunConfig, device: torch.device) -> Any:

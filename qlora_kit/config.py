@@ -276,6 +276,19 @@ class OptimConfig(_Checked):
     epochs: float = setting(1.0, "passes over the data", above(0))
     max_steps: int | None = setting(None, "optimizer steps; wins over --epochs", at_least(1))
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    neftune: float | None = setting(
+        None, "NEFTune: uniform noise on the embeddings, of up to this / sqrt(tokens · features)", above(0)
+    )
+    adversarial: str | None = setting(
+        None,
+        "train on each batch again with its embeddings moved to where the loss grows: fgm | pgd",
+        one_of("fgm", "pgd"),
+    )
+    adversarial_epsilon: float = setting(1.0, "how far the embeddings of an example are moved, as a norm", above(0))
+    adversarial_steps: int = setting(3, "steps in which pgd moves them", at_least(1))
+    rank_penalty: float | None = setting(
+        None, "penalty on the rank of the change: this times the sum of its singular values", above(0)
+    )
 
 
 @dataclass(frozen=True)

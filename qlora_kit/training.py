@@ -106,9 +106,10 @@ def _check(config: RunConfig) -> None:
     if has_eval and evaluation.keep_best and eval_steps and (save_steps or 0) % eval_steps:
         rule = f"must be a multiple of --eval-steps {eval_steps}, so that the best can be kept"
         faults.append(Fault("--save-steps", save_steps, rule, "Change one of them, or add --no-keep-best."))
-    if config.optim.lora_plus is not None and config.base.full:
-        rule = "is for adapters, and --full trains every weight"
-        faults.append(Fault("--lora-plus", config.optim.lora_plus, rule, "Drop one of the two."))
+    for name in ("lora_plus", "rank_penalty"):
+        if (given := getattr(config.optim, name)) is not None and config.base.full:
+            rule = "is for adapters, and --full trains every weight"
+            faults.append(Fault(flag(name), given, rule, "Drop one of the two."))
     if config.optim.lora_plus is not None and config.adapter.variant == "lora-xs":
         rule = "needs both factors to train, and with --variant lora-xs only a core between them does"
         faults.append(Fault("--lora-plus", config.optim.lora_plus, rule, "Drop one of the two."))

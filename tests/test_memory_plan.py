@@ -127,6 +127,17 @@ def test_groups_of_layers_that_repeat_are_extrapolated(tmp_path, family, kinds):
     assert (shallow.n_parameters, shallow.n_trainable) == (whole.n_parameters, whole.n_trainable)
 
 
+def test_an_adversary_takes_its_step_and_the_gradient_of_the_embeddings(tmp_path):
+    """Beside two accumulated batches: δ, the embeddings it moves, and their gradient."""
+    file = config_file(tmp_path, "llama", 2)
+    peaks = [
+        overall_peak(simulate(run(file, offload_activations="off", **changes), Recipe(64, "adamw")).events).n_bytes
+        for changes in ({"grad_accum": 2}, {"adversarial": "fgm"})
+    ]
+    embeddings_bytes = 2 * 64 * 64 * 2  # bf16
+    assert embeddings_bytes <= peaks[1] - peaks[0] <= 4 * embeddings_bytes
+
+
 def test_the_optimizer_has_its_place_in_the_step_even_where_it_allocates_nothing(tmp_path):
     series = plan(run(config_file(tmp_path, "llama", 6), optim="adamw")).series
     clip, optimizer = ([p for p in series if p.phase == phase] for phase in ("clip", "optimizer"))

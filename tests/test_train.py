@@ -204,6 +204,7 @@ def test_evaluating_changes_nothing(config):
         ({"adapter": {"init": "pissa", "adapter_dtype": "fp32"}, "optim": {"lora_plus": 2.0}}, [2]),
         ({"adapter": {"variant": "lora-xs"}}, [4]),
         ({"adapter": {"init": "eva"}}, [2]),
+        ({"optim": {"neftune": 5.0, "adversarial": "pgd", "adversarial_steps": 2, "rank_penalty": 0.01}}, [4]),
         ({"adapter": {"dora": True, "adapter_dtype": "fp32"}, "data": {"pack": True}}, [2]),
         ({"optim": {"max_steps": None, "epochs": 1.5}, "evaluation": {"eval_steps": 2}}, [4, 6]),
     ],
