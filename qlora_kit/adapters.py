@@ -109,7 +109,7 @@ def ranks_of(names: Iterable[str], config: AdapterConfig) -> dict[str, int]:
     return {name: found[0] if found else config.r for name, found in own.items()}
 
 
-def inject(model: PreTrainedModel, config: AdapterConfig, originals: nn.Module | None = None) -> PeftModel:
+def inject(model: PreTrainedModel, config: AdapterConfig, *, originals: nn.Module | None = None) -> PeftModel:
     """Put trainable factors in `adapter_dtype` on the frozen `model`, with the values that `config` says they begin at.
 
     By default A is random by torch's seed and B zero. `originals` is the base before it was quantized, for LoftQ.

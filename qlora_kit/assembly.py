@@ -39,7 +39,7 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     if not config.base.full:
         with device if device.type == "meta" else nullcontext():  # copies of weights that PEFT makes stay there
             settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
-            model = adapters.inject(model, settings, _originals(config, device))
+            model = adapters.inject(model, settings, originals=_originals(config, device))
     if config.optim.gradient_checkpointing:
         enable_checkpointing(model)
     model.lora_plus = None if config.base.full else config.optim.lora_plus  # the flat buffers keep A and B apart by it

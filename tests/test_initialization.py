@@ -40,7 +40,7 @@ def begun(folder, bits, seed=0, **settings):
     config = AdapterConfig(**{"r": R, "adapter_dtype": "fp32", **settings})
     source = BaseConfig(model=str(folder), bits=bits)
     originals = load_originals(source, CPU) if config.init == "loftq" else None
-    return inject(base(folder, bits), config, originals)
+    return inject(base(folder, bits), config, originals=originals)
 
 
 def logits(model):
