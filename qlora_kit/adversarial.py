@@ -36,6 +36,11 @@ class Adversary:
         self.seen_BTD: torch.Tensor | None = None
         model.get_input_embeddings().register_forward_hook(self._move)
 
+    @property
+    def n_passes(self) -> int:
+        """The forward passes over a batch."""
+        return 1 + self.n_steps
+
     def _move(self, module: Any, args: Any, embedded_BTD: torch.Tensor) -> torch.Tensor:
         if not (self.is_on and module.training and torch.is_grad_enabled()):
             return embedded_BTD

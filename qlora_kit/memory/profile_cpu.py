@@ -112,13 +112,14 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
         model = assembly.build_model(config, META, copy.deepcopy(architecture)).train()
         optimizer = _optimizer(model, config)
         mark_clipping(tracker, model)
+        n_passes = 1 if model.adversary is None else model.adversary.n_passes  # over each batch
         with watch(tracker, model, optimizer), _CpuChoices(), tracker:
             for shapes in steps:
                 tracker.begin_step()
                 padded = has_mask and any(shape.padded for shape in shapes)
                 tracker.stand_ins[aten._local_scalar_dense.default] = kernels.scalars(padded)
                 tracker.stand_ins[aten.nonzero.default] = kernels.places(iter([s.supervised for s in shapes]))
-                batches = [_batch(shape) for shape in shapes]
+                batches = [_batch(shape) for shape in shapes[::n_passes]]
                 run_step(tracker, model, optimizer, batches, config.optim.clip)
                 del batches
         tracker.stop()
