@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit import initialization
 from qlora_kit.config import AdapterConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.task_models import GENERATION, TASK_MODELS
@@ -36,13 +37,30 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def choose_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> list[str]:
+def block_of(name: str) -> int:
+    """The number of the block that a layer of `linear_layers` is in."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def choose_targets(
+    model: PreTrainedModel, wanted: tuple[str, ...] | None, blocks: frozenset[int] | None = None
+) -> list[str]:
     """The names to give PEFT: `wanted`, or by default all of `linear_layers`, by their shortest unambiguous names.
 
-    Raises `UserError` where one of `wanted` matches no linear layer.
+    With `blocks` they are the full names of the layers in those (in an encoder-decoder model those of both stacks):
+    PEFT's own `layers_to_transform` takes no notice of targets that are given by their full names.
+    Raises `UserError` where one of `wanted` matches no linear layer, or one of `blocks` is not there.
     """
     layers = linear_layers(model)
     short = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    if blocks is not None:
+        _check_blocks(blocks, layers)
+        names = choose_targets(model, wanted)
+        layers = {n: m for n, m in layers.items() if block_of(n) in blocks and any(_matches(n, t) for t in names)}
+        if not layers:
+            rule = f"is in none of the blocks {_ranges(blocks)}"
+            raise UserError.of("--targets", ",".join(wanted or short), rule, "Choose other --layers or --targets.")
+        return sorted(layers)
     if wanted is None:
         return _unambiguous(model, layers, short)
     missing = [t for t in wanted if not any(_matches(name, t) for name in layers)]
@@ -62,8 +80,47 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def inject(model: PreTrainedModel, config: AdapterConfig, task: str = GENERATION) -> PeftModel:
-    """Put trainable factors on the frozen `model`; A is random by torch's seed, B zero, both in `adapter_dtype`.
+def _check_blocks(blocks: frozenset[int], layers: Iterable[str]) -> None:
+    there = {block_of(name) for name in layers}
+    if not blocks <= there:
+        rule = "names blocks that the model has not"
+        raise UserError.of("--layers", _ranges(blocks - there), rule, f"This model has: {_ranges(there)}.")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-3,7` for the numbers 0, 1, 2, 3 and 7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def ranks_of(names: Iterable[str], config: AdapterConfig) -> dict[str, int]:
+    """The rank of each of the layers `names`, as PEFT chooses it: by the first of the patterns that fits.
+
+    Raises `UserError` for patterns that fit none of them.
+    """
+    names = list(names)
+    unused = [p for p in config.rank_pattern if not any(_matches(name, p) for name in names)]
+    if unused:
+        short = sorted({name.rsplit(".", 1)[-1] for name in names})
+        remedy = f"The layers that get factors are: {', '.join(short)}."
+        given = [f"{pattern}={config.rank_pattern[pattern]}" for pattern in unused]
+        rule = "matches no layer that gets factors"
+        raise UserError(Fault("--rank-pattern", shown, rule, remedy) for shown in given)
+    own = {name: [r for pattern, r in config.rank_pattern.items() if _matches(name, pattern)] for name in names}
+    return {name: found[0] if found else config.r for name, found in own.items()}
+
+
+def inject(
+    model: PreTrainedModel, config: AdapterConfig, task: str = GENERATION, *, originals: nn.Module | None = None
+) -> PeftModel:
+    """Put trainable factors in `adapter_dtype` on the frozen `model`, with the values that `config` says they begin at.
+
+    By default A is random by torch's seed and B zero. `originals` is the base before it was quantized, for LoftQ.
 
     The head that `task` puts on a model trains in full, in its own dtype, and is saved with the factors.
     Raises `UserError` for targets that match nothing and for combinations that the libraries cannot train.
@@ -77,16 +134,21 @@ def inject(model: PreTrainedModel, config: AdapterConfig, task: str = GENERATION
     if config.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
         rule = "does not work on 8-bit layers on a CPU (PEFT's DoRA loses their scales at the second step)"
         raise UserError.of("--dora", True, rule, "Use --bits 4 or 16, or a CUDA device.")
-    targets = choose_targets(model, config.targets)
-    chosen = [m for name, m in linear_layers(model).items() if any(_matches(name, t) for t in targets)]
+    targets = choose_targets(model, config.targets, config.blocks)
+    chosen = {name: m for name, m in linear_layers(model).items() if any(_matches(name, t) for t in targets)}
+    ranks_of(chosen, config)
+    halves = 2 if config.doubles_rank else 1
     settings = LoraConfig(
-        r=config.r,
-        lora_alpha=config.resolved_alpha,
+        r=halves * config.r,
+        lora_alpha=config.alpha_of(halves * config.r),
+        rank_pattern={name: halves * r for name, r in config.rank_pattern.items()},
+        alpha_pattern={name: config.alpha_of(halves * r) for name, r in config.rank_pattern.items()},
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
         lora_dropout=config.dropout,
         target_modules=targets,
         use_rslora=config.rslora,
         use_dora=config.dora,
-        fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen),  # unquantized GPT-2 stores in × out
+        fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen.values()),  # unquantized GPT-2 stores in × out
         modules_to_save=(head_names(model) or None) if TASK_MODELS[task].has_new_head else None,
         task_type=TASK_MODELS[task].peft_type,
     )
@@ -100,6 +162,7 @@ def inject(model: PreTrainedModel, config: AdapterConfig, task: str = GENERATION
     dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else torch.float32
     for _, parameter in adapter_parameters(peft_model):
         parameter.data = parameter.data.to(dtype)
+    initialization.start(peft_model, config, originals)
     return peft_model
 
 
@@ -129,10 +192,15 @@ def check_first_gradients(named: Iterable[tuple[str, torch.nn.Parameter]]) -> No
 def save_adapter(model: PeftModel, folder: Path, trained: bool = True) -> None:
     """Save in PEFT's format, then reopen the files and check them against the live factors.
 
+    Beside it go the parts of factors that are made of some (see `factor_parts`), for who resumes; no other needs them.
+
     Raises `RuntimeError` where the files differ from the factors or (once trained) a factor is all zero.
     """
+    from qlora_kit import factor_parts
+
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; the run writes its own card
+    factor_parts.save_parts(model, folder)
     check_saved(model, folder, trained)
 
 
@@ -141,12 +209,15 @@ def check_saved(model: PeftModel, folder: Path, trained: bool = True) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from qlora_kit import factor_parts
+
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = load_file(folder / WEIGHTS_FILE)
     faults = [f"{key}: missing from the file" for key in live.keys() - saved.keys()]
     faults += [f"{key}: in the file only" for key in saved.keys() - live.keys()]
     for key in live.keys() & saved.keys():
         faults += [f"{key}: {what}" for what in _differences(live[key], saved[key], trained)]
+    faults += factor_parts.differences(model, folder)
     if faults:
         raise RuntimeError(f"the adapter saved in {folder} is not right:\n  " + "\n  ".join(sorted(faults)))
 
@@ -199,6 +270,8 @@ def load_factors(model: PeftModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from qlora_kit import factor_parts
+
     saved = load_file(folder / WEIGHTS_FILE)
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
     # an adapter made elsewhere may hold embeddings of the base too
@@ -208,9 +281,11 @@ def load_factors(model: PeftModel, folder: Path) -> None:
     if wrong:
         raise RuntimeError(f"{folder / WEIGHTS_FILE} does not fit the adapter: {', '.join(wrong)}")
     dtype = next((value.dtype for key, value in saved.items() if "lora_" in key), None)
-    for _, parameter in adapter_parameters(model):
+    parts = {id(part) for _, part in factor_parts.hidden_parts(model)}  # these have dtypes of their own
+    for parameter in (p for _, p in adapter_parameters(model) if id(p) not in parts):
         parameter.data = parameter.data.to(dtype)
     set_peft_model_state_dict(model, saved)
+    factor_parts.load_parts(model, folder)
 
 
 def adapter_parameters(model: PeftModel) -> list[tuple[str, Any]]:

@@ -46,14 +46,37 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     if not config.base.full:
         with device if device.type == "meta" else nullcontext():  # copies of weights that PEFT makes stay there
             settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
-            model = adapters.inject(model, settings, task)
+            model = adapters.inject(model, settings, task, originals=_originals(config, device))
     if config.optim.gradient_checkpointing:
         enable_checkpointing(model)
+    model.lora_plus = None if config.base.full else config.optim.lora_plus  # the flat buffers keep A and B apart by it
     model.lean_outcomes = {}
     if not config.base.full:
         simulated = "cuda" if device.type == "meta" else device.type
         model.lean_outcomes = make_lean(model, config.lean.resolved(simulated))
+    _regularize(model, config)
     return model
+
+
+def _regularize(model: Any, config: RunConfig) -> None:
+    """Put on `model` what disturbs or penalizes its training; none of it acts in evaluation mode."""
+    if config.optim.neftune is not None:
+        from transformers.integrations.neftune import activate_neftune  # Jain et al., arXiv 2310.05914
+
+        activate_neftune(model, config.optim.neftune)
+    model.adversary = None
+    if config.optim.adversarial is not None:
+        from qlora_kit.adversarial import Adversary
+
+        model.adversary = Adversary(model, config.optim)
+    model.rank_penalty = None if config.base.full else config.optim.rank_penalty
+
+
+def _originals(config: RunConfig, device: torch.device) -> Any:
+    """The base before it was quantized, where the factors begin at what that did to it; else None."""
+    if config.adapter.init != "loftq" or config.base.bits > 8 or device.type == "meta":
+        return None
+    return base.load_originals(config.base, device, config.seed)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -7,6 +7,7 @@ all see the same one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -280,6 +281,19 @@ def _finish_head(model: PreTrainedModel, config: BaseConfig) -> None:
     for module in model.modules():  # the decoder of an encoder and a decoder has a configuration of its own
         if hasattr(module, "config"):
             module.config.use_cache = False
+
+
+def load_originals(config: BaseConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """The base of `config` on `device` as it is before it is quantized, frozen: with the names and weights of it.
+
+    It lies whole in the host's memory, at 2 bytes a parameter; random weights, which every kind of device draws
+    otherwise, on `device`. Raises `UserError` where it is not found or cannot be read.
+    """
+    import torch
+
+    place = device if config.weights == "random" else torch.device("cpu")
+    dtype = compute_dtype(config, device)
+    return load_base(dataclasses.replace(config, bits=16), place, seed, dtype=dtype)
 
 
 def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:

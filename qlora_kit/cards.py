@@ -86,6 +86,8 @@ def _bits(base: Mapping[str, Any]) -> str:
 def _adapter(adapter: Mapping[str, Any]) -> str:
     alpha = 2 * adapter["r"] if adapter["alpha"] is None else adapter["alpha"]
     kinds = [kind for kind, on in (("rsLoRA", adapter["rslora"]), ("DoRA", adapter["dora"])) if on]
+    kinds += ["LoRA-XS"] if adapter["variant"] == "lora-xs" else []
+    kinds += [f"begun by {adapter['init']}"] if adapter["init"] != "default" else []
     return ", ".join([f"r = {adapter['r']}, alpha = {alpha:g}", adapter["adapter_dtype"], *kinds])
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ from qlora_kit.errors import Fault, UserError
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
 Tasks = ("text-generation", "text-classification")
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
+Init = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
+VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # as they are written
 DEFAULT_SEQ_LEN = 1024  # tokens an example may have where neither --seq-len nor the model's positions say less
 DEFAULT_ASKED = 50  # prompts that eval answers where neither --exact-match nor the run says
 DEFAULT_NEW_TOKENS = 256  # most tokens of an answer where --max-new-tokens does not say
@@ -107,6 +110,21 @@ def _example(f: dataclasses.Field[Any]) -> object:
     return f.metadata["rule"].text.removeprefix("must be one of ").split(",")[0].rsplit(" ", 1)[-1]
 
 
+def _numbers(text: str) -> frozenset[int] | None:
+    """The numbers in `0-11,15`; None where it is no such list."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part, re.ASCII)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            return None
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(found)
+
+
+def _is_rank_pattern(ranks: Mapping[str, int]) -> bool:
+    return all(re.fullmatch(r"[\w.]+", name, re.ASCII) and r >= 1 for name, r in ranks.items())
+
+
 @dataclass(frozen=True)
 class BaseConfig(_Checked):
     """The frozen base model."""
@@ -156,13 +174,67 @@ class AdapterConfig(_Checked):
         "comma-separated layer names; unset: every linear layer in the blocks",
         Rule("must name at least one layer", lambda v: all(v) and len(v) > 0),
     )
+    layers: str | None = setting(
+        None,
+        "numbers of the blocks to adapt, e.g. 0-11,15; unset: all",
+        Rule("must be numbers of blocks and ranges of them like 0-11", lambda v: _numbers(v) is not None),
+    )
+    rank_pattern: dict[str, int] = setting(  # noqa: RUF009  (it returns a field with a factory)
+        {},
+        "other ranks for layers by name, e.g. c_attn=32,mlp.c_proj=8; the first that fits counts, the scaling stays",
+        Rule("must give names of layers a rank of at least 1 like c_attn=32", lambda v: _is_rank_pattern(v)),
+    )
     adapter_dtype: str = setting("bf16", "dtype of the factors: bf16 | fp32", one_of("bf16", "fp32"))
     rslora: bool = setting(False, "scale by alpha / sqrt(r) (rsLoRA)")
     dora: bool = setting(False, "weight-decomposed adapters (DoRA)")
+    variant: str = setting(
+        "lora",
+        "lora | lora-xs (frozen factors from the SVD of the weight, and r × r weights between them that train)",
+        one_of(*VARIANTS),
+    )
+    init: str = setting("default", " | ".join(Init) + ": how the factors begin", one_of(*Init))
 
     @property
     def resolved_alpha(self) -> float:
         return 2 * self.r if self.alpha is None else self.alpha
+
+    @property
+    def blocks(self) -> frozenset[int] | None:
+        """The blocks to adapt; None for all."""
+        return None if self.layers is None else _numbers(self.layers)
+
+    @property
+    def differs_by_block(self) -> bool:
+        """Whether the settings may tell one block from another."""
+        names = [*(self.targets or ()), *self.rank_pattern]
+        return self.layers is not None or any(part.isdigit() for name in names for part in name.split("."))
+
+    @property
+    def doubles_rank(self) -> bool:
+        """Whether the factors have a frozen half, what they were at the beginning, beside the one that trains."""
+        return self.init in ("pissa", "olora")
+
+    def alpha_of(self, r: int) -> float:
+        """The numerator with which factors of rank `r` are scaled as those of the rank that was set."""
+        if r == self.r:
+            return self.resolved_alpha
+        share = r / self.r
+        return self.resolved_alpha * (math.sqrt(share) if self.rslora else share)
+
+    def extra_faults(self) -> Iterator[Fault]:
+        if self.variant == "lora-xs" and self.init != "default":
+            rule = "is for factors that train, and those of --variant lora-xs are frozen"
+            yield Fault("--init", self.init, rule, "Drop one of the two.")
+        if self.dora and (self.variant == "lora-xs" or self.init in ("pissa", "olora", "loftq")):
+            method = "--variant lora-xs" if self.variant == "lora-xs" else f"--init {self.init}"
+            yield Fault(
+                "--dora", True, f"cannot go with {method}, which begins at another weight", "Drop one of the two."
+            )
+        if self.init in ("orthogonal", "pissa", "olora", "loftq") and self.adapter_dtype == "bf16":
+            rule = f"would lose the steps of --init {self.init}, whose factors begin at full size, in rounding"
+            yield Fault("--adapter-dtype", "bf16", rule, "Add --adapter-dtype fp32.")
+        if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            yield Fault("--init", self.init, "needs even ranks", "Use an even --r and --rank-pattern.")
 
 
 @dataclass(frozen=True)
@@ -203,6 +275,11 @@ class OptimConfig(_Checked):
         None, " | ".join(Optim) + "; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw", one_of(*Optim)
     )
     lr: float = setting(2e-4, "peak learning rate", above(0))
+    lora_plus: float | None = setting(
+        None,
+        "LoRA+: learning rate of the factors B as a multiple of --lr, which is that of A; unset: the same",
+        above(0),
+    )
     schedule: str = setting("cosine", " | ".join(Schedule), one_of(*Schedule))
     warmup: float = setting(0.03, "share of the steps spent warming up", fraction())
     clip: float = setting(1.0, "largest gradient norm", above(0))
@@ -216,6 +293,19 @@ class OptimConfig(_Checked):
         "none",
         "weights of the classes in the loss: none | balanced (the rarer, the heavier)",
         one_of("none", "balanced"),
+    )
+    neftune: float | None = setting(
+        None, "NEFTune: uniform noise on the embeddings, of up to this / sqrt(tokens · features)", above(0)
+    )
+    adversarial: str | None = setting(
+        None,
+        "train on each batch again with its embeddings moved to where the loss grows: fgm | pgd",
+        one_of("fgm", "pgd"),
+    )
+    adversarial_epsilon: float = setting(1.0, "how far the embeddings of an example are moved, as a norm", above(0))
+    adversarial_steps: int = setting(3, "steps in which pgd moves them", at_least(1))
+    rank_penalty: float | None = setting(
+        None, "penalty on the rank of the change: this times the sum of its singular values", above(0)
     )
 
 
@@ -360,7 +450,7 @@ def convert(value: object, hint: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return _as_names(value)
     if typing.get_origin(kind) is dict:
-        return _as_mapping(value)
+        return _as_mapping(value, typing.get_args(kind)[1])
     raise AssertionError(f"no conversion to {kind}")
 
 
@@ -390,13 +480,14 @@ def _as_names(value: object) -> tuple[str, ...]:
     raise ValueError("must be names, separated by commas")
 
 
-def _as_mapping(value: object) -> dict[str, str]:
+def _as_mapping(value: object, kind: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
-        return {str(k): str(v) for k, v in value.items()}
+        return {str(k): convert(v, kind) for k, v in value.items()}
     pairs = [part.split("=", 1) for part in str(value).split(",") if part]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise ValueError("must look like name=column,name=column")
-    return {name.strip(): column.strip() for name, column in pairs}
+        example = "32" if kind is int else "column"
+        raise ValueError(f"must look like name={example},name={example}")
+    return {name.strip(): convert(text.strip(), kind) for name, text in pairs}
 
 
 def _build(flat: Mapping[str, object]) -> RunConfig:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from qlora_kit import cards
-from qlora_kit.config import BaseConfig, RunConfig
+from qlora_kit.config import VARIANTS, BaseConfig, RunConfig
 from qlora_kit.progress import human_bytes
 from qlora_kit.task_models import GENERATION
 from qlora_kit.tasks.labels import shown
@@ -53,7 +53,8 @@ def step_table(outcomes: Mapping[str, Outcome]) -> Table:
 def overview(record: Mapping[str, Any]) -> list[str]:
     """What trains on what, from the content of `run.json`."""
     settings, count, examples = record["settings"], record["parameters"], record["examples"]
-    kind = "every weight" if settings["base"]["full"] else f"LoRA r = {settings['adapter']['r']}"
+    adapter = settings["adapter"]
+    kind = "every weight" if settings["base"]["full"] else f"{VARIANTS[adapter['variant']]} r = {adapter['r']}"
     base_count = count["total"] - (0 if settings["base"]["full"] else count["trainable"])
     lines = [
         f"{settings['base']['model']}: {base_count:,} parameters at {settings['base']['bits']} bits; "

@@ -4,6 +4,7 @@ factors, the check of the first gradients, and no pickled settings in a checkpoi
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean import flat
 from qlora_kit.progress import TrainingProgress
+from qlora_kit.rank_penalty import add_gradients
 from qlora_kit.runs import RunFolder, append_metrics
 from qlora_kit.scoring import undisturbed
 from qlora_kit.tasks import Scores, Task
@@ -111,7 +113,8 @@ def make_optimizer(model: Any, config: RunConfig, optim: str) -> torch.optim.Opt
 
 def _optimizer_of(model: Any, arguments: TrainingArguments) -> torch.optim.Optimizer:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    return flat.connect(model, kind(flat.parameter_groups(model, arguments.weight_decay), **options))
+    groups = flat.parameter_groups(model, arguments.weight_decay, arguments.learning_rate)
+    return flat.connect(model, kind(groups, **options))
 
 
 class AdapterTrainer(Trainer):
@@ -127,19 +130,25 @@ class AdapterTrainer(Trainer):
     tokens_seen: Any = 0  # a count, or a tensor of one on the device
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass; counts the tokens without waiting for the device."""
+        """One forward and backward pass, more with an adversary; counts the tokens without waiting for the device."""
         mask = inputs.get("attention_mask")
         counted = mask.sum() if mask is not None and mask.dim() == 2 else inputs["input_ids"].numel()
         self.tokens_seen = self.tokens_seen + counted
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        run = functools.partial(super().training_step, model, inputs, num_items_in_batch)
+        adversary, penalty = getattr(self.model, "adversary", None), getattr(self.model, "rank_penalty", None)
+        loss = run() if adversary is None else adversary.step(run)
+        if penalty is not None and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler  # which fp16 training undoes before it clips
+            add_gradients(self.model, penalty * (1.0 if scaler is None else scaler.get_scale()))
         if self.state.global_step == 0 and not self.gradients_checked and not self.args.fp16:
             adapters.check_first_gradients(adapters.trainable(self.model))  # before clipping, which spreads a NaN
             self.gradients_checked = True
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of the settings; over the flat buffers, where the factors lie in some."""
-        if self.optimizer is None and flat.flat_factors(self.model) is not None:
+        """The optimizer of the settings; over the flat buffers, where the factors lie in some, and with LoRA+."""
+        own = flat.flat_factors(self.model) is not None or flat.fast_names(self.model)
+        if self.optimizer is None and own:
             self.optimizer = _optimizer_of(self.model, self.args)
         return super().create_optimizer(model)
 

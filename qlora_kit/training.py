@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_kit import adapters, base, cards, data, narration, preflight, quiet, reopening, runs, scoring
+from qlora_kit import (
+    adapters,
+    base,
+    cards,
+    data,
+    initialization,
+    narration,
+    preflight,
+    quiet,
+    reopening,
+    runs,
+    scoring,
+)
 from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
@@ -114,6 +126,13 @@ def _check(config: RunConfig) -> None:
     if has_eval and evaluation.keep_best and eval_steps and (save_steps or 0) % eval_steps:
         rule = f"must be a multiple of --eval-steps {eval_steps}, so that the best can be kept"
         faults.append(Fault("--save-steps", save_steps, rule, "Change one of them, or add --no-keep-best."))
+    for name in ("lora_plus", "rank_penalty"):
+        if (given := getattr(config.optim, name)) is not None and config.base.full:
+            rule = "is for adapters, and --full trains every weight"
+            faults.append(Fault(flag(name), given, rule, "Drop one of the two."))
+    if config.optim.lora_plus is not None and config.adapter.variant == "lora-xs":
+        rule = "needs both factors to train, and with --variant lora-xs only a core between them does"
+        faults.append(Fault("--lora-plus", config.optim.lora_plus, rule, "Drop one of the two."))
     for library in config.report_to:
         if importlib.util.find_spec(library) is None:
             faults.append(Fault("--report-to", library, "is not installed", f"pip install 'qlora_kit[{library}]'"))
@@ -140,7 +159,7 @@ def _check_resumable(config: RunConfig, point: runs.ResumePoint) -> None:
         "base": None,
         "adapter": None,
         "data": None,
-        "optim": ("optim", "batch_size", "grad_accum", "class_weights"),
+        "optim": ("optim", "lora_plus", "batch_size", "grad_accum", "class_weights"),
         "lean": ("lean", "flat_buffer"),  # the optimizer's states are those of the flat buffer or of each factor
     }
     faults = [Fault("--seed", now.seed, f"was {before.seed} in the run to resume", RESUME_REMEDY)] * (
@@ -158,7 +177,9 @@ def _check_resumable(config: RunConfig, point: runs.ResumePoint) -> None:
 
 def _needed_bytes(config: RunConfig, model: Any) -> int:
     """Space for the trained weights and the checkpoints with their optimizer states: two moments, at most fp32."""
-    weights = sum(p.nbytes for _, p in adapters.trainable(model))
+    from qlora_kit import factor_parts
+
+    weights = sum(p.nbytes for _, p in adapters.trainable(model)) + factor_parts.frozen_bytes(model)
     states = sum(8 * p.numel() for _, p in adapters.trainable(model))
     return weights + (config.evaluation.keep_checkpoints + 1) * (weights + states)
 
@@ -200,6 +221,9 @@ def _run(
         say_line(say, line)
     progress = TrainingProgress(device, say)
     collator = make_collator(config, model, inputs)
+    if config.adapter.init == "eva" and point is None and not config.base.full:
+        with say.status("fitting the factors to the data"):
+            _start_from_data(config, device, model, inputs, collator)
     sample = _sampler(model, inputs)
     trainer, callback = build_trainer(
         config,
@@ -262,6 +286,18 @@ def _write_report(folder: runs.RunFolder, trainer: AdapterTrainer, inputs: Input
     if write is None or inputs.evaluation is None:
         return []
     return write(final_scores(trainer), folder.working)
+
+
+def _start_from_data(config: RunConfig, device: torch.device, model: Any, inputs: Inputs, collator: Any) -> None:
+    """Turn the factors to what the model is fed, in batches of the run's size, drawn by its seed."""
+    import torch
+
+    draw = torch.Generator().manual_seed(config.seed)
+    options = {"batch_size": config.optim.batch_size, "shuffle": True, "generator": draw, "collate_fn": collator}
+    loader: Any = torch.utils.data.DataLoader(inputs.train, **options)
+    batches = ({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in loader)
+    with scoring.undisturbed(model):
+        initialization.start_from_data(model, batches)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def cpu_optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer that the Trainer would make on a CPU."""
     import bitsandbytes as bnb
 
-    groups = flat.parameter_groups(model, config.optim.weight_decay)
+    groups = flat.parameter_groups(model, config.optim.weight_decay, 1e-3)
     optim = config.optim.optim
     if optim == "adamw":
         return flat.connect(model, torch.optim.AdamW(groups, lr=1e-3, fused=True))

@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 from families import FAMILIES, save_tiny
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.adapters import (
+    _ranges,
     adapter_parameters,
     check_first_gradients,
     check_saved,
@@ -18,6 +22,7 @@ from qlora_kit.adapters import (
     linear_layers,
     load_adapter,
     load_factors,
+    ranks_of,
     save_adapter,
     trainable,
 )
@@ -128,6 +133,86 @@ def test_targets_that_match_nothing_are_all_listed_with_what_there_is(tmp_path):
     with pytest.raises(UserError, match=r"This model has: down_proj, gate_proj, k_proj") as caught:
         choose_targets(model, ("q_porj", "q_proj", "lm_haed"))
     assert [fault.value for fault in caught.value.faults] == ["q_porj", "lm_haed"]
+
+
+def ranks_with_factors(model):
+    """The rank and scaling of every layer that has factors."""
+    return {
+        name.removeprefix("base_model.model."): (layer.r["default"], layer.scaling["default"])
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("bits", [4, 32])
+def test_blocks_may_be_chosen(tmp_path, family, bits):
+    folder = save_tiny(tmp_path / "base", family)
+    wanted = {name for name in linear_layers(base(folder, bits)) if ".1." in name}
+    model = trained(folder, bits, layers="1", adapter_dtype="fp32")
+    assert set(ranks_with_factors(model)) == wanted != set()
+    assert set(ranks_with_factors(inject(base(folder, bits), AdapterConfig(layers="0-1")))) > wanted
+    save_adapter(model, tmp_path / "adapter")
+    reloaded = load_adapter(base(folder, bits), tmp_path / "adapter")
+    assert set(ranks_with_factors(reloaded)) == wanted
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+@given(st.frozensets(st.integers(0, 60), min_size=1, max_size=12))
+def test_any_blocks_can_be_written_as_ranges(numbers):
+    assert AdapterConfig(layers=_ranges(numbers)).blocks == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "3-1", "1,,2", "-1", "1.5", "0..3"])
+def test_blocks_that_are_no_numbers_are_refused(text):
+    with pytest.raises(UserError, match=r"--layers .*ranges of them like 0-11"):
+        AdapterConfig(layers=text)
+
+
+def test_blocks_that_the_model_has_not_are_named(tmp_path):
+    model = base(save_tiny(tmp_path, "llama"))
+    with pytest.raises(UserError, match="--layers = '2-4,9': names blocks that the model has not") as caught:
+        inject(model, AdapterConfig(layers="1-4,9"))
+    assert caught.value.faults[0].remedy == "This model has: 0-1."
+    with pytest.raises(UserError, match=r"--targets = 'layers.0.mlp.up_proj': is in none of the blocks 1"):
+        inject(model, AdapterConfig(layers="1", targets=("layers.0.mlp.up_proj",)))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_the_first_rank_that_fits_counts_and_the_scaling_stays(tmp_path, rslora, alpha):
+    pattern = {"layers.1.mlp.up_proj": 3, "up_proj": 8, "q_proj": 1}
+    folder = save_tiny(tmp_path / "base", "llama")
+    model = trained(folder, 32, r=4, alpha=alpha, rslora=rslora, rank_pattern=pattern, adapter_dtype="fp32")
+    found = ranks_with_factors(model)
+    expected = {name: 3 if name.endswith("1.mlp.up_proj") else 8 if "up_proj" in name else 4 for name in found}
+    expected |= {name: 1 for name in found if "q_proj" in name}
+    assert (
+        {name: rank for name, (rank, _) in found.items()}
+        == expected
+        == ranks_of(found, AdapterConfig(r=4, rank_pattern=pattern))
+    )
+    scaling = (8 if alpha is None else alpha) / (4**0.5 if rslora else 4)
+    assert all(own == pytest.approx(scaling, rel=1e-12) for _, own in found.values())
+    save_adapter(model, tmp_path / "adapter")
+    reloaded = load_adapter(base(folder, 32), tmp_path / "adapter")
+    assert ranks_with_factors(reloaded) == found
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+def test_ranks_for_layers_that_get_no_factors_are_all_named(tmp_path):
+    model = base(save_tiny(tmp_path, "llama"))
+    pattern = {"q_porj": 8, "v_proj": 2, "down_proj": 4}
+    with pytest.raises(UserError) as caught:
+        inject(model, AdapterConfig(targets=("q_proj", "v_proj"), rank_pattern=pattern))
+    assert [fault.value for fault in caught.value.faults] == ["q_porj=8", "down_proj=4"]
+    assert caught.value.faults[0].remedy == "The layers that get factors are: q_proj, v_proj."
+
+
+@pytest.mark.parametrize("pattern", [{"q_proj": 0}, {"q proj": 2}, {"(q|v)_proj": 2}, {"": 2}])
+def test_ranks_that_break_the_rule_are_refused(pattern):
+    with pytest.raises(UserError, match="--rank-pattern"):
+        AdapterConfig(rank_pattern=pattern)
 
 
 def test_the_factors_have_the_dtype_asked_for_and_only_they_train(tmp_path):

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from oracles import adamw_step, gradient_norm
+from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
@@ -210,6 +211,59 @@ def test_what_decays_is_what_transformers_lets_decay(tmp_path, settings):
     assert {name: buffers[id(p)] for name, p in trainable(together)} == expected
     ungrouped = {id(p): g["weight_decay"] for g in parameter_groups(apart, 0.1) for p in g["params"]}
     assert {name: ungrouped[id(p)] for name, p in trainable(apart)} == expected
+
+
+@pytest.mark.parametrize("settings", [{"r": 4}, {"r": 64, "dora": True, "adapter_dtype": "fp32"}])
+def test_under_lora_plus_every_b_and_nothing_else_learns_faster(settings):
+    apart, together = (lora(**settings) for _ in range(2))
+    apart.lora_plus = together.lora_plus = 16.0
+    put_on(together)
+    rates = {id(p): g.get("lr", 0.5) for g in parameter_groups(apart, 0.1, 0.5) for p in g["params"]}
+    expected = {name: 8.0 if "lora_B" in name else 0.5 for name, _ in trainable(apart)}
+    assert {name: rates[id(p)] for name, p in trainable(apart)} == expected
+    groups = {id(p): g.get("lr", 0.5) for g in parameter_groups(together, 0.1, 0.5) for p in g["params"]}
+    buffers = {id(p): groups[id(b.parameter)] for b in flat_factors(together).buffers for p in b.factors}
+    assert {name: buffers[id(p)] for name, p in trainable(together)} == expected
+    assert "lr" not in parameter_groups(together, 0.1, 0.5)[0]  # the first group's is the rate that a run logs
+
+
+def test_lora_plus_steps_as_pefts_own_optimizer():
+    """PEFT's `create_loraplus_optimizer` with the same torch optimizer, on factors that lie apart."""
+    apart, together = (lora(r=4, adapter_dtype="fp32") for _ in range(2))
+    together.lora_plus = 16.0
+    put_on(together)
+    options = {"lr": 1e-3, "fused": True}
+    theirs = create_loraplus_optimizer(apart, torch.optim.AdamW, loraplus_lr_ratio=16.0, **options)
+    ours = connect(together, torch.optim.AdamW(parameter_groups(together, 0.0, 1e-3), **options))
+    before = [p.detach().clone() for _, p in trainable(apart)]
+    for step in range(5):
+        for model, optimizer in ((apart, theirs), (together, ours)):
+            backward(model, (IDS + step) % 256)
+            optimizer.step()
+            model.zero_grad()
+    assert equal([p for _, p in trainable(apart)], [p for _, p in trainable(together)])
+    assert not any(torch.equal(p, old) for (_, p), old in zip(trainable(apart), before, strict=True))
+
+
+@pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
+def test_lora_plus_works_with_every_optimizer(optim):
+    """At a rate of zero for A only B moves, and in the buffers as apart."""
+    apart, together = (lora(r=51, adapter_dtype="fp32", targets=("q_proj", "down_proj")) for _ in range(2))
+    before = {name: p.detach().clone() for name, p in trainable(apart)}
+    for model in (apart, together):
+        model.lora_plus = 2.0
+    put_on(together)
+    for model in (apart, together):
+        optimizer = connect(model, OPTIMIZERS[optim](parameter_groups(model, 0.0, 1e-3)))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0 if group["lr"] != 2e-3 else group["lr"]
+        backward(model)
+        optimizer.step()
+        model.zero_grad()
+    assert equal([p for _, p in trainable(apart)], [p for _, p in trainable(together)])
+    assert {name for name, p in trainable(apart) if not torch.equal(p, before[name])} == {
+        name for name in before if "lora_B" in name
+    }
 
 
 # training

@@ -63,6 +63,18 @@ def alike(one, other):
     return abs(states[0] - states[1]) <= ROUNDING_BYTES and rest[0] == rest[1] and where[0] == where[1]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"layers": "0-2,5"}, {"rank_pattern": "layers.3.mlp.up_proj=16"}, {"targets": "layers.6.mlp.up_proj"}]
+)
+def test_blocks_with_factors_of_their_own_are_all_simulated(tmp_path, changes):
+    """Three or four blocks, extrapolated, would have other factors than seven."""
+    config = run(config_file(tmp_path, "llama", 7), **changes)
+    planned = plan(config)
+    model = assembly.build_model(config, META)
+    assert planned.exact
+    assert planned.n_trainable == base.count_parameters(model).trainable > 0
+
+
 @pytest.mark.parametrize("family", EVEN)
 def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
     config = run(config_file(tmp_path, family, 7))
@@ -90,6 +102,8 @@ def test_extrapolation_is_exact_for_equal_layers(tmp_path, family):
         {"offload_activations": "off"},
         {"offload_activations": "off", "half_blocks": "on"},
         {"offload_embedding": "on", "flat_buffer": False},
+        {"init": "pissa", "adapter_dtype": "fp32"},
+        {"variant": "lora-xs", "r": 16},
     ],
     ids=str,
 )
@@ -111,6 +125,17 @@ def test_groups_of_layers_that_repeat_are_extrapolated(tmp_path, family, kinds):
     assert (shallow.exact, whole.exact) == (False, True)
     assert same(shallow, whole)
     assert (shallow.n_parameters, shallow.n_trainable) == (whole.n_parameters, whole.n_trainable)
+
+
+def test_an_adversary_takes_its_step_and_the_gradient_of_the_embeddings(tmp_path):
+    """Beside two accumulated batches: δ, the embeddings it moves, and their gradient."""
+    file = config_file(tmp_path, "llama", 2)
+    peaks = [
+        overall_peak(simulate(run(file, offload_activations="off", **changes), Recipe(64, "adamw")).events).n_bytes
+        for changes in ({"grad_accum": 2}, {"adversarial": "fgm"})
+    ]
+    embeddings_bytes = 2 * 64 * 64 * 2  # bf16
+    assert embeddings_bytes <= peaks[1] - peaks[0] <= 4 * embeddings_bytes
 
 
 def test_the_optimizer_has_its_place_in_the_step_even_where_it_allocates_nothing(tmp_path):

@@ -193,6 +193,11 @@ PREDICTED += [
     ("llama", "plain", {"half_blocks": "on"}),
     ("gpt2", "plain", {"dropout": 0.1}),
     ("llama", "plain", {"optim": "adamw_8bit"}),
+    ("llama", "plain", {"init": "pissa", "adapter_dtype": "fp32"}),
+    ("gpt2", "plain", {"variant": "lora-xs"}),
+    ("gpt2", "plain", {"layers": "1", "lora_plus": 4}),
+    ("llama", "plain", {"adversarial": "fgm"}),
+    ("llama", "plain", {"rank_penalty": 0.1, "neftune": 5}),
 ]
 
 

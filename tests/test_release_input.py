@@ -53,6 +53,16 @@ def refused(capsys, tmp_path: Path, *words: str) -> str:
     return err
 
 
+@pytest.mark.parametrize("into", ["original", "best"])
+def test_what_loftq_made_up_for_is_not_added_to_a_base_that_did_not_lose_it(copy, tmp_path, capsys, into):
+    file = copy / "run" / "run.json"
+    record = json.loads(file.read_text())
+    record["settings"]["adapter"] |= {"init": "loftq", "adapter_dtype": "fp32"}
+    file.write_text(json.dumps(record))
+    err = refused(capsys, tmp_path, "--run", str(copy / "run"), "--into", into, "--data", str(copy / "data.jsonl"))
+    assert f"--into = '{into}': has nothing of what the factors" in err
+
+
 def from_adapter(folder: Path) -> list[str]:
     return ["--adapter", str(folder / "adapter"), "--base", str(folder / "base")]
 

@@ -5,7 +5,7 @@ only their values lie side by side in a buffer, and the optimizer is given the b
 one during the backward pass, as ever, and are gathered in a buffer when it is over: kept in one from the start, they
 would add their full size to the peak, which is at the beginning of the backward pass.
 
-    optimizer = connect(model, torch.optim.AdamW(parameter_groups(model, weight_decay)))
+    optimizer = connect(model, torch.optim.AdamW(parameter_groups(model, weight_decay, lr)))
     loss.backward()
     clip_gradients(model, 1.0)  # gathers
     optimizer.step()            # gathers where nobody has clipped; no gradient is left after it
@@ -72,12 +72,13 @@ class FlatBuffer:
     """The buffer behind `factors`, which have one dtype and device.
 
     `parameter` (N,) holds their values from now on, and its `.grad` their gradients once they are gathered;
-    `gradients` are then the parts of it, one a factor.
+    `gradients` are then the parts of it, one a factor. `decays` and `is_fast`: see `parameter_groups`.
     """
 
-    def __init__(self, factors: Sequence[nn.Parameter], decays: bool) -> None:
+    def __init__(self, factors: Sequence[nn.Parameter], decays: bool, is_fast: bool = False) -> None:
         self.factors = list(factors)
         self.decays = decays
+        self.is_fast = is_fast
         self._starts, length = layout([p.numel() for p in factors])
         self.parameter = nn.Parameter(torch.zeros(length, dtype=factors[0].dtype, device=factors[0].device))
         self.gradients: list[torch.Tensor] = []
@@ -173,21 +174,22 @@ def put_on(model: Any) -> Outcome:
     named = adapters.trainable(model)
     if not named:
         return Outcome(left="nothing trains")
-    decaying = decaying_names(model)
-    kinds: dict[tuple[torch.dtype, bool, bool], list[nn.Parameter]] = {}
+    decaying, fast = decaying_names(model), fast_names(model)
+    kinds: dict[tuple[torch.dtype, bool, bool, bool], list[nn.Parameter]] = {}
     for name, factor in named:
-        kinds.setdefault((factor.dtype, name in decaying, factor.numel() < SMALL_ELEMENTS), []).append(factor)
-    buffers = [buffer for (_, decays, small), factors in kinds.items() for buffer in _lay_out(factors, decays, small)]
+        kind = (factor.dtype, name in decaying, name in fast, factor.numel() < SMALL_ELEMENTS)
+        kinds.setdefault(kind, []).append(factor)
+    buffers = [buffer for (_, *how), factors in kinds.items() for buffer in _lay_out(factors, *how)]
     model.flat_factors = flat = FlatFactors(buffers)
     count = "one buffer" if len(buffers) == 1 else f"{len(buffers)} buffers"
     return Outcome(done=f"{len(named)} factors in {count} of {flat.n_bytes / 2**20:.1f} MiB")
 
 
-def _lay_out(factors: Sequence[nn.Parameter], decays: bool, small: bool) -> Iterator[FlatBuffer]:
+def _lay_out(factors: Sequence[nn.Parameter], decays: bool, is_fast: bool, small: bool) -> Iterator[FlatBuffer]:
     """Buffers behind `factors`, which are of one kind."""
     most = MAX_ELEMENTS_CPU if factors[0].device.type == "cpu" else MAX_ELEMENTS
     for indices in fill([p.numel() for p in factors], most):
-        buffer = FlatBuffer([factors[i] for i in indices], decays)
+        buffer = FlatBuffer([factors[i] for i in indices], decays, is_fast)
         if small:
             _keep_fp32_states(buffer.parameter)
         yield buffer
@@ -198,6 +200,13 @@ def decaying_names(model: Any) -> set[str]:
     return set(Trainer.get_decay_parameter_names(None, model))  # it uses nothing of the Trainer
 
 
+def fast_names(model: Any) -> set[str]:
+    """The parameters that learn faster under LoRA+: every B, where `model.lora_plus` has a ratio; else none."""
+    if getattr(model, "lora_plus", None) is None:
+        return set()
+    return {name for name, _ in adapters.trainable(model) if ".lora_B." in name}
+
+
 def _keep_fp32_states(parameter: nn.Parameter) -> None:
     """Exempt `parameter` from 8-bit states; bitsandbytes remembers it by its id, which must not outlive it."""
     manager = GlobalOptimManager.get_instance()
@@ -205,21 +214,27 @@ def _keep_fp32_states(parameter: nn.Parameter) -> None:
     weakref.finalize(parameter, manager.pid2config.pop, id(parameter), None)
 
 
-def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
     """What an optimizer of `model` updates: the buffers, or every trained parameter where this piece is not on.
 
-    Those that decay and those that do not are a group each, as in transformers' Trainer.
+    Those that decay and those that do not are a group each, as in transformers' Trainer. Under LoRA+ (arXiv
+    2402.12354), which is on where `model.lora_plus` is a ratio, the factors B are groups of their own, after the
+    others, with that many times the learning rate `lr`.
     """
     flat = flat_factors(model)
     if flat is None:
-        names = decaying_names(model)
-        trained = [(p, name in names) for name, p in adapters.trainable(model)]
+        decaying, fast = decaying_names(model), fast_names(model)
+        trained = [(p, name in decaying, name in fast) for name, p in adapters.trainable(model)]
     else:
-        trained = [(buffer.parameter, buffer.decays) for buffer in flat.buffers]
-    groups = (
-        {"params": [p for p, decays in trained if decays], "weight_decay": weight_decay},
-        {"params": [p for p, decays in trained if not decays], "weight_decay": 0.0},
-    )
+        trained = [(buffer.parameter, buffer.decays, buffer.is_fast) for buffer in flat.buffers]
+    groups = []
+    for decays, is_fast in ((True, False), (False, False), (True, True), (False, True)):
+        group: dict[str, Any] = {"params": [p for p, *how in trained if how == [decays, is_fast]]}
+        group["weight_decay"] = weight_decay if decays else 0.0
+        if is_fast and group["params"]:
+            assert lr is not None, "LoRA+ multiplies a learning rate"
+            group["lr"] = lr * model.lora_plus
+        groups.append(group)
     return [group for group in groups if group["params"]]
 
 

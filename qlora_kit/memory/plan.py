@@ -176,7 +176,8 @@ def _run(
     config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, exact: bool
 ) -> tuple[Record, list[Peak], bool]:
     """The record and the peaks of the run, and whether every layer was simulated."""
-    period = None if exact else _period(architecture, _structure(config, architecture))
+    own_blocks = config.adapter.differs_by_block and not config.base.full
+    period = None if exact or own_blocks else _period(architecture, _structure(config, architecture))
     if period is not None:
         try:
             return *_run_shallow(config, recipe, architecture, period), False

@@ -112,13 +112,14 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
         has_mask = not mask.is_on(model)
         optimizer = _optimizer(model, config)
         mark_clipping(tracker, model)
+        n_passes = 1 if model.adversary is None else model.adversary.n_passes  # over each batch
         with watch(tracker, model, optimizer), _CpuChoices(), tracker:
             for shapes in steps:
                 tracker.begin_step()
                 padded = has_mask and any(shape.padded for shape in shapes)
                 tracker.stand_ins[aten._local_scalar_dense.default] = kernels.scalars(padded)
                 tracker.stand_ins[aten.nonzero.default] = kernels.places(iter([s.supervised for s in shapes]))
-                batches = [_batch(shape) for shape in shapes]
+                batches = [_batch(shape) for shape in shapes[::n_passes]]
                 run_step(tracker, model, optimizer, batches, config.optim.clip)
                 del batches
         tracker.stop()
@@ -129,7 +130,7 @@ def _optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer as on a CPU, where torch's SGD loops over the parameters and nothing pages."""
     optim = resolve_optim(config, CPU).removeprefix("paged_")
     if optim == "sgd":
-        groups = flat.parameter_groups(model, config.optim.weight_decay)
+        groups = flat.parameter_groups(model, config.optim.weight_decay, config.optim.lr)
         return flat.connect(model, torch.optim.SGD(groups, lr=config.optim.lr, foreach=False))
     return make_optimizer(model, config, optim.replace("_32bit", ""), [])
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_kit import runs
-from qlora_kit.config import RunConfig
+from qlora_kit.config import VARIANTS, RunConfig
 from qlora_kit.memory import rules
 from qlora_kit.memory.baselines import Baseline
 from qlora_kit.memory.fit import Budget, Change, Fit, Fitting
@@ -116,7 +116,7 @@ def method(config: RunConfig) -> str:
     """How the run trains, in words."""
     if config.base.full:
         return f"full fine-tuning in {'bf16' if config.base.bits == 16 else 'fp32'}"
-    kind = "DoRA" if config.adapter.dora else "LoRA"
+    kind = "DoRA" if config.adapter.dora else VARIANTS[config.adapter.variant]
     return f"{config.base.bits}-bit {kind}, r = {config.adapter.r}"
 
 

@@ -5,6 +5,7 @@ Two, because the optimizer's states are born in the first.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from qlora_kit.memory.autocast import MetaAutocast
 from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.track import Event, MemoryTracker
 from qlora_kit.memory.watch import watch
+from qlora_kit.rank_penalty import add_gradients
 from qlora_kit.task_models import TASK_MODELS, task_of
 from qlora_kit.trainer import resolve_optim
 
@@ -117,12 +119,19 @@ def run_step(
     `autocast(recomputes)` gives the context of a forward pass, and of a backward pass, which may recompute one.
     """
     n_items = sum((batch["labels"] != -100).sum() for batch in batches)
+    adversary, penalty = getattr(model, "adversary", None), getattr(model, "rank_penalty", None)
     for batch in batches:
-        loss = _forward(model, batch, n_items, autocast)
-        with nullcontext() if autocast is None else autocast(True):
-            kernels.backward(loss)
-        del loss
+        run = functools.partial(_forward_and_backward, model, batch, n_items, autocast)
+        run() if adversary is None else adversary.step(run)
+    if penalty is not None:
+        add_gradients(model, penalty)
     _optimize(tracker, model, optimizer, clip)
+
+
+def _forward_and_backward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast: Autocast | None) -> None:
+    loss = _forward(model, batch, n_items, autocast)
+    with nullcontext() if autocast is None else autocast(True):
+        kernels.backward(loss)
 
 
 def _bear_states(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer, clip: float) -> None:
@@ -206,7 +215,7 @@ def make_optimizer(
 
     What pages is what would at `depth` times the layers of `model`, with which a flat buffer grows.
     """
-    groups = flat.parameter_groups(model, config.optim.weight_decay)
+    groups = flat.parameter_groups(model, config.optim.weight_decay, config.optim.lr)
     if optim == "adamw":
         return flat.connect(model, MetaFusedAdamW(groups, lr=config.optim.lr))
     if optim == "sgd":

@@ -45,9 +45,9 @@ def label_model(tracker: MemoryTracker, model: Any) -> None:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is not None:
             tracker.label(module.weight, "embeddings and head")
-    for name, parameter in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # factors may have frozen parts
         if "lora_" in name or ".modules_to_save." in name:
-            tracker.label(parameter, "adapters")
+            tracker.label(tensor, "adapters")
 
 
 def _category(model: Any, module: nn.Module, name: str, parameter: torch.Tensor) -> str:

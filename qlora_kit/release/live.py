@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import adapters, base, host_memory, quiet, runs
 from qlora_kit.config import BaseConfig, RunConfig, read_settings
+from qlora_kit.dense import dense_weight
 from qlora_kit.errors import UserError
 from qlora_kit.release.quantize import PackedWeight, Quantization, dequantized
 
@@ -121,18 +122,6 @@ def widen(model: Any) -> Any:
         setattr(model, flag, False)
     model.hf_quantizer = None
     return _all_in_fp32(model)
-
-
-def dense_weight(layer: Any) -> torch.Tensor:
-    """The weight (out × in) that a quantized layer computes with."""
-    from bitsandbytes import functional
-
-    if hasattr(layer.weight, "quant_state"):
-        dense: torch.Tensor = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        return dense
-    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    values: torch.Tensor = functional.int8_vectorwise_dequant(layer.weight.data, scales)
-    return values
 
 
 def _all_in_fp32(model: nn.Module) -> nn.Module:

@@ -139,7 +139,17 @@ def records_of(request: Request) -> list[RunRecord]:
         run = _run_around(given)
         if run is not None and not any(Path(folder).resolve() == Path(run).resolve() for folder in folders):
             folders.append(run)
-    return [_record(folder) for folder in folders]
+    records = [_record(folder) for folder in folders]
+    _check_start(request, records)
+    return records
+
+
+def _check_start(request: Request, records: Iterable[RunRecord]) -> None:
+    """Check that no adapter makes up for a loss that the base it is merged into has not had. Raises `UserError`."""
+    begun = [r.given for r in records if r.content["settings"].get("adapter", {}).get("init") == "loftq"]
+    if begun and "original" in request.bases:
+        rule = f"has nothing of what the factors of {begun[0]} make up for: they began at what quantization lost"
+        raise UserError.of("--into", request.into, rule, "Use --into trained, which is the default.")
 
 
 def _record(run: str) -> RunRecord:
