@@ -514,7 +514,7 @@ def test_a_file_that_does_not_keep_what_is_written_is_noticed(capsys, tmp_path, 
         return honest(file, bytes(kept) if len(content) == 128 else content, offset)
 
     monkeypatch.setattr("qlora_kit.release.shards.os.pwrite", forgetful)
-    assert "does not hold what was written to it" in refused(capsys, tmp_path, *from_adapter(made))
+    assert "does not hold what was written of" in refused(capsys, tmp_path, *from_adapter(made))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 from families import save_tiny
-from releases import make_adapter, release
+from releases import QUIET, make_adapter, release
+
+from qlora_kit.config import BaseConfig
+from qlora_kit.release import merge
+from qlora_kit.release.request import Request
 
 KILLS = 20
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12
@@ -75,6 +79,44 @@ def test_killed_at_random_moments(made, tmp_path, overwrite):
     release(made / "base", [(made / "adapter", 1.0)], out, overwrite=True)
     assert check(out, made / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what the killed ones left is gone
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in Linux's /proc")
+def test_killed_while_others_prove_it_leaves_neither_a_release_nor_them(made, tmp_path):
+    out = tmp_path / "out"
+
+    def task():
+        chosen = ((str(made / "adapter"), 1.0),)
+        merge.merge(Request(base=BaseConfig(model=str(made / "base")), adapters=chosen, out=str(out)), QUIET)
+
+    child = in_a_child(task)
+    wait_until(lambda: len(processes_with(tmp_path)) == 2)
+    assert (tmp_path / "out.merging" / "proof" / "job.json").is_file()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not out.exists()
+    wait_until(lambda: not processes_with(tmp_path))
+    assert not out.exists()
+
+
+def processes_with(folder: Path) -> list[str]:
+    """The commands of this machine's processes that name `folder`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = file.read_bytes().decode(errors="replace")
+        except OSError:  # it ended meanwhile
+            continue
+        found += [command] if str(folder) in command else []
+    return found
+
+
+def wait_until(holds) -> None:
+    for _ in range(1200):
+        if holds():
+            return
+        time.sleep(0.1)
+    pytest.fail("waited for two minutes")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

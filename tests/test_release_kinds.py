@@ -127,10 +127,10 @@ def test_several_adapters_add_up_by_their_weights(bases, tmp_path, family, bits)
 
 
 def test_an_adapters_weight_scales_all_that_it_changes(bases, tmp_path):
-    """A tensor that was trained whole goes that share of its way; with DoRA so does the weight."""
+    """So does a tensor that was trained whole: it goes that share of its way."""
     base, adapter = (
         bases("llama"),
-        make_adapter(bases("llama"), tmp_path / "a", use_dora=True, modules_to_save=["norm"]),
+        make_adapter(bases("llama"), tmp_path / "a", modules_to_save=["norm"]),
     )
     none = live_weights(load_base(BaseConfig(model=str(base)), torch.device("cpu")))
     whole, half = (
@@ -140,6 +140,12 @@ def test_an_adapters_weight_scales_all_that_it_changes(bases, tmp_path):
     for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
         assert not torch.equal(whole[name], none[name])
         torch.testing.assert_close(half[name], (whole[name] + none[name]) / 2)
+
+
+def test_dora_has_no_share(bases, tmp_path):
+    adapter = make_adapter(bases("llama"), tmp_path / "a", use_dora=True)
+    with pytest.raises(UserError, match=r"cannot have the weight 0.7: its lengths \(DoRA\)"):
+        release(bases("llama"), [(adapter, 0.7)], tmp_path / "out")
 
 
 def test_trap_2_stock_transformers_loads_a_merged_gpt2(bases, tmp_path):

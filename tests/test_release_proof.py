@@ -14,12 +14,9 @@ from releases import QUIET, make_adapter
 from safetensors.torch import load_file, save_file
 
 from qlora_kit import AdapterConfig, BaseConfig, DataConfig, OptimConfig, RunConfig, UserError, train
-from qlora_kit.release import live, merge, stock, verify
+from qlora_kit.release import delta, live, merge, shards, stock, stream, verify
 from qlora_kit.release.compare import compare
 from qlora_kit.release.request import Request
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -125,8 +122,8 @@ def test_a_16_bit_release_differs_by_the_rounding_of_its_dtype(finished, tmp_pat
     request = request_of(finished, tmp_path / "out", dtype=dtype)
     result = merge.merge(request, QUIET)
     found = result.report["proof"]["model"]
-    assert 0 < found["exact"]["relative_max"] <= found["limit"]["relative_max"]
-    assert found["limit"]["relative_max"] == pytest.approx(1.25 * found["rounding"]["relative_max"])
+    assert found["limit"]["relative_max"] == pytest.approx(1e-4 + 0.05 * found["rounding"]["relative_max"])
+    assert found["rounded"]["relative_max"] <= found["limit"]["relative_max"] < found["exact"]["relative_max"]
     assert f"rounded to {dtype}" in found["limit"]["why"]
     assert "held-out share" in found["source"]
     report = result.report
@@ -142,7 +139,112 @@ def test_packing_into_nf4_says_what_it_costs(finished, tmp_path, in_this_process
     found = merge.merge(request_of(finished, tmp_path / "out", format="nf4"), QUIET).report["proof"]["model"]
     assert found["exact"]["kl"] > 1e-4
     assert "quantized to nf4" in found["limit"]["why"]
-    assert found["exact"]["relative_max"] <= found["limit"]["relative_max"]
+    assert found["rounded"]["relative_max"] <= found["limit"]["relative_max"] < found["exact"]["relative_max"]
+
+
+def misread(change):
+    """`delta.read_change`, with another change for some of the adapter's layers."""
+    original = delta.read_change
+
+    def read(adapter, factor):
+        found = original(adapter, factor)
+        return dataclasses.replace(found, scale=found.scale * change(factor.a))
+
+    return read
+
+
+@pytest.mark.parametrize("format_", ["nf4", "dense"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: 2.0 if "h.1.attn.c_attn" in name else 1.0,
+        lambda name: -1.0 if "h.1.attn.c_attn" in name else 1.0,
+        lambda name: 0.5,
+        lambda name: 1.05,
+        lambda name: 1e-3,
+    ],
+    ids=["one doubled", "one the other way", "all halved", "all a little more", "next to nothing"],
+)
+def test_a_merge_that_adds_something_else_is_refused(finished, tmp_path, in_this_process, monkeypatch, change, format_):
+    monkeypatch.setattr("qlora_kit.release.stream.delta.read_change", misread(change))
+    with pytest.raises(UserError, match="failed its proof: its logits differ"):
+        merge.merge(request_of(finished, tmp_path / "out", format=format_, dtype="bf16"), QUIET)
+
+
+def test_rows_that_are_left_out_are_missed(finished, tmp_path, in_this_process, monkeypatch):
+    original = stream.merged_pieces
+    monkeypatch.setattr(stream, "merged_pieces", lambda *args: list(original(*args))[:-1])
+    with pytest.raises(AssertionError, match="0 of"):
+        merge.merge(request_of(finished, tmp_path / "out"), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_that_the_disk_changes_is_found(finished, tmp_path, in_this_process, monkeypatch):
+    original = shards.ShardWriter.finish
+
+    def finish(writer):
+        original(writer)
+        file = writer.folder / writer.shards[0].name
+        with file.open("r+b") as stream_:
+            stream_.seek(-3, os.SEEK_END)
+            last = stream_.read(1)
+            stream_.seek(-3, os.SEEK_END)
+            stream_.write(bytes([last[0] ^ 1]))
+
+    monkeypatch.setattr(shards.ShardWriter, "finish", finish)
+    with pytest.raises(UserError, match="does not hold what was written of"):
+        merge.merge(request_of(finished, tmp_path / "out"), QUIET)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_base_with_what_is_no_number_is_refused(tmp_path, in_this_process, dtype):
+    base = save_tiny(tmp_path / "base", "llama")
+    tensors = load_file(base / "model.safetensors")
+    tensors = {name: value.bfloat16() for name, value in tensors.items()}
+    tensors["model.embed_tokens.weight"][7] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(save_tiny(tmp_path / "other", "llama"), tmp_path / "adapter")
+    request = Request(
+        base=BaseConfig(model=str(base)), adapters=((str(adapter), 1.0),), out=str(tmp_path / "out"), dtype=dtype
+    )
+    with pytest.raises(UserError, match=r"not finite in model\.embed_tokens\.weight"):
+        merge.merge(request, QUIET)
+
+
+def test_a_release_that_overflows_when_it_is_served_is_refused(tmp_path, in_this_process):
+    """Its weights fit fp16, what it computes does not."""
+    base = save_tiny(tmp_path / "base", "llama")
+    tensors = load_file(base / "model.safetensors")
+    for name, value in tensors.items():
+        if "mlp.up_proj" in name or "mlp.gate_proj" in name:
+            tensors[name] = value * (3e3 / value.abs().max())
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter", 16)
+    request = Request(
+        base=BaseConfig(model=str(base), bits=16),
+        adapters=((str(adapter), 1.0),),
+        out=str(tmp_path / "out"),
+        dtype="fp16",
+        into="original",
+    )
+    with pytest.raises(UserError, match="--dtype = 'fp16': gives logits that are not finite"):
+        merge.merge(request, QUIET)
+
+
+def test_another_tokenizer_in_the_release_is_refused(finished, tmp_path, in_this_process, monkeypatch):
+    original = merge.write_candidate
+
+    def write(*args):
+        candidate = original(*args)
+        file = candidate.folder / "tokenizer.json"
+        content = json.loads(file.read_text())
+        content["normalizer"] = {"type": "Lowercase"}
+        file.write_text(json.dumps(content))
+        return candidate
+
+    monkeypatch.setattr(merge, "write_candidate", write)
+    with pytest.raises(UserError, match="its tokenizer has another tokens of a text"):
+        merge.merge(request_of(finished, tmp_path / "out"), QUIET)
 
 
 def spoiled(change):
@@ -221,7 +323,12 @@ def test_either_base_can_win(finished, tmp_path, in_this_process, monkeypatch, b
     monkeypatch.setattr(
         verify.ModelProof,
         "score",
-        property(lambda own: {"loss": losses["trained" if own.from_live is None else "original"], "kl": 0.0}),
+        property(
+            lambda own: {
+                "loss": losses["trained" if own.from_live is None else "original"],
+                **dict.fromkeys(("loss_error", "kl", "tokens"), 0),
+            }
+        ),
     )
     result = merge.merge(request_of(finished, tmp_path / "out", into="best"), QUIET)
     assert result.report["release"]["into"] == better
@@ -249,13 +356,21 @@ def test_comparing_logits_piece_by_piece_is_comparing_them_whole(tmp_path, monke
     shifted = torch.cat([torch.tensor([*marks[1:], -100]) for marks in labels])
     assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(other, shifted)))
     assert found.reference_loss == pytest.approx(float(torch.nn.functional.cross_entropy(one, shifted)))
+    each = torch.nn.functional.cross_entropy(other, shifted, reduction="none")[shifted != -100]
+    assert found.supervised == len(each)
+    assert found.loss_error == pytest.approx(float(each.std(correction=0)) / len(each) ** 0.5, rel=1e-4)
 
 
-def test_differences_that_are_no_numbers_are_found(tmp_path):
+def test_differences_that_are_no_numbers_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_kit.release.compare.PIECE_ELEMENTS", 3)  # what comes after one must not hide it
     save_file({"row.0": torch.zeros(2, 3)}, tmp_path / "a")
     save_file({"row.0": torch.full((2, 3), float("nan"))}, tmp_path / "b")
-    found = compare(tmp_path / "a", tmp_path / "b", [[1, 1]])
-    assert not found.relative_max <= 1e9
+    save_file({"row.0": torch.tensor([[0.0, float("nan"), 0.0], [1.0, 2.0, 3.0]])}, tmp_path / "c")
+    for file in ("b", "c"):
+        found = compare(tmp_path / "a", tmp_path / file, [[1, 1]])
+        assert not found.relative_max <= 1e9
+        assert not found.is_finite
+    assert compare(tmp_path / "a", tmp_path / "a", [[1, 1]]).is_finite
 
 
 def test_code_beside_a_base_neither_runs_nor_travels_unless_it_is_trusted(tmp_path, in_this_process):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qlora_kit.release.shards import ITEM_BYTES, TensorPlan, index_of, plan_shards, writing
+from qlora_kit.release.shards import ITEM_BYTES, ShardWriter, TensorPlan, index_of, plan_shards, writing
 from qlora_kit.release.source import (
     DTYPES,
     INDEX_FILE,
@@ -54,8 +55,10 @@ def test_any_tensors_are_shared_out_written_and_read_again(tmp_path_factory, pla
         for plan in reversed(plans):  # in any order
             values = content_of(plan).reshape(-1)
             half = len(values) // 2
-            writer.write(plan.name, values[half:], half)
             writer.write(plan.name, values[:half])
+            writer.write(plan.name, values[half:], half)
+    whole = {plan.name: content_of(plan).reshape(-1).view(torch.uint8).numpy() for plan in plans}
+    assert writer.checksums == {name: zlib.crc32(values) for name, values in whole.items()}
     found = {name: value for shard in shards for name, value in load_file(folder / shard.name).items()}
     ours = Checkpoint.open([folder / shard.name for shard in shards])
     for plan in plans:
@@ -179,7 +182,23 @@ def test_an_index_must_agree_with_its_files(tmp_path):
 
 def test_no_tensor_is_written_beyond_its_place(tmp_path):
     with writing(tmp_path, plan_shards([TensorPlan("a", "F32", (3,)), TensorPlan("b", "F32", (3,))])) as writer:
+        writer.write("a", torch.zeros(1))
         with pytest.raises(AssertionError, match="longer than planned"):
             writer.write("a", torch.zeros(3), 1)
+        with pytest.raises(AssertionError, match="a: element 2 after 1"):
+            writer.write("a", torch.zeros(1), 2)
         with pytest.raises(AssertionError, match="float64"):
-            writer.write("a", torch.zeros(3, dtype=torch.float64))
+            writer.write("a", torch.zeros(3, dtype=torch.float64), 1)
+        writer.write("a", torch.zeros(2), 1)
+        writer.write("b", torch.zeros(3))
+
+
+def test_a_tensor_that_is_not_all_written_is_missed(tmp_path):
+    plans = [TensorPlan("a", "F32", (3,)), TensorPlan("b", "F32", (3,))]
+    writer = ShardWriter(tmp_path, plan_shards(plans))
+    writer.begin()
+    writer.write("a", torch.zeros(3))
+    writer.write("b", torch.zeros(2))
+    with pytest.raises(AssertionError, match="b is not all written"):
+        writer.finish()
+    writer.close()

@@ -39,6 +39,9 @@ def run(
     from qlora_kit.progress import say_line
 
     found = None if run is None else reopening.find_run(run, given, base)
+    if found is not None and not found.generates:
+        rule = f"was trained for {found.config.base.task}, whose figures are in its evaluation.json"
+        raise UserError.of("--run", run, rule, "Use `qlora-kit predict` for other data.")
     config = RunConfig.from_flat(given) if found is None else found.config
     quiet.quiet_progress_bars()
     say = Console(stderr=True, highlight=False)

@@ -58,17 +58,22 @@ def first_blocks(folder: Path, count: int, stand_in: Path) -> Path:
     return stand_in
 
 
-def adapter_of_first_blocks(folder: Path, count: int, stand_in: Path) -> Path:
-    """Make `stand_in` the part of the adapter in `folder` that belongs to the first `count` blocks; returns it."""
+def adapter_of_first_blocks(folder: Path, count: int, stand_in: Path) -> Path | None:
+    """Make `stand_in` the part of the adapter in `folder` that belongs to the first `count` blocks; returns it.
+
+    None where the adapter has nothing there.
+    """
     from safetensors.torch import save_file
 
-    stand_in.mkdir()
     checkpoint = Checkpoint.open([folder / WEIGHTS_FILE])
     kept = {
         name: checkpoint.read(name)
         for name in checkpoint.entries
         if (number := block_of(name)) is None or number < count
     }
+    if not kept:
+        return None
+    stand_in.mkdir()
     save_file(kept, stand_in / WEIGHTS_FILE, {"format": "pt"})
     runs.write_bytes(stand_in / ADAPTER_CONFIG, (folder / ADAPTER_CONFIG).read_bytes())
     return stand_in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,16 @@ class Comparison:
     norm_ratio: float  # ‖difference‖ / ‖reference‖
     where: tuple[int, int]
     kl: float  # of the model from the reference, nats a token
+    supervised: int  # tokens
     reference_loss: float | None  # nats a supervised token; None where nothing is supervised
     loss: float | None
+    loss_error: float | None  # the standard error of `loss` over the supervised tokens
     agreement: float  # the share of tokens whose most likely successor is the same
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every logit of both was a number."""
+        return all(math.isfinite(value) for value in (self.scale, self.max_difference, self.kl, self.norm_ratio))
 
     @property
     def relative_max(self) -> float:
@@ -51,7 +59,7 @@ class _Sums:
     def __init__(self) -> None:
         self.tokens = self.elements = self.agreeing = self.supervised = 0
         self.reference = self.reference_squares = self.absolute = self.squares = self.kl = 0.0
-        self.reference_loss = self.loss = 0.0
+        self.reference_loss = self.loss = self.loss_squares = 0.0
         self.largest, self.where = 0.0, (0, 0)
 
 
@@ -62,7 +70,9 @@ def compare(reference: Path, model: Path, labels: Sequence[Sequence[int]]) -> Co
     for number, marks in enumerate(labels):
         for start, ours, theirs in _pieces(f"row.{number}", *files):
             _add(sums, number, start, ours, theirs, marks)
-    mean = sums.reference / sums.elements
+    mean, n = sums.reference / sums.elements, sums.supervised
+    loss = sums.loss / n if n else None
+    spread = max(sums.loss_squares / n - loss**2, 0.0) if loss is not None else 0.0
     return Comparison(
         sums.tokens,
         max(sums.reference_squares / sums.elements - mean**2, 0.0) ** 0.5 or 1.0,
@@ -71,8 +81,10 @@ def compare(reference: Path, model: Path, labels: Sequence[Sequence[int]]) -> Co
         (sums.squares / sums.reference_squares) ** 0.5 if sums.reference_squares else 0.0,
         sums.where,
         sums.kl / sums.tokens,
-        sums.reference_loss / sums.supervised if sums.supervised else None,
-        sums.loss / sums.supervised if sums.supervised else None,
+        n,
+        sums.reference_loss / n if n else None,
+        loss,
+        (spread / n) ** 0.5 if n else None,
         sums.agreeing / sums.tokens,
     )
 
@@ -100,7 +112,7 @@ def _add(
     sums.absolute += float(difference.sum(dtype=torch.float64))
     sums.squares += float(difference.square().sum(dtype=torch.float64))
     largest, token = difference.max(dim=1).values.max(dim=0)
-    if not float(largest) <= sums.largest:  # also where it is no number
+    if math.isfinite(sums.largest) and not float(largest) <= sums.largest:  # what is no number stays the largest
         sums.largest, sums.where = float(largest), (row, start + int(token))
     sums.agreeing += int((reference_TV.argmax(dim=1) == model_TV.argmax(dim=1)).sum())
     p, q = reference_TV.log_softmax(dim=1), model_TV.log_softmax(dim=1)
@@ -111,3 +123,4 @@ def _add(
             sums.supervised += 1
             sums.reference_loss -= float(p[place, label])
             sums.loss -= float(q[place, label])
+            sums.loss_squares += float(q[place, label]) ** 2

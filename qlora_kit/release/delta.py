@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 class Change:
     """One adapter's change of one weight of `rows` × `columns`: scale · left · right, in fp32.
 
-    With DoRA `magnitude` (rows) is set, and `share` is the adapter's weight in the merge, which `scale` then lacks.
+    With DoRA `magnitude` (rows) is set; such an adapter is merged alone and with weight 1.
     """
 
     left: torch.Tensor  # rows × r
     right: torch.Tensor  # r × columns
     scale: float
     magnitude: torch.Tensor | None = None
-    share: float = 1.0
 
 
 def read_change(adapter: Adapter, factor: Factor) -> Change:
@@ -37,7 +36,7 @@ def read_change(adapter: Adapter, factor: Factor) -> Change:
         return Change(a.T.contiguous(), b.T.contiguous(), factor.scaling * adapter.weight)
     if factor.magnitude is None:
         return Change(b, a, factor.scaling * adapter.weight)
-    return Change(b, a, factor.scaling, adapter.read(factor.magnitude), adapter.weight)
+    return Change(b, a, factor.scaling, adapter.read(factor.magnitude))
 
 
 def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[Change]) -> torch.Tensor:
@@ -49,7 +48,7 @@ def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[Change]) -> t
         if change.magnitude is None:
             merged = torch.addmm(merged, change.left[rows], change.right, alpha=change.scale)
         else:
-            merged = merged + change.share * (_dora_rows(seen, rows, change) - seen)
+            merged = _dora_rows(seen, rows, change)
     return merged
 
 

@@ -53,7 +53,9 @@ def load_literally(config: BaseConfig, dtype: torch.dtype, chosen: Sequence[tupl
 
 
 def put_on(model: Any, chosen: Sequence[tuple[str, float]]) -> Any:
-    """The base `model` with all the adapters in `chosen` at work, each with its weight."""
+    """The base `model` with all the adapters in `chosen` at work, each with its weight; without any, as it is."""
+    if not chosen:
+        return model.eval()
     (first, weight), *others = chosen
     with warnings.catch_warnings():
         # on unquantized GPT-2 PEFT turns the setting the right way round, and says so
@@ -89,8 +91,11 @@ def _scale(peft_model: Any, name: str, share: float) -> None:
 
 def take_off(peft_model: Any) -> Any:
     """The base as it was without its adapters; PEFT's `unload` alone would keep the tensors that they hold whole."""
+    from peft import PeftModel
     from peft.utils import ModulesToSaveWrapper
 
+    if not isinstance(peft_model, PeftModel):
+        return peft_model
     for module in peft_model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for name in module.modules_to_save:
@@ -199,8 +204,9 @@ class _Answers:
 
         from qlora_kit.release import stock
 
-        save_file(stock.row_logits(model, self.asked.rows), self.out / f"{name}.safetensors")
-        self.found[name] = stock.greedy(model, self.asked.prompt, self.asked.end)
+        asked = self.asked.to_dict()
+        save_file(stock.row_logits(model, asked), self.out / f"{name}.safetensors")
+        self.found[name] = stock.answer(model, asked)
 
     def of_rounded(self, model: Any, name: str, job: Job) -> None:
         """The same with the weights of `model` merged and rounded as in the release; nothing for one in fp32."""
@@ -208,7 +214,7 @@ class _Answers:
 
         dtype = getattr(torch, job.dtype)
         if dtype != torch.float32 or job.pack is not None:
-            merged = model.merge_and_unload()
+            merged = model.merge_and_unload() if job.adapters else model
             round_weights(merged, dtype, Quantization(**job.pack) if job.pack else None, job.packed_names)
             self.of(merged, f"rounded-{name}")
 

@@ -17,8 +17,9 @@ from qlora_kit.config import DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
 from qlora_kit.progress import BytesProgress, say_line
 from qlora_kit.release import content, live, proof, report, stream, verify
-from qlora_kit.release.blocks import adapter_of_first_blocks, blocks_that_fit, first_blocks
+from qlora_kit.release.blocks import adapter_of_first_blocks, block_of, blocks_that_fit, first_blocks
 from qlora_kit.release.factors import Adapter, open_adapter
+from qlora_kit.release.heads import config_fields, head_names, with_heads, with_task
 from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
 from qlora_kit.release.outputs import Outputs, plan_outputs
 from qlora_kit.release.place import Place
@@ -47,6 +48,7 @@ SPARE_BYTES = 64 << 20  # for everything that is not weights
 class Inputs:
     """All that a merge reads, opened and checked."""
 
+    request: Request  # with the task, where only an adapter says it
     records: Sequence[RunRecord]
     adapters: Sequence[Adapter]
     trained_bases: Sequence[TrainedBase | None]  # what each adapter says of its base
@@ -57,6 +59,7 @@ class Inputs:
     seen_dtype: torch.dtype
     layout: Layout
     outputs: Outputs
+    heads: Sequence[str]  # modules that the task put beside the base
 
 
 @dataclass(frozen=True)
@@ -84,20 +87,25 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     found = [adapter for adapter in adapters if adapter is not None]
     folder, checkpoint = opened
     _check_together(found)
+    request = dataclasses.replace(request, base=with_task(request.base, found))
     tokenizer = content.find_tokenizer(request.base, [adapter.folder for adapter in found], folder)
-    request = _with_tokenizer(request, tokenizer)
+    complete = _with_tokenizer(request, tokenizer)
+    heads = head_names(complete.base)
+    checkpoint = with_heads(checkpoint, found, heads)
     dtype: torch.dtype = getattr(torch, seen_dtype_name(request, seen))
     for line in doubts(request, [adapter.settings.get("base_model_name_or_path") for adapter in found], seen):
         say_line(say, line)
     with ThreadPoolExecutor(1) as beside, say.status("hashing the base"):
-        hashing = beside.submit(check_base, request, seen)
-        layout = read_layout(request.base, dtype, checkpoint)
+        hashing = beside.submit(check_base, complete, seen)
+        layout = read_layout(complete.base, dtype, checkpoint)
         base_hash = hashing.result()
     for adapter in found:
         check_fits(adapter, layout)
     check_mappable(found, layout, request.base.bits <= 8 and request.into != "original")
-    outputs = plan_outputs(layout, checkpoint, found, dtype)
-    return Inputs(records, found, seen, folder, base_hash, tokenizer, checkpoint, dtype, layout, outputs)
+    outputs = plan_outputs(layout, checkpoint, found, dtype, named_by_model=bool(heads))
+    return Inputs(
+        request, records, found, seen, folder, base_hash, tokenizer, checkpoint, dtype, layout, outputs, heads
+    )
 
 
 def _with_tokenizer(request: Request, tokenizer: Path | None) -> Request:
@@ -109,6 +117,9 @@ def _with_tokenizer(request: Request, tokenizer: Path | None) -> Request:
 def _check_together(adapters: Sequence[Adapter]) -> None:
     """Check that the adapters and their weights have a common meaning. Raises `UserError`."""
     for adapter in adapters:
+        if adapter.weight != 1.0 and adapter.uses_dora:
+            rule = f"cannot have the weight {adapter.weight:g}: its lengths (DoRA) are meant for its whole change"
+            raise UserError.of("--adapter", adapter.given, rule, "Merge it with weight 1.")
         if adapter.weight != 1.0 and adapter.settings.get("bias", "none") != "none":
             rule = f"cannot have the weight {adapter.weight:g}: it trained the base's biases, which PEFT does not scale"
             raise UserError.of("--adapter", adapter.given, rule, "Merge it with weight 1.")
@@ -161,25 +172,29 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
             tensors = list(written)
     finally:
         progress.stop()
-    proof.check_files(folder, shards)
+    with say.status("reading the files back"):
+        proof.check_files(folder, shards, writer.checksums)
     dtype = str(request.torch_dtype).removeprefix("torch.")
     with_code = request.base.trust_remote_code
-    content.write_config(inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code)
+    fields = config_fields(request.base)
+    content.write_config(
+        inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code, inputs.heads, fields
+    )
     content.copy_side_files(inputs.base_folder, inputs.tokenizer, folder, with_code)
     return Candidate(into, folder, recipe, tensors)
 
 
 def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], folder: Path) -> list[verify.ModelProof]:
     """Compare each release with the live model in processes of their own. Raises `UserError` where they differ."""
-    parameters, vocabulary = _sizes(inputs)
-    needed = parameters * verify.MODEL_BYTES + verify.PROCESS_BYTES
-    available = verify.available_bytes()
+    entries = inputs.checkpoint.entries
+    needed, available = proof_bytes(inputs), verify.available_bytes()
     folder.mkdir()
-    shown = _as_they_are(request, candidates)
+    shown = _as_they_are(request, inputs, candidates)
     if needed > available:
-        room = available - verify.PROCESS_BYTES
-        count = blocks_that_fit(inputs.checkpoint.entries, room, verify.MODEL_BYTES)
+        count = blocks_that_fit(entries, available - verify.PROCESS_BYTES, verify.MODEL_BYTES)
         shown = _first_blocks(inputs, candidates, count, folder)
+    parameters = sum(entry.numel for name, entry in entries.items() if shown.has(name))
+    vocabulary = max(entry.shape[0] for entry in entries.values() if len(entry.shape) == 2)
     recipe = candidates[0].recipe
     config = _run_config(request, inputs, shown.base)
     job = live.Job(
@@ -190,14 +205,14 @@ def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], fol
         dtype=str(request.torch_dtype).removeprefix("torch."),
         pack=vars(recipe.pack) if recipe.pack is not None else None,
         packed_names=sorted(recipe.packed_names),
-        token_budget=verify.token_budget(parameters, vocabulary),
+        token_budget=verify.token_budget(parameters, vocabulary, request.into == "best"),
         data_use=request.data_use,
         out=str(folder),
     )
     verify.Sides(job, shown.releases, folder, together=2 * needed <= available).run()
     tokenizer = base.load_tokenizer(config.base)
     cases = [
-        verify.Case(into, request.dtype, request.held, recipe.pack is not None, shown.blocks) for into in shown.releases
+        verify.Case(into, request.dtype, request.held, recipe.pack is not None, shown.first) for into in shown.releases
     ]
     return [verify.judge(folder, case, tokenizer) for case in cases]
 
@@ -215,21 +230,40 @@ class _Shown:
     base: str
     releases: Mapping[str, Path]
     adapters: Sequence[tuple[str, float]]
-    blocks: str
+    first: int | None = None  # so many blocks; None: all
+
+    def has(self, name: str) -> bool:
+        """Whether the weight `name` of the base's files is among what is looked at."""
+        return self.first is None or (block_of(name) or 0) < self.first
 
 
-def _as_they_are(request: Request, candidates: Sequence[Candidate]) -> _Shown:
+def proof_bytes(inputs: Inputs) -> int:
+    """The memory that a process of the proof takes for the whole model."""
+    parameters, _ = _sizes(inputs)
+    return parameters * verify.MODEL_BYTES + verify.PROCESS_BYTES
+
+
+def _check_choice(request: Request, inputs: Inputs) -> None:
+    """Check that two releases can be compared before they are made. Raises `UserError`."""
+    needed, available = proof_bytes(inputs), verify.available_bytes()
+    if request.into == "best" and needed > available:
+        rule = f"needs {needed / 2**30:.1f} GiB of memory to compare both, and {available / 2**30:.1f} are free"
+        raise UserError.of("--into", "best", rule, "Choose: --into original, or how the adapter saw the base.")
+
+
+def _as_they_are(request: Request, inputs: Inputs, candidates: Sequence[Candidate]) -> _Shown:
     releases = {candidate.into: candidate.folder for candidate in candidates}
-    return _Shown(request.base.model, releases, request.adapters, "all")
+    return _Shown(str(inputs.base_folder), releases, request.adapters)
 
 
 def _first_blocks(inputs: Inputs, candidates: Sequence[Candidate], count: int, folder: Path) -> _Shown:
     chosen = [
-        (str(adapter_of_first_blocks(adapter.folder, count, folder / f"adapter-{number}")), adapter.weight)
+        (str(part), adapter.weight)
         for number, adapter in enumerate(inputs.adapters)
+        if (part := adapter_of_first_blocks(adapter.folder, count, folder / f"adapter-{number}")) is not None
     ]
     releases = {c.into: first_blocks(c.folder, count, folder / f"release-{c.into}") for c in candidates}
-    return _Shown(str(first_blocks(inputs.base_folder, count, folder / "base")), releases, chosen, f"the first {count}")
+    return _Shown(str(first_blocks(inputs.base_folder, count, folder / "base")), releases, chosen, count)
 
 
 def _run_config(request: Request, inputs: Inputs, model: str) -> RunConfig:
@@ -280,6 +314,8 @@ def _unreadable_files(request: Request, place: Place) -> Iterator[None]:
 
 def _merge(request: Request, place: Place, say: Console, whole_model: bool) -> Result:
     inputs = read_inputs(request, say)
+    request = inputs.request
+    _check_choice(request, inputs)
     with place.made() as working:
         place.require_space(_needed_bytes(request, inputs, whole_model))
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]
@@ -301,7 +337,7 @@ def _needed_bytes(request: Request, inputs: Inputs, whole_model: bool) -> int:
     recipes = [recipe_of(request, inputs, into) for into in request.bases]
     weights = sum(shard.n_bytes for recipe in recipes for shard in plan_files(inputs, recipe))
     parameters, vocabulary = _sizes(inputs)
-    file_bytes = 4 * vocabulary * verify.token_budget(parameters, vocabulary)  # fp32
+    file_bytes = 4 * vocabulary * verify.token_budget(parameters, vocabulary, request.into == "best")  # fp32
     logits = file_bytes * verify.LOGIT_FILES * len(recipes) if whole_model else 0
     return weights + logits + SPARE_BYTES
 

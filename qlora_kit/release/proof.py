@@ -1,13 +1,15 @@
 """The proof of each tensor: what was written is read back and compared with what it should be.
 
-While the pieces of a tensor are written they are read back from the file: they must be those that were cast, and
-these the exact ones within half a unit in the last place of the release's dtype. Then: changed where an adapter was,
-the base as it was cast where none was, and after the last tensor nothing missing and nothing extra.
+While the pieces of a tensor are made, those that are cast must be the exact ones within half a unit in the last place
+of the release's dtype: changed where an adapter was, the base as it was cast where none was. After the last tensor the
+files are read back from the disk: nothing missing, nothing extra, and every byte as it was written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 SETTING = "--out"
+CHECKED_BYTES = 1 << 20  # read back at once
 REMEDY = "Merge again; if it happens again, the disk or its memory is faulty, or this is a bug worth reporting."
 
 
@@ -40,10 +43,10 @@ class TensorProof:
 
 
 class TensorCheck:
-    """Compares the pieces of one tensor with what they should be, as they are written."""
+    """Compares the pieces of one tensor of `numel` elements with what they should be, as they are made."""
 
-    def __init__(self, name: str, dtype: torch.dtype, must_change: bool) -> None:
-        self.name, self.dtype, self.must_change = name, dtype, must_change
+    def __init__(self, name: str, dtype: torch.dtype, numel: int, must_change: bool) -> None:
+        self.name, self.dtype, self.numel, self.must_change = name, dtype, numel, must_change
         self.elements, self.changed = 0, False
         self.delta_squares = self.lost_squares = 0.0
 
@@ -65,6 +68,12 @@ class TensorCheck:
         self.delta_squares += float(torch.linalg.vector_norm(merged - seen)) ** 2
         self.changed = self.changed or not torch.equal(cast, seen.to(self.dtype))
 
+    def look_at_copy(self, own: torch.Tensor) -> None:
+        """Look at a piece that is copied as it is. Raises `UserError` where it holds what is no number."""
+        if own.is_floating_point() and not bool(own.isfinite().all()):
+            raise self._wrong(own, own)
+        self.elements += own.numel()
+
     def _wrong(self, merged: torch.Tensor, cast: torch.Tensor) -> UserError:
         if not bool(merged.isfinite().all()):
             rule = f"holds values that are not finite in {self.name}"
@@ -79,6 +88,7 @@ class TensorCheck:
 
     def result(self) -> TensorProof:
         """What was found. Raises `UserError` where an adapter changed nothing, or nothing that is left."""
+        assert self.elements == self.numel, f"{self.name}: {self.elements} of {self.numel} elements"
         if self.must_change and not self.delta_squares:
             raise broken(f"the adapter changes nothing in {self.name}")
         if self.must_change and not self.changed:
@@ -108,32 +118,11 @@ def smallest(dtype: torch.dtype) -> float:
     return 0.0 if dtype == torch.float32 else torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
-def check_read_back(entry: Entry, written: torch.Tensor, start: int = 0) -> None:
-    """Check that the file holds `written` as the elements of a tensor from element `start` on. Raises `UserError`."""
-    import torch
-
-    size = entry.torch_dtype.itemsize
-    try:
-        found = read_bytes(entry, start * size, written.numel() * size)
-    except BadFileError as error:
-        raise broken(str(error)) from None
-    if not _same_bytes(found, written.contiguous().reshape(-1).view(torch.uint8)):
-        raise broken(f"{entry.file.name} does not hold what was written to it")
-
-
-def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two uint8 tensors are equal; eight bytes at a time where they can be taken so."""
-    import torch
-
-    if one.shape != other.shape or len(one) % 8 or other.data_ptr() % 8:
-        return torch.equal(one, other)
-    return torch.equal(one.view(torch.int64), other.view(torch.int64))
-
-
-def check_files(folder: Path, shards: Sequence[Shard]) -> None:
+def check_files(folder: Path, shards: Sequence[Shard], checksums: Mapping[str, int]) -> None:
     """Check that the finished files hold every planned tensor in its shape and dtype, and nothing else.
 
-    They are opened anew, by this package and by the safetensors library. Raises `UserError`.
+    They are opened anew, by this package and by the safetensors library, and read again from the disk: every tensor
+    must have its CRC-32 in `checksums`. Raises `UserError`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -153,6 +142,33 @@ def check_files(folder: Path, shards: Sequence[Shard]) -> None:
                     raise broken(f"the safetensors library finds other tensors in {shard.name}")
         except SafetensorError as error:
             raise broken(f"the safetensors library cannot open {shard.name} ({error})") from None
+        _forget_cached(folder / shard.name)
+    for name, entry in found.items():
+        if _checksum(entry) != checksums[name]:
+            raise broken(f"{entry.file.name} does not hold what was written of {name}")
+
+
+def _forget_cached(file: Path) -> None:
+    """Let the system read `file` from the disk again, where it can be told to; it must be on the disk already."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(entry: Entry) -> int:
+    """The CRC-32 of a tensor's bytes."""
+    found = 0
+    try:
+        for start in range(0, entry.n_bytes, CHECKED_BYTES):
+            piece = read_bytes(entry, start, min(CHECKED_BYTES, entry.n_bytes - start))
+            found = zlib.crc32(memoryview(piece.numpy()), found)  # type: ignore[arg-type]  # numpy's stubs
+    except (BadFileError, OSError) as error:
+        raise broken(f"{entry.file.name} cannot be read back ({error})") from None
+    return found
 
 
 def _kind(entry: Entry) -> tuple[str, tuple[int, ...]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import base, data
+from qlora_kit import base, data, tasks
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
+from qlora_kit.task_models import GENERATION, task_of
+from qlora_kit.tasks import text_classification
+from qlora_kit.tasks.labelled_texts import LabelledText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +23,7 @@ MAX_ROW_TOKENS = 512
 MAX_PROMPT_TOKENS = 256
 ROOM_TOKENS = 32  # that the positions must leave for the answer to the prompt
 IGNORED = -100
-DATA_USES = ("none", "preferred", "needed")  # what data the settings name, and whether it must be read
+DATA_USES = ("none", "preferred", "needed", "choice")  # what data there is, whether it must be read, and decides
 BUILT_IN = (
     "The ferry leaves the harbour at eight in the morning and is back before dark. On Sundays it waits for the last "
     "bus. Whoever wants to take a bicycle along pays two crowns more, and children under six pay nothing at all.",
@@ -31,13 +35,24 @@ BUILT_IN = (
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows of token ids with what is supervised in them (−100 where nothing is), a prompt, and where they are from."""
+    """Rows of token ids with what is supervised in them (−100 where nothing is), a prompt, and where they are from.
+
+    A row of a task with labels is asked for one answer, as if it were its first token's successor: `labels` has the
+    number of its label in that place. There is no prompt then; `types` are the rows' token types where the model has
+    such, and `names` those of the labels.
+
+    `probe` is a text with its token ids and the chat template, which the release's own tokenizer must give too.
+    """
 
     rows: list[list[int]]
     labels: list[list[int]]
     prompt: list[int]
     end: int | None
     source: str
+    probe: dict[str, Any]
+    task: str = GENERATION
+    types: list[list[int]] | None = None
+    names: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
@@ -55,58 +70,119 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     They come from the held-out data of `config`, else from its training data; where `data_use` (of `DATA_USES`) says
     so, or allows it and these cannot be read, from a built-in text. Raises `UserError` for data that must be read.
     """
-    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base))
-    positions = base.max_positions(base.load_model_config(config.base))
+    architecture = base.load_model_config(config.base)
+    task = task_of(config.base.task, architecture)
+    tokenizer = base.load_tokenizer(config.base)
+    probe = _probe(tokenizer)
+    tokenizer = data.prepare_tokenizer(tokenizer, task == GENERATION)
+    positions = base.max_positions(architecture)
     seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
+    if task != GENERATION:
+        names = [architecture.id2label[number] for number in range(architecture.num_labels)]
+        return _ask_for_labels(config, task, names, data_use, token_budget, tokenizer, seq_len, probe)
     if data_use == "none":
-        return _built_in(tokenizer, token_budget, seq_len)
+        return _built_in(tokenizer, token_budget, seq_len, probe)
     try:
         examples, source = _examples(config)
     except UserError:  # it was moved since; any text will do for a proof, but not for a choice
-        if data_use == "needed":
+        if data_use in ("needed", "choice"):
             raise
-        return _built_in(tokenizer, token_budget, seq_len)
+        return _built_in(tokenizer, token_budget, seq_len, probe)
     encoded = data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on).rows
     rows, labels = _within(token_budget, [row.input_ids for row in encoded], [row.labels for row in encoded])
+    if data_use == "choice" and not any(map(_is_supervised, labels)):
+        rule = f"has no answer within the first {token_budget} tokens, which are all there is time for"
+        raise UserError.of("--data", config.data.data, rule, "Give shorter examples, or choose --into yourself.")
     prompt = data.encode_prompt(examples[0], tokenizer)[-_prompt_room(positions) :]
-    return Questions(rows, labels, prompt, tokenizer.eos_token_id, source)
+    return Questions(rows, labels, prompt, tokenizer.eos_token_id, source, probe)
 
 
-def _examples(config: RunConfig) -> tuple[list[data.Example], str]:
+def _probe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    text = BUILT_IN[0][:60]
+    return {"text": text, "ids": tokenizer(text)["input_ids"], "template": tokenizer.chat_template}
+
+
+def _ask_for_labels(
+    config: RunConfig,
+    task: str,
+    names: list[str],
+    data_use: str,
+    token_budget: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    probe: dict[str, Any],
+) -> Questions:
+    """Whole rows, each of which gets a label, as far as the budget goes. Raises `UserError`."""
+    rows: list[Any] = []
+    source = "a built-in text"
+    if data_use != "none":
+        try:
+            examples, source = _examples(config)
+            rows = tasks.task_named(task).reader.encode(config, examples, tokenizer, seq_len, "--data").rows
+        except UserError:
+            if data_use in ("needed", "choice"):
+                raise
+    if not rows:
+        texts = [LabelledText(text, None, (), False, source) for text in BUILT_IN]
+        rows = text_classification.encode_unlabelled(texts, tokenizer, seq_len).rows
+    totals = accumulate(len(row.input_ids) for row in rows)
+    kept = [row for row, total in zip(rows, totals, strict=True) if total <= token_budget] or rows[:1]
+    labels = [[IGNORED, row.label if isinstance(row.label, int) else IGNORED] for row in kept]
+    types = [row.token_type_ids for row in kept if row.token_type_ids is not None] or None
+    return Questions([row.input_ids for row in kept], labels, [], None, source, probe, task, types, names)
+
+
+def _examples(config: RunConfig) -> tuple[list[Any], str]:
     """The held-out examples, else those to train on, and their name for the report. Raises `UserError`."""
     held_out = config.data.held_out_source
     if held_out is not None:
-        return data.read_examples(held_out, config.data.columns, "--eval-data"), f"held-out data `{held_out}`"
-    examples = data.read_examples(config.data.data, config.data.columns)
+        return _read(config, held_out, "--eval-data"), f"held-out data `{held_out}`"
+    examples = _read(config, config.data.data, "--data")
     if config.data.eval_fraction:
         _, kept = data.split_examples(examples, config.data.eval_fraction, config.seed)
         return kept, f"the held-out share of `{config.data.data}`"
     return examples, f"`{config.data.data}`"
 
 
+def _read(config: RunConfig, source: str, setting: str) -> list[Any]:
+    rows = data.read_rows(source, config.data.columns, setting)
+    reader = tasks.task_named(config.base.task).reader
+    return reader.read(tasks.Source(rows, source, config.data.columns, setting), config.base)
+
+
 def _within(
     budget: int, rows: Sequence[list[int]], labels: Sequence[list[int]]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The first rows, each cut at `MAX_ROW_TOKENS`, and the last where the budget ends; all learned if none is."""
+    """The first rows in which something is learned, each cut at `MAX_ROW_TOKENS`, and the last where the budget ends.
+
+    Where no row has anything to learn within that, the first rows as they are.
+    """
     kept_rows: list[list[int]] = []
     kept_labels: list[list[int]] = []
+    some_learn = any(_is_supervised(marks[: min(MAX_ROW_TOKENS, budget)]) for marks in labels)
     for ids, marks in zip(rows, labels, strict=True):
         length = min(len(ids), MAX_ROW_TOKENS, budget)
         if length < 2:
             break
+        if some_learn and not _is_supervised(marks[:length]):
+            continue
         kept_rows.append(ids[:length])
         kept_labels.append(marks[:length])
         budget -= length
-    if all(mark == IGNORED for marks in kept_labels for mark in marks[1:]):
-        kept_labels = kept_rows
     return kept_rows, kept_labels
+
+
+def _is_supervised(marks: Sequence[int]) -> bool:
+    """Whether any token but the first, which nothing predicts, is learned."""
+    return any(mark != IGNORED for mark in marks[1:])
 
 
 def _prompt_room(positions: int | None) -> int:
     return MAX_PROMPT_TOKENS if positions is None else max(1, min(MAX_PROMPT_TOKENS, positions - ROOM_TOKENS))
 
 
-def _built_in(tokenizer: PreTrainedTokenizerBase, budget: int, seq_len: int) -> Questions:
+def _built_in(tokenizer: PreTrainedTokenizerBase, budget: int, seq_len: int, probe: dict[str, Any]) -> Questions:
     every = [ids[:seq_len] for ids in tokenizer(list(BUILT_IN))["input_ids"]]
     rows, _ = _within(budget, every, every)
-    return Questions(rows, rows, every[0][: min(8, seq_len)], tokenizer.eos_token_id, "a built-in text")
+    prompt = every[0][: min(8, seq_len)]
+    return Questions(rows, rows, prompt, tokenizer.eos_token_id, "a built-in text", probe)

@@ -56,6 +56,9 @@ class Request:
         if self.into in TRAINED_AS and (self.base.bits, self.base.quant_type) not in self._kinds(self.into):
             rule = f"is not how the adapter saw its base, which was held in {self.held}"
             faults.append(Fault("--into", self.into, rule, "Use --into trained, which is the default, or original."))
+        if self.into == "best" and self.base.multi_label:
+            rule = "is not decided for several labels at once"
+            faults.append(Fault("--into", self.into, rule, "Use --into trained, which is the default, or original."))
         if self.into == "best" and not self._has_judge:
             rule = "is needed to choose between two bases"
             faults.append(Fault("--data", None, rule, "Give examples of what the model is for, with --data FILE."))
@@ -74,7 +77,9 @@ class Request:
         """How much the proof depends on the data, in the words of `questions.DATA_USES`."""
         if self.data is None:
             return "none"
-        return "needed" if self.data_given or self.into == "best" else "preferred"
+        if self.into == "best":
+            return "choice"
+        return "needed" if self.data_given else "preferred"
 
     @staticmethod
     def _kinds(word: str) -> set[tuple[int, str]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ class ShardWriter:
         self.shards = list(shards)
         self.shard_of = {name: shard for shard in shards for name in shard.tensors}
         self.files: dict[str, int] = {}
+        self.written: dict[str, int] = dict.fromkeys(self.shard_of, 0)  # elements of each tensor
+        self.checksums: dict[str, int] = dict.fromkeys(self.shard_of, 0)  # CRC-32 of each tensor's bytes so far
 
     def begin(self) -> None:
         """Make every file in its full size, with its header."""
@@ -109,12 +112,18 @@ class ShardWriter:
             os.ftruncate(file, shard.n_bytes)
 
     def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
-        """Write `values` as the elements of the tensor `name` from element `start` on; threads may do so at once."""
+        """Write `values` as the elements of the tensor `name` from element `start` on, where the last ones ended.
+
+        Threads may write different tensors at once.
+        """
         plan, place = self.shard_of[name].tensors[name]
         assert dtype_name(values.dtype) == plan.dtype, f"{name}: {values.dtype} for {plan.dtype}"
+        assert start == self.written[name], f"{name}: element {start} after {self.written[name]}"
         offset = place + start * ITEM_BYTES[plan.dtype]
         content = memoryview(_as_bytes(values))
         assert start * ITEM_BYTES[plan.dtype] + len(content) <= plan.n_bytes, f"{name} is longer than planned"
+        self.written[name] += values.numel()
+        self.checksums[name] = zlib.crc32(content, self.checksums[name])
         while content:
             written = os.pwrite(self.files[self.shard_of[name].name], content[: 1 << 30], offset)
             content, offset = content[written:], offset + written
@@ -127,6 +136,9 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Put all that was written on the disk, and with several files their index beside them."""
+        for name, shard in self.shard_of.items():
+            plan, _ = shard.tensors[name]
+            assert self.written[name] * ITEM_BYTES[plan.dtype] == plan.n_bytes, f"{name} is not all written"
         for file in self.files.values():
             os.fsync(file)
         if len(self.shards) > 1:

@@ -2,8 +2,9 @@
 
 Two processes of their own answer the same questions, the live model in one (`live`) and the release in the other
 (`stock`). Compared is in fp32 arithmetic, so that what differs is the weights; what each says in its own arithmetic
-is reported beside it. How much may differ is measured too: it is what rounding the live model's own merged weights
-to the release's dtype does. Where the model does not fit into memory, its first blocks are compared.
+is reported beside it. A release in fp32 must be the live model. One that is rounded, or quantized after the merge, must
+be what the live model's own weights, merged by PEFT, become when they are rounded or quantized in the same way; how far
+both are from the live model is reported. Where the model does not fit into memory, its first blocks are compared.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +22,20 @@ from typing import Any, BinaryIO
 from qlora_kit import runs
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.release import live
+from qlora_kit.release.blocks import block_of
 from qlora_kit.release.compare import Comparison, compare
 from qlora_kit.release.proof import broken
 from qlora_kit.release.questions import Questions
+from qlora_kit.task_models import GENERATION
 
 EXACT_LIMIT = 1e-4  # of the logits' scale: what the order of fp32 operations may make of the same weights
-ROUNDING_MARGIN = 1.25  # a few weights round the other way when they are summed in another order
+FLIPPED = 0.05  # of what rounding does: summed in another order, far fewer than 0.05² of the weights round otherwise
+TIE_MARGIN = 1.25  # times what rounding does to the logits: so much may the best two of a tie move
 MAX_TOKENS = 2048
 MIN_TOKENS = 64
 MULTIPLY_ADDS = 5e11  # of one pass over the questions, so that a large model does not take hours on a CPU
 MAX_LOGIT_BYTES = 1 << 27  # of one file of logits
+CHOICE_TIMES = 8  # as much of both where two releases are compared to choose one
 LOGIT_FILES = 6  # for one release
 PROCESS_BYTES = 1 << 30  # a process that proves takes so much beside the model
 MODEL_BYTES = 5  # and so much for each weight: in fp32, and what it was made from
@@ -58,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ModelProof:
-    """What comparing the whole model found; `exact` is what decides, the others are there to be read."""
+    """What comparing the whole model found; `decisive` is what decides, the others are there to be read."""
 
     reference: str
     source: str
@@ -70,29 +75,43 @@ class ModelProof:
     answer: Answer
     served: Comparison  # each in its own arithmetic, as it is trained and as it is served
     from_live: Comparison | None  # the release of `--into original` against the model that trained
-    rounding: Comparison | None
+    rounding: Comparison | None  # the reference with its weights rounded, against the reference; None in fp32
+    rounded: Comparison | None  # the release against that
+    task: str = GENERATION
+
+    @property
+    def decisive(self) -> Comparison:
+        """The release against a model that must have the same weights."""
+        return self.exact if self.rounded is None else self.rounded
 
     @property
     def score(self) -> dict[str, float]:
         """How well the release does on the data: its loss, and its KL from the model that trained."""
         against_live = self.exact if self.from_live is None else self.from_live
         assert against_live.loss is not None, "the questions have something supervised"
-        return {"loss": against_live.loss, "kl": against_live.kl}
+        error = against_live.loss_error or 0.0
+        return {
+            "loss": against_live.loss,
+            "loss_error": error,
+            "kl": against_live.kl,
+            "tokens": against_live.supervised,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
         content = asdict(self)
-        for name in ("exact", "served", "from_live", "rounding"):
+        for name in ("exact", "served", "from_live", "rounding", "rounded"):
             own: Comparison | None = getattr(self, name)
             if own is not None:
                 content[name] |= {"relative_max": own.relative_max, "relative_mean": own.relative_mean}
         return content
 
 
-def token_budget(parameters: int, vocabulary: int) -> int:
-    """How many tokens to ask about, so that time and the files of logits stay small."""
-    by_time = int(MULTIPLY_ADDS / max(parameters, 1))
-    by_space = MAX_LOGIT_BYTES // (4 * max(vocabulary, 1))
+def token_budget(parameters: int, vocabulary: int, chooses: bool = False) -> int:
+    """How many tokens to ask about, so that time and files of logits stay small; more where a choice hangs on it."""
+    times = CHOICE_TIMES if chooses else 1
+    by_time = int(times * MULTIPLY_ADDS / max(parameters, 1))
+    by_space = times * MAX_LOGIT_BYTES // (4 * max(vocabulary, 1))
     return max(2, min(MAX_TOKENS, max(MIN_TOKENS, by_time), by_space))
 
 
@@ -127,8 +146,9 @@ class Sides:
         for into, release in self.releases.items():
             (self.folder / into).mkdir()
             places = (release, self.folder / live.ROWS_FILE, self.folder / into)
+            task = self.job.config["base"]["task"] or GENERATION
             code = ["--trust-remote-code"] if self.job.config["base"]["trust_remote_code"] else []
-            commands.append([sys.executable, stock, *map(str, places), *code])
+            commands.append([sys.executable, stock, *map(str, places), task, *code])
         at_once = 2 if self.together else 1
         for first in range(0, len(commands), at_once):
             self._answer(commands[first : first + at_once])
@@ -153,6 +173,11 @@ class Sides:
         errors = self.folder / live.ERROR_FILE
         if errors.is_file():
             return UserError(Fault(*fault) for fault in json.loads(errors.read_text(encoding="utf-8"))["faults"])
+        if code < 0:
+            rule = (
+                f"cannot be proven: a process of the proof was killed by signal {-code}, most likely for want of memory"
+            )
+            return UserError.of("--out", "", rule, "Free some memory, and merge again.")
         logs = sorted(self.folder.glob("*.log"), key=lambda file: file.stat().st_mtime)
         said = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return broken(f"a process of its proof ended with code {code}: {said[-1] if said else 'it said nothing'}")
@@ -169,7 +194,7 @@ def _environment() -> dict[str, str]:
     """The child finds this package where this process did, and asks no hub."""
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 @contextmanager
@@ -195,7 +220,12 @@ class Case:
     dtype: str
     held: str  # how the adapter saw the base
     packed: bool
-    blocks: str  # "all", or which of them are compared
+    first: int | None = None  # so many blocks are compared; None: all of them
+
+    @property
+    def blocks(self) -> str:
+        """Which blocks are compared, in words."""
+        return "all" if self.first is None else f"the first {self.first}"
 
 
 def judge(folder: Path, case: Case, tokenizer: Any) -> ModelProof:
@@ -204,14 +234,18 @@ def judge(folder: Path, case: Case, tokenizer: Any) -> ModelProof:
     own = folder / case.into
     theirs = json.loads((own / "release.json").read_text(encoding="utf-8"))
     ours = json.loads((folder / live.LIVE_FILE).read_text(encoding="utf-8"))
-    _check_keys(theirs, partial=case.blocks != "all")
+    _check_keys(theirs, case.first)
+    for key, expected in asked.probe.items():
+        if key != "text" and theirs["probe"][key] != expected:
+            what = "chat template" if key == "template" else "tokens of a text"
+            raise broken(f"its tokenizer has another {what} than that of the live model")
     name = "original" if case.into == "original" else live.LIVE
 
     def against(reference: str, model: Path) -> Comparison:
         return compare(folder / f"{reference}.safetensors", model, asked.labels)
 
-    rounded = folder / f"rounded-{case.into}.safetensors"
-    rounding = against(name, rounded) if rounded.is_file() else None
+    rounded = f"rounded-{case.into}"
+    rounding = against(name, folder / f"{rounded}.safetensors") if rounded in ours else None
     proof = ModelProof(
         reference=_reference_text(case),
         source=asked.source,
@@ -220,12 +254,14 @@ def judge(folder: Path, case: Case, tokenizer: Any) -> ModelProof:
         loaded_as=theirs["class"],
         exact=against(name, own / "exact.safetensors"),
         limit=_limit(rounding, case),
-        answer=_answer(ours[name], theirs["exact"], tokenizer),
+        answer=_answer(ours[name], theirs["exact"], _words(asked, tokenizer)),
         served=against("literal", own / "served.safetensors"),
         from_live=against(live.LIVE, own / "exact.safetensors") if name == "original" else None,
         rounding=rounding,
+        rounded=against(rounded, own / "exact.safetensors") if rounding is not None else None,
+        task=asked.task,
     )
-    _check(proof)
+    _check(proof, case)
     return proof
 
 
@@ -236,24 +272,35 @@ def _reference_text(case: Case) -> str:
 
 
 def _limit(rounding: Comparison | None, case: Case) -> Limit:
-    """fp32 has no rounding to speak of; otherwise the live model's own weights are rounded to see what it does."""
+    """fp32 has no rounding to speak of; otherwise a few weights may round the other way."""
     if rounding is None:
         return Limit(EXACT_LIMIT, "the order of operations in fp32")
-    what = "quantized to nf4" if case.packed else f"rounded to {case.dtype}"
-    why = f"{ROUNDING_MARGIN:g} times what the live model's own merged weights, {what}, differ by"
-    return Limit(max(EXACT_LIMIT, ROUNDING_MARGIN * rounding.relative_max), why)
+    why = f"{FLIPPED:g} of what being {_rounded(case)} does: weights summed in another order may round the other way"
+    return Limit(EXACT_LIMIT + FLIPPED * rounding.relative_max, why)
 
 
-def _check_keys(found: Mapping[str, Any], partial: bool) -> None:
+def _rounded(case: Case) -> str:
+    return "quantized to nf4" if case.packed else f"rounded to {case.dtype}"
+
+
+def _check_keys(found: Mapping[str, Any], first: int | None) -> None:
     """Check that stock transformers found every weight, and none without use but those of blocks left out."""
-    for key in ("missing_keys", "mismatched_keys", *(() if partial else ("unexpected_keys",))):
-        if found[key]:
-            raise broken(f"stock transformers reports {key.replace('_', ' ')}: {', '.join(found[key][:3])}")
+    for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        wrong = [name for name in found[key] if first is None or (block_of(name) or 0) < first]
+        if wrong:
+            raise broken(f"stock transformers reports {key.replace('_', ' ')}: {', '.join(wrong[:3])}")
 
 
-def _answer(reference: Mapping[str, Any], release: Mapping[str, Any], tokenizer: Any) -> Answer:
+def _words(asked: Questions, tokenizer: Any) -> Callable[[list[int]], str]:
+    """What turns an answer's tokens, or the numbers of labels, into text."""
+    if asked.task == GENERATION:
+        return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return lambda numbers: ", ".join(asked.names[number] for number in numbers)
+
+
+def _answer(reference: Mapping[str, Any], release: Mapping[str, Any], words: Callable[[list[int]], str]) -> Answer:
     ours, theirs = reference["tokens"], release["tokens"]
-    our_text, their_text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ours, theirs))
+    our_text, their_text = words(ours), words(theirs)
     if ours == theirs:
         return Answer(our_text, their_text, same=True)
     parted = next(i for i, pair in enumerate(zip([*ours, None], [*theirs, None], strict=False)) if pair[0] != pair[1])
@@ -261,17 +308,22 @@ def _answer(reference: Mapping[str, Any], release: Mapping[str, Any], tokenizer:
     return Answer(our_text, their_text, same=False, parted_at=parted, lead=lead)
 
 
-def _check(proof: ModelProof) -> None:
+def _check(proof: ModelProof, case: Case) -> None:
     """Check the differences against their limits. Raises `UserError` that says where."""
-    exact, limit = proof.exact, proof.limit
-    if not exact.relative_max <= limit.relative_max:
-        row, token = exact.where
+    decisive, limit = proof.decisive, proof.limit
+    reference = proof.reference if proof.rounded is None else f"{proof.reference}, {_rounded(case)},"
+    if not (decisive.is_finite and decisive.relative_max <= limit.relative_max):
+        row, token = decisive.where
         raise broken(
-            f"its logits differ from {proof.reference} by {exact.relative_max:.2e} of their scale at token {token} of "
+            f"its logits differ from {reference} by {decisive.relative_max:.2e} of their scale at token {token} of "
             f"row {row} ({proof.source}), and {limit.relative_max:.2e} is allowed ({limit.why})"
         )
+    if not proof.served.is_finite:
+        rule = f"gives logits that are not finite in {case.dtype} arithmetic, as it would be served ({proof.source})"
+        raise UserError.of("--dtype", case.dtype, rule, "Use --dtype bf16 or fp32.")
     answer = proof.answer
-    allowed = 2 * limit.relative_max * exact.scale  # both of the best two may move
+    moved = limit.relative_max if proof.rounding is None else TIE_MARGIN * proof.rounding.relative_max
+    allowed = 2 * moved * proof.exact.scale  # both of the best two may move
     if not answer.same and not (answer.lead is not None and answer.lead <= allowed):
         raise broken(
             f"its greedy answer parts from that of {proof.reference} at token {answer.parted_at}, where the first "
