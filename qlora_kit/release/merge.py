@@ -176,7 +176,7 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
         proof.check_files(folder, shards, writer.checksums)
     dtype = str(request.torch_dtype).removeprefix("torch.")
     with_code = request.base.trust_remote_code
-    fields = config_fields(request.base)
+    fields = config_fields(_with_tokenizer(request, inputs.tokenizer).base)
     content.write_config(
         inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code, inputs.heads, fields
     )
