@@ -35,6 +35,7 @@ def test_every_command_flag_and_file_that_it_names_exists():
     flags = (
         {flag(field.name) for _, field, _ in settings()}
         | switches
+        | {flag(name) for command in COMMANDS.values() for name in command.flags}
         | {
             "--ablation",
             "--run",

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from releases import QUIET, asked, check_release, make_adapter, merged, release,
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora_kit import UserError
+from qlora_kit import BaseConfig, UserError
 from qlora_kit.cli import main
 from qlora_kit.release import merge
 from qlora_kit.release.factors import parse_adapter
 from qlora_kit.release.place import Place
+from qlora_kit.release.source import open_base
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -523,6 +525,29 @@ def test_a_file_that_does_not_keep_what_is_written_is_noticed(capsys, tmp_path, 
 
     monkeypatch.setattr("qlora_kit.release.shards.os.pwrite", forgetful)
     assert "does not hold what was written of" in refused(capsys, tmp_path, *from_adapter(made))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_only_the_weights_that_are_read_are_fetched(tmp_path, monkeypatch, sharded):
+    """Others may lie beside them on the hub, and take as much again."""
+    asked_for = []
+    if sharded:
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        (tmp_path / "model.safetensors").touch()
+
+    def fetch(model, revision, patterns, setting):
+        asked_for.extend(patterns)
+        return tmp_path
+
+    monkeypatch.setattr("qlora_kit.hub.fetch_model_folder", fetch)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_base(BaseConfig(model="someone/sharded"))
+    wanted = {name for name in asked_for if name.endswith(".safetensors")}
+    parts = {"model-1.safetensors", "model-2.safetensors"} if sharded else set()
+    assert wanted == {"model.safetensors", *parts}
+    assert not any(fnmatch(name, pattern) for pattern in asked_for for name in ("consolidated.safetensors", "x.bin"))
 
 
 def test_a_hub_model_is_taken_from_the_cache(tmp_path, made, monkeypatch):
