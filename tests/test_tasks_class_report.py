@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import image
 
@@ -44,6 +44,7 @@ def naive(true_columns, answered_columns):
     return sum(f for f, _ in own) / len(own), weighted
 
 
+@settings(deadline=None, max_examples=50, derandomize=True)
 @given(PAIRS)
 def test_figures_of_classes(pairs):
     labels, answers = np.array(pairs).T
@@ -54,6 +55,7 @@ def test_figures_of_classes(pairs):
     assert (found["f1"], found["f1_weighted"]) == (pytest.approx(plain), pytest.approx(weighted))
 
 
+@settings(deadline=None, max_examples=50, derandomize=True)
 @given(ROWS)
 def test_figures_of_several_labels(rows):
     labels, answers = (np.array(side) for side in zip(*rows, strict=True))

@@ -107,7 +107,9 @@ def draw_confusion(matrix: Sequence[Any], names: Sequence[str]) -> bytes:
 
     counts = np.asarray(matrix)
     columns: Sequence[str] = names
+    whole = "the examples with the label"
     if counts.ndim == 3:
+        whole = "all examples"
         counts = counts.reshape(len(names), 4)
         columns = ("rightly absent", "wrongly given", "missed", "rightly given")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -123,7 +125,7 @@ def draw_confusion(matrix: Sequence[Any], names: Sequence[str]) -> bytes:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour, fontsize=9)
-    figure.colorbar(image, ax=axes, label="share of the examples with the label")
+    figure.colorbar(image, ax=axes, label=f"share of {whole}")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,0 +1,76 @@
+"""The table of tasks: which one data and model are for, and what each promises the rest of the toolkit."""
+
+from __future__ import annotations
+
+import pytest
+from classifiers import architecture
+
+from qlora_kit.config import BaseConfig, Tasks
+from qlora_kit.data.read import Record
+from qlora_kit.errors import UserError
+from qlora_kit.task_models import TASK_MODELS, can_do, task_of
+from qlora_kit.tasks import TASKS, choose, metric_of, task_named
+
+
+def chosen(row, kind="gpt2", columns=None, task=None):
+    config = BaseConfig(task=task)
+    return choose(config, [Record("a.jsonl", "a.jsonl:1", row)], columns or {}, architecture(kind)).name
+
+
+def test_every_task_stands_in_each_table_once():
+    assert sorted(Tasks) == sorted(TASK_MODELS) == sorted(task.name for task in TASKS)
+    assert task_named(None).name == "text-generation"
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_a_task_follows_one_of_its_metrics(task):
+    assert task.judge.default in task.judge.metrics
+    assert "loss" in task.judge.metrics
+    assert metric_of(task, None) == (task.judge.default, task.judge.metrics[task.judge.default])
+    with pytest.raises(UserError, match="--metric"):
+        metric_of(task, "nonesuch")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "columns", "expected"),
+    [
+        ({"text": "a", "label": 1}, "gpt2", None, "text-classification"),
+        ({"text": "a"}, "gpt2", None, "text-generation"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "gpt2", None, "text-generation"),
+        ({"premise": "a", "hypothesis": "b", "label": 1}, "bert", None, "text-classification"),
+        ({"text": "a", "label": 1}, "gpt2", {"text": "text"}, "text-generation"),
+        ({"x": "a", "y": 1}, "gpt2", {"text": "x", "label": "y"}, "text-classification"),
+        ({"x": "a"}, "bert", None, "text-classification"),  # by its kind; the message then names these columns
+        ({"x": "a"}, "gpt2", None, "text-generation"),
+    ],
+)
+def test_the_task_is_taken_from_columns_and_kind(row, kind, columns, expected):
+    assert chosen(row, kind, columns) == expected
+
+
+def test_what_is_said_by_hand_wins():
+    assert chosen({"text": "a", "label": 1}, task="text-generation") == "text-generation"
+
+
+def test_a_model_is_for_what_it_was_saved_for():
+    saved = architecture("gpt2")
+    assert task_of(None, saved) == "text-generation"
+    saved.architectures = ["GPT2ForSequenceClassification"]
+    assert task_of(None, saved) == "text-classification"
+    assert task_of("text-generation", saved) == "text-generation"
+    assert task_of(None, architecture("electra")) == "text-classification"
+
+
+@pytest.mark.parametrize(
+    ("kind", "generates", "classifies"),
+    [("gpt2", True, True), ("bert", False, True), ("t5", False, True), ("bart", True, True), ("roberta", False, True)],
+)
+def test_what_kinds_of_models_can_do(kind, generates, classifies):
+    found = architecture(kind)
+    assert (can_do("text-generation", found), can_do("text-classification", found)) == (generates, classifies)
+
+
+def test_a_bert_that_was_made_a_decoder_may_write():
+    found = architecture("bert")
+    found.is_decoder = True
+    assert can_do("text-generation", found)
