@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Examples:
+    """Examples that stand in the place of those that the settings name: to train on, and to hold out."""
+
+    train: list[data.Example]
+    held_out: list[data.Example]
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What is fed to the run: encoded sets, the held-out examples themselves, and the tokenizer."""
 
@@ -33,8 +41,11 @@ class Inputs:
         return min(self.seq_len, self.report.length_max)
 
 
-def read_inputs(config: RunConfig) -> Inputs:
-    """Read and encode the data that `config` names. Raises one `UserError` for all that is wrong with it."""
+def read_inputs(config: RunConfig, given: Examples | None = None) -> Inputs:
+    """Read and encode the data that `config` names, or the examples `given` instead.
+
+    Raises one `UserError` for all that is wrong with it.
+    """
     faults = Faults()
     architecture = faults.collect(lambda: base.load_model_config(config.base))
     tokenizer = faults.collect(lambda: data.prepare_tokenizer(base.load_tokenizer(config.base)))
@@ -42,14 +53,16 @@ def read_inputs(config: RunConfig) -> Inputs:
     if architecture is not None and tokenizer is not None:
         positions = base.max_positions(architecture)
         seq_len = faults.collect(lambda: data.resolve_seq_len(config.data.seq_len, tokenizer, positions))
-    examples = faults.collect(lambda: data.read_examples(config.data.data, config.data.columns))
-    held_out = faults.collect(lambda: _read_held_out(config))
+    examples = faults.collect(
+        lambda: data.read_examples(config.data.data, config.data.columns) if given is None else given.train
+    )
+    held_out = faults.collect(lambda: _read_held_out(config) if given is None else given.held_out)
     faults.raise_if_any()
     assert tokenizer is not None
     assert seq_len is not None
     assert examples is not None
     assert held_out is not None
-    if config.data.eval_fraction:
+    if config.data.eval_fraction and given is None:
         examples, held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)
     train_set = encode(config, examples, tokenizer, seq_len, "--data")
     eval_set = encode(config, held_out, tokenizer, seq_len, "--eval-data") if held_out else None
@@ -64,6 +77,12 @@ def read_inputs(config: RunConfig) -> Inputs:
 def _read_held_out(config: RunConfig) -> list[data.Example]:
     source = config.data.held_out_source
     return [] if source is None else data.read_examples(source, config.data.columns, "--eval-data")
+
+
+def training_examples(config: RunConfig) -> list[data.Example]:
+    """The examples that a run of `config` trains on, without those that it holds out. Raises `UserError`."""
+    examples = data.read_examples(config.data.data, config.data.columns)
+    return data.split_examples(examples, config.data.eval_fraction, config.seed)[0]
 
 
 def held_out_examples(config: RunConfig) -> list[data.Example]:

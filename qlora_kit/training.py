@@ -19,7 +19,7 @@ from qlora_kit import adapters, base, cards, data, narration, preflight, quiet, 
 from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.inputs import Inputs, check_vocabulary, make_collator, read_inputs
+from qlora_kit.inputs import Examples, Inputs, check_vocabulary, make_collator, read_inputs
 from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PLAN_FILE = "plan.json"
 RESUME_REMEDY = "Leave it as it was, or start a new run."
 SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
+OF_HELD_OUT = ("early_stopping", "exact_match", "eval_steps")  # settings that need held-out data
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,16 @@ class RunResult:
     tokens_per_s: float
 
 
-def train(config: RunConfig, console: Console | None = None) -> RunResult:
+def train(config: RunConfig, console: Console | None = None, examples: Examples | None = None) -> RunResult:
     """Run the training that `config` describes and return where it is and how it went.
 
-    Progress goes to `console` (standard error by default). Everything that can be wrong with the settings, the
+    Progress goes to `console` (standard error by default). `examples` stand in the place of the data that the
+    settings name, as the folds of a search do. Everything that can be wrong with the settings, the
     model or the data is found before anything is written. Raises `UserError`.
     """
     quiet.quiet_libraries()
     say = console if console is not None else Console(stderr=True)
-    _check(config)
+    check_settings(config, examples)
     point = runs.find_resume_point(config.resume) if config.resume else None
     if point is not None:
         _check_resumable(config, point)
@@ -65,7 +67,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     if point is None and config.out is not None:
         runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)
     quiet.quiet_progress_bars()
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, examples)
     for line in narration.opening(config, device):
         say_line(say, line)
     planned = None
@@ -90,14 +92,14 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
         return _run(config, folder, device, model, inputs, point, planned, say)
 
 
-def _check(config: RunConfig) -> None:
+def check_settings(config: RunConfig, examples: Examples | None = None) -> None:
     """The rules that join several groups of settings, or that depend on what is installed. Raises `UserError`."""
     evaluation = config.evaluation
     eval_steps, save_steps = evaluation.eval_steps, evaluation.save_steps
-    has_eval = config.data.held_out_source is not None or config.data.eval_fraction > 0
+    has_eval = config.data.holds_out if examples is None else bool(examples.held_out)
     faults = [
         Fault(flag(name), value, "needs held-out data", "Add --eval-data FILE or --eval-fraction 0.05.")
-        for name in ("early_stopping", "exact_match", "eval_steps")
+        for name in OF_HELD_OUT
         if (value := getattr(evaluation, name)) is not None and not has_eval
     ]
     if evaluation.early_stopping is not None and not evaluation.keep_best:
