@@ -161,9 +161,9 @@ def test_what_is_held_out_for_the_end_is_in_no_fold(tiny_runs, tmp_path):
 def test_settings_that_diverge_do_not_stop_the_others(tiny_runs, tmp_path):
     said = io.StringIO()
     result = search_of(settings_of(tiny_runs, tmp_path / "x", r=2, lr="1e-2,1e30", max_steps=3), said)
-    assert [one.state for one in result.tried] == ["finished", "diverged after 0 folds"]
+    assert [one.state for one in result.tried] == ["finished", "diverged in fold 1"]
     assert result.chosen.point == {"lr": 1e-2}
-    assert "lr = 1e+30: diverged after 0 folds" in said.getvalue()
+    assert "lr = 1e+30: diverged in fold 1" in said.getvalue()
 
 
 def test_exact_match_decides_higher_and_is_left_out_of_what_has_nothing_held_out(tiny_runs, tmp_path):

@@ -76,6 +76,7 @@ def test_the_file_to_train_with_holds_the_choice_and_what_is_not_the_default():
     )
     given = yaml.safe_load(best_yaml(result_of(MANY, config)))
     assert given == {
+        "model": "demo",
         "r": 8,
         "targets": ["q_proj", "v_proj"],
         "data": "mine.jsonl",

@@ -17,7 +17,7 @@ from qlora_kit.config import RunConfig
 from qlora_kit.inputs import Examples
 
 DIVERGED, OUT_OF_MEMORY = "diverged", "out of memory"
-WEIGHTS = ("adapter", "model", runs.CHECKPOINTS)  # what a finished run leaves beside its figures
+WEIGHTS = ("adapter", "model", runs.CHECKPOINTS)  # what a finished run leaves beside its figures, and its card names
 
 
 class EndedEarlyError(Exception):
@@ -35,6 +35,7 @@ def run_fold(config: RunConfig, examples: Examples, folder: Path, keep: bool) ->
     if not keep:
         for name in WEIGHTS:
             shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / runs.CARD_FILE).unlink(missing_ok=True)
     record: dict[str, Any] = json.loads((folder / runs.RUN_FILE).read_text(encoding="utf-8"))
     return record
 

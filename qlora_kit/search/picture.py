@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.runs import write_bytes
-from qlora_kit.search.choice import Tried
+from qlora_kit.search.choice import Tried, higher_is_better
 from qlora_kit.search.result import SearchResult
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 PICTURE_FILE = "results.png"
 MIB, GIB = 1 << 20, 1 << 30
 COLOURS = ("#332288", "#E07B2F", "#117733", "#AA4499", "#0A6AA8", "#882255", "#2A9D8F", "#7A6A00")  # after Tol's muted
-GREY = "#777777"  # where there are more series than colours
+GREY, NO_LABEL = "#777777", "_nolegend_"  # where there are more series than colours
 APART = 0.02  # of the axis: how far the series stand from each other, so that none hides another
+WIDE = 10  # a loss that differs by more than so many times is drawn on a logarithmic axis
 MARKED: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "black", "linestyle": "none"}
 
 
@@ -66,12 +67,21 @@ def draw(result: SearchResult) -> bytes:
         by_bytes = _Place.of(finished, lambda one: (one.device_bytes or 0) / scale, is_log=False)
         _draw_panel(panels[1], result, finished, by_bytes, f"planned memory of a GPU ({unit})")
     panels[0].set_ylabel(f"{result.metric}, {result.n_folds} folds")
+    if _is_wide(result, finished):
+        panels[0].set_yscale("log")  # of both, which share it
+        panels[0].yaxis.set_major_formatter("{x:g}")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6 if has_memory else 3, frameon=False)
     figure.suptitle(f"chosen: {result.chosen.label}", fontsize=13, fontweight="bold")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _is_wide(result: SearchResult, finished: Sequence[Tried]) -> bool:
+    """Whether losses lie so far apart that a linear axis would hide the differences between the best ones."""
+    values = [value for one in finished for value in one.values]
+    return not higher_is_better(result.metric) and min(values) > 0 and max(values) > WIDE * min(values)
 
 
 def _label_counts(axes: Axes, finished: Sequence[Tried]) -> None:
@@ -87,10 +97,11 @@ def _draw_panel(axes: Axes, result: SearchResult, finished: Sequence[Tried], pla
     low, high = best.mean - best.standard_error, best.mean + best.standard_error
     axes.axhspan(low, high, color="#DDDDDD", alpha=0.6, linewidth=0, label="one standard error around the best")
     series = _series(finished)
+    are_many = len(series) > len(COLOURS)
     for index, (label, members) in enumerate(series.items()):
-        colour = COLOURS[index] if len(series) <= len(COLOURS) else GREY
+        colour = GREY if are_many else COLOURS[index]
         xs = [place.x(one, index, len(series)) for one in members]
-        _draw_series(axes, members, xs, colour, label)
+        _draw_series(axes, members, xs, colour, NO_LABEL if are_many else label)
         for one, x in zip(members, xs, strict=True):
             for marked, marker, size, word in ((best, "s", 14, "best"), (result.chosen, "o", 20, "chosen")):
                 if one == marked:

@@ -16,6 +16,7 @@ from qlora_kit.search.result import SearchResult
 from qlora_kit.training import OF_HELD_OUT
 
 RESULTS_FILE, BEST_FILE = "results.json", "best.yaml"
+SAID = ("model", "data")  # stand in the file even where they are the default
 
 
 def table(result: SearchResult) -> Table:
@@ -103,7 +104,7 @@ def _to_train_with(config: RunConfig, chosen: Tried) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group, f, _ in settings():
         owner = getattr(config, group) if group else config
-        is_told = f.name in chosen.point or getattr(owner, f.name) != default_of(f)
+        is_told = f.name in (*SAID, *chosen.point) or getattr(owner, f.name) != default_of(f)
         if is_told and f.name not in dropped:
             found[f.name] = (plain[group] if group else plain)[f.name]
     return found

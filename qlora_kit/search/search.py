@@ -163,19 +163,25 @@ def _work(store: Store, n_open: int, job: _Job) -> None:
 def _try(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None]) -> None:
     """Run the folds of a combination that are missing, and end its trial."""
     values: list[float] = []
-    reason = None
-    try:
-        for fold in range(1, len(job.folds) + 1):
-            values.append(_value_of(store, claim, fold, job))
-            tick(1)
-            _say_fold(claim, values, job)
-            if store.report(claim, values) and fold < len(job.folds):
-                raise EndedEarlyError("stopped as worse than the median")
-    except EndedEarlyError as ended:
-        reason = f"{ended} after {len(values)} folds"
+    reason = _run_folds(store, claim, job, tick, values)
+    if reason is not None:
         say_line(job.say, f"{label_of(claim.point)}: {reason}")
-    tick(len(job.folds) - len(values))
+        tick(len(job.folds) - len(values))
     store.finish(claim, values, reason)
+
+
+def _run_folds(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None], values: list[float]) -> str | None:
+    """Append the metric of each fold to `values`; returns why not all of them were run, or None."""
+    for fold in range(1, len(job.folds) + 1):
+        try:
+            values.append(_value_of(store, claim, fold, job))
+        except EndedEarlyError as ended:
+            return f"{ended} in fold {fold}"
+        tick(1)
+        _say_fold(claim, values, job)
+        if store.report(claim, values) and fold < len(job.folds):
+            return f"stopped after {fold} folds, worse than the median of the others"
+    return None
 
 
 def _say_fold(claim: Claim, values: Sequence[float], job: _Job) -> None:
