@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,21 @@ def light_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+def in_a_child(task: Callable[[], object]) -> int:
+    """Start `task` in a copy of this process, which has everything imported; gives its number.
+
+    It ends with 1 where the task raised something.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            task()
+            status = 0
+        except BaseException:  # noqa: BLE001  # whatever it is, the parent must hear of it
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return child

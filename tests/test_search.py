@@ -11,11 +11,12 @@ import yaml
 from rich.console import Console
 from search_cases import N_EXAMPLES, ROWS, light_collections, note_trainings, search_of, settings_of, trainings
 
-from qlora_kit import RunConfig, UserError, train
+from qlora_kit import RunConfig, SearchConfig, UserError, train
 from qlora_kit.cli import main
 from qlora_kit.config import read_settings_file
 from qlora_kit.inputs import training_examples
 from qlora_kit.search.folds import make_folds
+from qlora_kit.search.search import search
 from qlora_kit.search.space import Space
 
 __all__ = ["light_collections"]  # a fixture of every test here
@@ -206,14 +207,22 @@ def test_tpe_tries_so_many_different_combinations_and_may_go_on(tiny_runs, tmp_p
     assert {json.dumps(one.point) for one in first.tried} <= {json.dumps(one.point) for one in more.tried}
 
 
-def test_the_command_prints_a_table_and_the_choice(tiny_runs, whole, capsys):
-    flat = settings_of(tiny_runs, whole)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in flat.items() if name != "preflight"]
-    main(["search", *flags, "--no-preflight", "--folds", "2"])
+def test_the_command_prints_a_table_and_the_choice(tiny_runs, whole, tmp_path, capsys):
+    file = tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump({**settings_of(tiny_runs, whole, r=[2, 4]), "folds": 3}))
+    main(["search", "--config", str(file), "--folds", "2"])
     out, err = capsys.readouterr()
     for said in ("eval_loss over 2 folds", "mean ± standard error", "chosen: r = ", "best.yaml", "results.png"):
         assert said in out
     assert "0 combinations to try" in err
+
+
+def test_a_terminal_shows_how_many_folds_are_done(tiny_runs, tmp_path):
+    out = io.StringIO()
+    space = Space.from_flat(settings_of(tiny_runs, tmp_path / "x"))
+    search(space, SearchConfig(folds=2), Console(file=out, force_terminal=True, width=100))
+    assert "4/4" in out.getvalue()
+    assert "r = 4: fold 2 of 2" in out.getvalue()
 
 
 @pytest.mark.parametrize(

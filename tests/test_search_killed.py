@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from search_cases import light_collections, note_trainings, search_of, settings_of, trainings
-from test_release_killed import in_a_child
+from search_cases import in_a_child, light_collections, note_trainings, search_of, settings_of, trainings
 from test_search import FOUR, results_of
 
 from qlora_kit import SearchConfig, trainer
@@ -135,7 +134,9 @@ def test_what_another_process_works_on_is_left_to_it_and_taken_over_when_it_dies
 
 
 def test_a_process_that_is_asked_for_trials_by_many_gives_each_once(tmp_path):
-    """The claims of four processes at once, without training: SQLite alone would let two take the same."""
+    """The claims of four processes at once, without training: SQLite alone lets two take the same."""
+    import optuna  # noqa: F401  # or each child would import it, and they would hardly meet
+
     folder, notes = tmp_path / "x", tmp_path / "notes"
     space = Space.from_flat({"r": ",".join(map(str, range(1, 13)))})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_kit import base, data, quiet
+from qlora_kit import base, data, quiet, runs
 from qlora_kit.config import GROUPS, PER_CALL, RunConfig, SearchConfig
 from qlora_kit.errors import Fault, Faults, UserError
 from qlora_kit.inputs import Examples, read_inputs, training_examples
@@ -69,7 +69,11 @@ def search(space: Space, settings: SearchConfig, console: Console) -> SearchResu
 
     job = _Job(space, settings, folds, console)
     described = _described(space, settings, examples)
-    with opened(folder, space, settings, described, plan) as store, _kept_or_discarded(folder, console):
+    with (
+        runs.disk_errors(folder),
+        opened(folder, space, settings, described, plan) as store,
+        _kept_or_discarded(folder, console),
+    ):
         n_open = _say_beginning(store, len(examples), job)
         _work(store, n_open, job)
         with store.locked():  # or another process, which ends later, might write first
