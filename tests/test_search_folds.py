@@ -18,7 +18,7 @@ from qlora_kit.search.folds import make_folds
 class Labelled(Example):
     """An example with a class, as a task gives it one."""
 
-    label: str | int | tuple[str, ...] | None = None
+    labels: tuple[str, ...] = ()
 
 
 def plain(count: int) -> list[Example]:
@@ -26,7 +26,9 @@ def plain(count: int) -> list[Example]:
 
 
 def labelled(labels) -> list[Labelled]:
-    return [Labelled(None, str(number), None, f"data:{number}", label) for number, label in enumerate(labels)]
+    """Examples with a label each, or with several."""
+    several = [(label,) if isinstance(label, str) else label for label in labels]
+    return [Labelled(None, str(number), None, f"data:{number}", names) for number, names in enumerate(several)]
 
 
 def check_division(examples, folds, n_folds) -> None:
@@ -67,10 +69,10 @@ def test_every_part_holds_the_classes_in_proportion(labels, n_folds, seed):
     assert not impossible
     check_division(examples, folds, n_folds)
     for fold in folds:
-        assert len({example.label for example in fold.held_out}) > 1
-        assert len({example.label for example in fold.train}) > 1
+        assert len({example.labels for example in fold.held_out}) > 1
+        assert len({example.labels for example in fold.train}) > 1
         for label, count in counts.items():
-            held_out = sum(example.label == label for example in fold.held_out)
+            held_out = sum(example.labels == (label,) for example in fold.held_out)
             assert abs(held_out - count / n_folds) < 1
 
 
@@ -88,8 +90,8 @@ def test_several_labels_at_once_make_no_classes():
     ("labels", "n_folds", "messages"),
     [
         (["x"] * 6, 3, ["--data = 'data'", "one class only, 'x'"]),
-        (["x"] * 8 + ["y"], 3, ["--folds = 3", "fold", "one class only, 'x'", "'y' has 1 examples"]),
-        ([0, 0, 1, 1], 3, ["--folds = 3", "at most 2"]),
+        (["x"] * 8 + ["y"], 3, ["--folds = 3", "fold", "one class only, 'x'", "'y', has 1 of"]),
+        (["x", "x", "y", "y"], 3, ["--folds = 3", "at most 2"]),
         (["x", "y"], 3, ["--folds = 3", "2 examples of data"]),
     ],
 )

@@ -13,16 +13,14 @@ from qlora_kit import data
 from qlora_kit.errors import UserError
 from qlora_kit.inputs import Examples
 
-Stratum = str | int
 
-
-def stratum_of(example: data.Example) -> Stratum | None:
+def stratum_of(example: data.Example) -> str | None:
     """The class of an example, which every fold holds in the same proportion; None where it has none.
 
-    It is the `label` that the task of the run reads: one name or number, not several at once.
+    It is the only one of its `labels`, for tasks whose examples have them; several at once make no class.
     """
-    label = getattr(example, "label", None)
-    return label if isinstance(label, (str, int)) else None
+    labels: tuple[str, ...] = getattr(example, "labels", ())
+    return labels[0] if len(labels) == 1 else None
 
 
 def make_folds(examples: Sequence[data.Example], n_folds: int, seed: int, source: str) -> list[Examples]:
@@ -57,7 +55,7 @@ def _splits(count: int, n_folds: int, seed: int) -> list[tuple[list[int], list[i
     return [(train.tolist(), held_out.tolist()) for train, held_out in splitter.split(range(count))]
 
 
-def _stratified_splits(classes: Sequence[Stratum], n_folds: int, seed: int) -> list[tuple[list[int], list[int]]]:
+def _stratified_splits(classes: Sequence[str], n_folds: int, seed: int) -> list[tuple[list[int], list[int]]]:
     from sklearn.model_selection import StratifiedKFold
 
     numbers = {stratum: number for number, stratum in enumerate(dict.fromkeys(classes))}
@@ -69,7 +67,7 @@ def _stratified_splits(classes: Sequence[Stratum], n_folds: int, seed: int) -> l
     return [(train.tolist(), held_out.tolist()) for train, held_out in splits]
 
 
-def _check_classes(classes: Sequence[Stratum], n_folds: int, source: str) -> None:
+def _check_classes(classes: Sequence[str], n_folds: int, source: str) -> None:
     counts = Counter(classes)
     if len(counts) == 1:
         rule = f"holds one class only, {classes[0]!r}, and so would every fold"
@@ -80,12 +78,14 @@ def _check_classes(classes: Sequence[Stratum], n_folds: int, source: str) -> Non
         raise UserError.of("--folds", n_folds, rule, f"Give at most {most}, or more data.")
 
 
-def _check_fold(fold: Examples, number: int, n_folds: int, counts: Counter[Stratum]) -> None:
+def _check_fold(fold: Examples, number: int, n_folds: int, counts: Counter[str]) -> None:
     """Raises `UserError` for a part of one class: nothing can be told of it, or learned from it."""
     for part, examples in (("held-out", fold.held_out), ("training", fold.train)):
         found = {stratum_of(example) for example in examples}
         if len(found) == 1:
             rarest, count = counts.most_common()[-1]
             rule = f"leaves the {part} part of fold {number} with one class only, {found.pop()!r}"
-            remedy = f"The class {rarest!r} has {count} examples: give at most so many folds, or more of them."
+            remedy = (
+                f"The rarest class, {rarest!r}, has {count} of the examples: give at most so many folds, or more of it."
+            )
             raise UserError.of("--folds", n_folds, rule, remedy)
