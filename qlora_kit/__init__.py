@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig
+from qlora_kit.config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, SearchConfig
 from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "RunResult",
+    "SearchConfig",
     "UserError",
     "train",
 ]

@@ -9,14 +9,23 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import tyro
 
 from qlora_kit import quiet
-from qlora_kit.config import DEFAULT_ASKED, DEFAULT_NEW_TOKENS, RunConfig, default_of, read_settings_file, settings
+from qlora_kit.config import (
+    DEFAULT_ASKED,
+    DEFAULT_NEW_TOKENS,
+    RunConfig,
+    SearchConfig,
+    default_of,
+    fields_of,
+    read_settings_file,
+    settings,
+)
 from qlora_kit.errors import Faults, UserError
 
 
@@ -35,13 +44,21 @@ class Command:
 
     The function is called with the settings and, by name, those of its own flags that were given. A command that
     reads a finished run takes only `settings`, each with a help that fits there ("" for the setting's own), and is
-    called with those that were given, by name: the run has the others.
+    called with those that were given, by name: the run has the others. One that takes `lists` is called with every
+    setting that was given, as it was given, by name. `helps` are of settings that mean something else here.
     """
 
     help: str
     door: str
     flags: Mapping[str, Flag] = field(default_factory=dict)
     settings: Mapping[str, str] | None = None
+    lists: bool = False
+    helps: Mapping[str, str] = field(default_factory=dict)
+
+
+def _default_text(f: Field[Any]) -> str:
+    default = default_of(f)
+    return "" if default in (None, False) else f" (default: {default})"
 
 
 def _rows(text: str) -> tuple[int, ...]:
@@ -183,6 +200,16 @@ MERGE_SETTINGS = {
     "tokenizer": "tokenizer of the release; unset: the adapter's, else the base's",
     "trust_remote_code": "",
 }
+SEARCH_FLAGS = {
+    f.name: Flag(f.metadata["help"] + _default_text(f), bool if hint is bool else str)
+    for f, hint in fields_of(SearchConfig)
+}
+SEARCH_HELPS = {
+    "out": "folder of the search, which goes on where it is there already; unset: search/<model>",
+    "overwrite": "begin anew where the folder is there already",
+    "seed": "seed of the folds, of tpe, and of every run",
+    "resume": "not for a search: the same command goes on",
+}
 COMMANDS = {
     "train": Command("fine-tune a model: the base frozen in 4 bits, LoRA factors on top", "train:run"),
     "plan": Command("predict the memory of a run, and what fits; needs no GPU", "plan:run", PLAN_FLAGS),
@@ -215,6 +242,13 @@ COMMANDS = {
         "evaluate:run",
         EVAL_FLAGS,
         EVAL_SETTINGS,
+    ),
+    "search": Command(
+        "choose settings by cross-validation: every number of --r, --lr, … may be several, as in --r 4,8,16",
+        "search:run",
+        SEARCH_FLAGS,
+        lists=True,
+        helps=SEARCH_HELPS,
     ),
 }
 EXIT_USER_ERROR = 2
@@ -270,7 +304,7 @@ def _dispatch(name: str, args: list[str]) -> None:
     quiet.quiet_libraries()  # the command's module may import them
     module, function = command.door.split(":")
     door = getattr(importlib.import_module(f"qlora_kit.commands.{module}"), function)
-    door(_run_config(flags) if command.settings is None else flags, **given)
+    door(_settings_of(command, flags), **given)
 
 
 def _read(command: Command, given: dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +329,7 @@ def _parse(name: str, command: Command, args: list[str]) -> dict[str, Any]:
             continue
         default = default_of(setting)
         shown = "" if default in (None, {}, ()) or command.settings is not None else f"(default: {default})"
-        text = (command.settings or {}).get(setting.name) or setting.metadata["help"]
+        text = (command.settings or command.helps).get(setting.name) or setting.metadata["help"]
         fields[setting.name] = _flag(bool if hint is bool else str, text, shown)
     flags_type = TypedDict("Flags", fields, total=False)  # type: ignore[misc]
     lists: Any = {key: [] for key, flag in own.items() if flag.kind is list}  # tyro cannot leave these out
@@ -309,12 +343,20 @@ def _flag(kind: type, text: str, default: str) -> Any:
     return Annotated[given, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default)]
 
 
-def _run_config(flags: dict[str, Any]) -> RunConfig:
-    """Settings from the resumed run, over them those of `--config`, over them the flags."""
+def _settings_of(command: Command, flags: dict[str, Any]) -> Any:
+    """What the door of `command` is called with."""
+    if command.settings is not None:
+        return flags
+    given = _with_files(flags)
+    return given if command.lists else RunConfig.from_flat(given)
+
+
+def _with_files(flags: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name, from the resumed run, over them those of `--config`, over them the flags."""
     from qlora_kit.runs import find_resume_point
 
     file = flags.pop("config", None)
     from_file = read_settings_file(Path(file)) if file is not None else {}
     resume = flags.get("resume", from_file.get("resume"))
     from_run = read_settings_file(find_resume_point(str(resume)).settings_file) if resume is not None else {}
-    return RunConfig.from_flat({**from_run, **from_file, **flags})
+    return {**from_run, **from_file, **flags}

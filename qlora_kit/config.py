@@ -30,6 +30,7 @@ VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # as they are written
 DEFAULT_SEQ_LEN = 1024  # tokens an example may have where neither --seq-len nor the model's positions say less
 DEFAULT_ASKED = 50  # prompts that eval answers where neither --exact-match nor the run says
 DEFAULT_NEW_TOKENS = 256  # most tokens of an answer where --max-new-tokens does not say
+DEFAULT_TRIALS = 20  # combinations that a search by TPE tries where --trials does not say
 PER_CALL = ("out", "overwrite", "resume")  # say where one call writes, not what the run is: a repeat drops them
 
 
@@ -262,6 +263,11 @@ class DataConfig(_Checked):
             return "demo"  # it brings its own
         return self.eval_data
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether some examples are held out of training."""
+        return self.held_out_source is not None or self.eval_fraction > 0
+
     def extra_faults(self) -> Iterator[Fault]:
         if self.eval_data is not None and self.eval_fraction:
             yield Fault("--eval-fraction", self.eval_fraction, "cannot go with --eval-data", "Give one of the two.")
@@ -407,6 +413,52 @@ class RunConfig(_Checked):
         return _build(flat)
 
 
+@dataclass(frozen=True)
+class SearchConfig(_Checked):
+    """How settings are chosen by cross-validation; what is trained with each of them is a `RunConfig`."""
+
+    folds: int = setting(5, "parts of the training data; each is held out once", at_least(2))
+    metric: str = setting(
+        "eval_loss", "what decides, of all that a run reports in its run.json: eval_loss, exact_match, …"
+    )
+    budget: str | None = setting(None, "rule out, before it runs, what is planned to need more: 8GiB, 6000MiB, 24GB")
+    sampler: str = setting(
+        "grid", "grid (every combination) | tpe (Optuna's, led by what went well)", one_of("grid", "tpe")
+    )
+    trials: int | None = setting(None, f"combinations that tpe tries; unset: {DEFAULT_TRIALS}", at_least(1))
+    prune: str = setting(
+        "auto",
+        "stop a combination when its mean so far is worse than the others' median: auto (with tpe) | on | off",
+        one_of("auto", "on", "off"),
+    )
+    keep_runs: bool = setting(False, "keep the adapter and the checkpoints of every fold")
+
+    @property
+    def prunes(self) -> bool:
+        return self.prune == "on" or (self.prune == "auto" and self.sampler == "tpe")
+
+    def extra_faults(self) -> Iterator[Fault]:
+        if self.trials is not None and self.sampler == "grid":
+            yield Fault("--trials", self.trials, "is of --sampler tpe: a grid is tried whole", "Add --sampler tpe.")
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """The names of its settings."""
+        return {f.name for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, object]) -> SearchConfig:
+        """Build from those of `flat` that are its settings; raises one `UserError` with every fault."""
+        faults: list[Fault] = []
+        values: dict[str, Any] = {}
+        for f, hint in fields_of(cls):
+            if f.name in flat:
+                _convert_into(values, f.name, flat[f.name], hint, faults)
+        if faults:
+            raise UserError(faults)
+        return cls(**values)
+
+
 GROUPS: dict[str, type[_Checked]] = {
     "base": BaseConfig,
     "adapter": AdapterConfig,
@@ -417,13 +469,20 @@ GROUPS: dict[str, type[_Checked]] = {
 }
 
 
+def fields_of(cls: type[_Checked]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """The fields of a group of settings, each with its resolved type."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        yield f, hints[f.name]
+
+
 def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Every setting: the name of its group ('' for the run's own), its field, and its resolved type."""
-    for group, cls in [*GROUPS.items(), ("", RunConfig)]:
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+    """Every setting of a run: the name of its group ('' for the run's own), its field, and its resolved type."""
+    groups: dict[str, type[_Checked]] = {**GROUPS, "": RunConfig}
+    for group, cls in groups.items():
+        for f, hint in fields_of(cls):
             if cls is not RunConfig or f.name not in GROUPS:
-                yield group, f, hints[f.name]
+                yield group, f, hint
 
 
 def default_of(f: dataclasses.Field[Any]) -> Any:
@@ -499,10 +558,7 @@ def _build(flat: Mapping[str, object]) -> RunConfig:
             faults.append(_unknown(name, value, list(known)))
             continue
         group, hint = known[name]
-        try:
-            values[group][name] = convert(value, hint)
-        except ValueError as error:
-            faults.append(Fault(flag(name), value, str(error), "See --help."))
+        _convert_into(values[group], name, value, hint, faults)
     built: dict[str, Any] = {}
     for group, cls in GROUPS.items():
         try:
@@ -516,6 +572,13 @@ def _build(flat: Mapping[str, object]) -> RunConfig:
     if faults:
         raise UserError(faults)
     return config
+
+
+def _convert_into(values: dict[str, Any], name: str, value: object, hint: Any, faults: list[Fault]) -> None:
+    try:
+        values[name] = convert(value, hint)
+    except ValueError as error:
+        faults.append(Fault(flag(name), value, str(error), "See --help."))
 
 
 def _unknown(name: str, value: object, known: list[str]) -> Fault:

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Examples:
+    """Examples that stand in the place of those that the settings name: to train on, and to hold out."""
+
+    train: list[Any]
+    held_out: list[Any]
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What is fed to the run: encoded sets, the held-out examples themselves, and the tokenizer."""
 
@@ -49,12 +57,19 @@ class Material:
     held_out: list[Any]
 
 
-def read_inputs(config: RunConfig) -> Inputs:
-    """Read and encode the data that `config` names. Raises one `UserError` for all that is wrong with it."""
+def read_inputs(config: RunConfig, given: Examples | None = None) -> Inputs:
+    """Read and encode the data that `config` names, or encode the examples `given` instead.
+
+    With the latter `config` must be that of the `Material` that they come from.
+    Raises one `UserError` for all that is wrong.
+    """
     faults = Faults()
     architecture = faults.collect(lambda: base.load_model_config(config.base))
     tokenizer = faults.collect(lambda: base.load_tokenizer(config.base))
-    material = _collect_material(config, architecture, faults)
+    if given is None:
+        material = _collect_material(config, architecture, faults)
+    else:
+        material = Material(config, tasks.task_named(config.base.task), given.train, given.held_out)
     if material is not None:
         faults.collect(lambda: _check_settings(material.config, material.task))
     if tokenizer is not None:

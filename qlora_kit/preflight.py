@@ -44,6 +44,13 @@ class Preflight:
         return summary_line(profile, self.plan, self.baselines, measured_bytes)
 
 
+def with_rows(config: RunConfig, longest_tokens: int) -> RunConfig:
+    """`config` with rows of `longest_tokens`, padded as a batch is."""
+    rows = -(-longest_tokens // MULTIPLE) * MULTIPLE
+    shown = min(rows, config.data.seq_len or rows)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=shown))
+
+
 def plan_run(config: RunConfig, device: torch.device, longest_tokens: int, *, checks: bool = True) -> Preflight:
     """Plan the run with rows of `longest_tokens`, and its baselines; on CUDA check that it fits what is free.
 
@@ -53,9 +60,7 @@ def plan_run(config: RunConfig, device: torch.device, longest_tokens: int, *, ch
     from qlora_kit.memory.baselines import BASELINES, possible_plan
     from qlora_kit.memory.plan import CannotPlanError, plan
 
-    rows = -(-longest_tokens // MULTIPLE) * MULTIPLE
-    shown = min(rows, config.data.seq_len or rows)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=shown))
+    config = with_rows(config, longest_tokens)
     gpu, budget = fit.present_device() if device.type == "cuda" else (None, None)
     budget = budget if checks else None
     try:

@@ -44,6 +44,10 @@ OPTIMIZERS = {  # ours → transformers'
 }
 
 
+class DivergedError(UserError):
+    """The loss or a gradient is no number any more: these settings do not train, and others may."""
+
+
 def resolve_optim(config: RunConfig, device: torch.device) -> str:
     """The optimizer: as told, or by default paged 8-bit AdamW at 4 bits on CUDA, else torch's AdamW.
 
@@ -272,7 +276,7 @@ class RunCallback(TrainerCallback):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)) and not (args.fp16 and name == "grad_norm"):
                 rule = f"is not finite at step {state.global_step}: the training diverged"
-                raise UserError.of(name, logs[name], rule, "Lower --lr, or use --adapter-dtype fp32.")
+                raise DivergedError.of(name, logs[name], rule, "Lower --lr, or use --adapter-dtype fp32.")
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

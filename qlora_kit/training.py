@@ -32,7 +32,7 @@ from qlora_kit import (
 from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.inputs import Inputs, check_vocabulary, make_collator, read_inputs, weigh_labels
+from qlora_kit.inputs import Examples, Inputs, check_vocabulary, make_collator, read_inputs, weigh_labels
 from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
 from qlora_kit.task_models import GENERATION
 from qlora_kit.trained_base import TrainedBase
@@ -48,6 +48,7 @@ PLAN_FILE = "plan.json"
 RESUME_REMEDY = "Leave it as it was, or start a new run."
 SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
 FROM_DATA = ("task", "labels", "multi_label")  # settings of the base that unset are taken from the data
+OF_HELD_OUT = ("early_stopping", "exact_match", "eval_steps", "metric")  # settings that need held-out data
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,16 @@ class RunResult:
     metrics: Mapping[str, float]  # the task's figures on held-out data; empty without any
 
 
-def train(config: RunConfig, console: Console | None = None) -> RunResult:
+def train(config: RunConfig, console: Console | None = None, examples: Examples | None = None) -> RunResult:
     """Run the training that `config` describes and return where it is and how it went.
 
-    Progress goes to `console` (standard error by default). Everything that can be wrong with the settings, the
+    Progress goes to `console` (standard error by default). `examples` stand in the place of the data that the
+    settings name, as the folds of a search do. Everything that can be wrong with the settings, the
     model or the data is found before anything is written. Raises `UserError`.
     """
     quiet.quiet_libraries()
     say = console if console is not None else Console(stderr=True)
-    _check(config)
+    check_settings(config, examples)
     point = runs.find_resume_point(config.resume) if config.resume else None
     if point is not None:
         config = _as_before(config, point)
@@ -83,7 +85,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     if point is None and config.out is not None:
         runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)
     quiet.quiet_progress_bars()
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, examples)
     asked, config = config, inputs.config
     for line in [*narration.opening(config, device), *narration.task_lines(asked.base, config.base)]:
         say_line(say, line)
@@ -110,14 +112,14 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
         return _run(config, folder, device, model, inputs, point, planned, say)
 
 
-def _check(config: RunConfig) -> None:
+def check_settings(config: RunConfig, examples: Examples | None = None) -> None:
     """The rules that join several groups of settings, or that depend on what is installed. Raises `UserError`."""
     evaluation = config.evaluation
     eval_steps, save_steps = evaluation.eval_steps, evaluation.save_steps
-    has_eval = config.data.held_out_source is not None or config.data.eval_fraction > 0
+    has_eval = config.data.holds_out if examples is None else bool(examples.held_out)
     faults = [
         Fault(flag(name), value, "needs held-out data", "Add --eval-data FILE or --eval-fraction 0.05.")
-        for name in ("early_stopping", "exact_match", "eval_steps", "metric")
+        for name in OF_HELD_OUT
         if (value := getattr(evaluation, name)) is not None and not has_eval
     ]
     if evaluation.early_stopping is not None and not evaluation.keep_best:

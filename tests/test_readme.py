@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.cli import COMMANDS
-from qlora_kit.config import flag, settings
+from qlora_kit.config import SearchConfig, flag, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +36,7 @@ def test_every_command_flag_and_file_that_it_names_exists():
         {flag(field.name) for _, field, _ in settings()}
         | switches
         | {flag(name) for command in COMMANDS.values() for name in command.flags}
+        | {flag(name) for name in SearchConfig.names()}
         | {
             "--ablation",
             "--run",

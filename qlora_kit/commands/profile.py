@@ -36,7 +36,7 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
 
     console = Console(highlight=False)
     config = _settings(config, steps)
-    training._check(config)
+    training.check_settings(config)
     device = base.resolve_device(config.base.device)
     if config.out is not None:
         runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)

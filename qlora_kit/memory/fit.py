@@ -80,25 +80,28 @@ class Fit:
     n_plans: int
 
 
-def parse_size(text: str) -> int:
-    """`8GiB`, `6000MiB` or `24GB` as bytes, in any case. Raises `UserError` with the nearest unit."""
+def parse_size(text: str, setting: str = "--fit", otherwise: str = ", or 'device'") -> int:
+    """`8GiB`, `6000MiB` or `24GB` as bytes, in any case. Raises `UserError` with the nearest unit.
+
+    `setting` is the one that errors name, and `otherwise` what else it takes.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text, re.ASCII)
     units = {unit.lower(): n_bytes for unit, n_bytes in UNITS.items()}
     if match and match[2].lower() in units:
         size = int(float(match[1]) * units[match[2].lower()])
         if size > 0:
             return size
-    rule = f"must be a size above 0 with one of the units {', '.join(UNITS)}, or 'device'"
-    raise UserError.of("--fit", text, rule, _nearest_size(match))
+    rule = f"must be a size above 0 with one of the units {', '.join(UNITS)}{otherwise}"
+    raise UserError.of(setting, text, rule, _nearest_size(match, setting))
 
 
-def _nearest_size(match: re.Match[str] | None) -> str:
+def _nearest_size(match: re.Match[str] | None, setting: str) -> str:
     if match is None or not match[2]:
-        return "For example --fit 8GiB."
+        return f"For example {setting} 8GiB."
     unit = match[2]
     same_letters = [u for u in UNITS if sorted(u.lower()) == sorted(unit.lower())]
     near = same_letters or difflib.get_close_matches(unit, UNITS, n=1, cutoff=0.3) or ["GiB"]
-    return f"Did you mean --fit {match[1]}{near[0]}?"
+    return f"Did you mean {setting} {match[1]}{near[0]}?"
 
 
 def find_gpu(name: str) -> rules.Gpu:

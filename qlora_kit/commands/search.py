@@ -1,0 +1,46 @@
+"""`qlora-kit search`: the settings that cross-validation chooses, with a table, a picture and a file to train with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from qlora_kit import base, quiet
+from qlora_kit.config import SearchConfig
+from qlora_kit.errors import Faults
+
+WIDTH = 160  # columns where the output is no terminal
+
+
+def run(given: Mapping[str, Any], **flags: Any) -> None:
+    """Search, and print what was found; progress goes to standard error.
+
+    `given` holds every setting that was given, by name, a number maybe several times; `flags` are those of
+    `SearchConfig`, which win over those of a file among `given`. Raises `UserError`.
+    """
+    quiet.quiet_libraries()
+    from qlora_kit.progress import say_line
+    from qlora_kit.search import picture, report
+    from qlora_kit.search.search import search
+    from qlora_kit.search.space import Space
+
+    own = SearchConfig.names()
+    faults = Faults()
+    space = faults.collect(lambda: Space.from_flat({name: v for name, v in given.items() if name not in own}))
+    settings = faults.collect(lambda: SearchConfig.from_flat({**given, **flags}))
+    faults.raise_if_any()
+    assert space is not None
+    assert settings is not None
+    base.find_on_hub(space.config.base)
+    say = Console(stderr=True, highlight=False)
+    result = search(space, settings, say)
+    if result is None:
+        say_line(say, "nothing is finished yet: other processes are at work on what is left")
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console.print(report.table(result))
+    for line in (*report.closing(result), f"picture: {result.folder / picture.PICTURE_FILE}"):
+        say_line(console, line)

@@ -1,0 +1,56 @@
+"""Where a search is written, and whether it may be."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from qlora_kit import runs
+from qlora_kit.errors import UserError
+from qlora_kit.search.locks import locked, take
+
+DB_FILE, LOCK_FILE, RUNS = "search.db", "search.lock", "runs"
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a search in `folder`, be it only begun."""
+    return (folder / LOCK_FILE).is_file()
+
+
+def is_idle(folder: Path) -> bool:
+    """Whether no process works on a trial of the search in `folder`; call it with the lock of the search."""
+    for file in folder.glob(f"{RUNS}/*/{LOCK_FILE}"):
+        lock = take(file, wait=False)
+        if lock is None:
+            return False
+        lock.release()
+    return True
+
+
+def check_place(folder: Path) -> None:
+    """Check that a search can be, or is, in `folder`. Raises `UserError`."""
+    runs.RunFolder.at(folder)
+    runs.check_writable(folder)
+    if folder.exists() and not exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        rule = "already exists and is no search, so it is never replaced"
+        raise UserError.of("--out", str(folder), rule, "Choose another folder.")
+
+
+def remove(folder: Path) -> None:
+    """Remove the search in `folder`, where there is one. Raises `UserError` where another process works in it."""
+    if not exists(folder):
+        return
+    with locked(folder / LOCK_FILE):
+        if not is_idle(folder):
+            rule = "is being worked on by another process"
+            raise UserError.of("--out", str(folder), rule, "Stop it first, or choose another folder.")
+        shutil.rmtree(folder)
+
+
+def discard_if_empty(folder: Path) -> bool:
+    """Remove the search unless a fold is finished or another process works in it; returns whether it is gone."""
+    with locked(folder / LOCK_FILE):
+        if any(folder.glob(f"{RUNS}/*/fold-*[0-9]/{runs.RUN_FILE}")) or not is_idle(folder):
+            return False
+        shutil.rmtree(folder)
+    return True

@@ -1,0 +1,233 @@
+"""The workflow of a search, from what is asked to the combination that is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qlora_kit import base, data, quiet, runs
+from qlora_kit.config import GROUPS, PER_CALL, RunConfig, SearchConfig
+from qlora_kit.errors import Fault, Faults, UserError
+from qlora_kit.inputs import Examples, read_inputs, read_material
+from qlora_kit.progress import counted, say_line
+from qlora_kit.search import picture, place, report
+from qlora_kit.search.choice import best_of, choose, higher_is_better, metric_of, reported
+from qlora_kit.search.fold_run import DIVERGED, EndedEarlyError, run_fold
+from qlora_kit.search.folds import make_folds
+from qlora_kit.search.planning import PlannedMemory, plan_memory, read_budget
+from qlora_kit.search.result import SearchResult
+from qlora_kit.search.space import Space, label_of
+from qlora_kit.search.store import DATA, Claim, Store, opened
+from qlora_kit.training import check_settings
+
+FREE = (*PER_CALL, "device", "preflight", "report_to")  # settings that may be others when a search goes on
+FREE_OF_SEARCH = ("trials", "keep_runs")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the runs of a search have in common."""
+
+    space: Space
+    search: SearchConfig
+    folds: Sequence[Examples]
+    say: Console
+
+
+def search(space: Space, settings: SearchConfig, console: Console) -> SearchResult | None:
+    """Try the combinations of `space` that are not tried yet, and choose among all; progress goes to `console`.
+
+    Other processes may do the same in the same folder. None where nothing is finished, as they still work. A search
+    that was stopped or killed goes on where it was, with the same settings. Raises `UserError`.
+    """
+    quiet.quiet_libraries()
+    config = space.config
+    folder = folder_of(config)
+    device_type = base.resolve_device(config.base.device).type
+    _check(space, settings, folder, device_type)
+    quiet.quiet_progress_bars()
+    material = read_material(config)
+    config, examples = material.config, material.train
+    space = dataclasses.replace(space, config=config)
+    folds = make_folds(examples, settings.folds, config.seed, config.data.data)
+    check_settings(config, folds[0])
+    longest_row = read_inputs(config, Examples(examples, [])).longest_row
+    if config.overwrite:
+        place.remove(folder)
+
+    def plan() -> PlannedMemory:
+        with console.status("planning the memory") as status:
+            say = status.update
+            return plan_memory(space, settings.budget, longest_row, device_type, lambda n: say(f"planning: {n} plans"))
+
+    job = _Job(space, settings, folds, console)
+    described = _described(space, settings, examples)
+    with (
+        runs.disk_errors(folder),
+        opened(folder, space, settings, described, plan) as store,
+        _kept_or_discarded(folder, console),
+    ):
+        n_open = _say_beginning(store, len(examples), job)
+        _work(store, n_open, job)
+        with store.locked():  # or another process, which ends later, might write first
+            result = _result(store, space, settings)
+            if result is not None:
+                report.write(result)
+                picture.write_picture(result)
+        return result
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where the search is: as told, or by the name of the model."""
+    return Path("search") / Path(config.base.model.rstrip("/")).name if config.out is None else Path(config.out)
+
+
+def _check(space: Space, settings: SearchConfig, folder: Path, device_type: str) -> None:
+    """What can be said before the data is read. Raises one `UserError` with every fault."""
+    faults = Faults()
+    faults.collect(lambda: _check_request(space.config, settings.metric))
+    faults.collect(lambda: read_budget(settings.budget, device_type))
+    faults.collect(lambda: place.check_place(folder))
+    faults.raise_if_any()
+
+
+def _check_request(config: RunConfig, metric: str) -> None:
+    if config.resume is not None:
+        raise UserError.of("--resume", config.resume, "is not for a search", "Drop it: the same command goes on.")
+    if metric.startswith("exact_match") and config.evaluation.exact_match is None:
+        rule = "is not counted by these runs"
+        raise UserError.of("--metric", metric, rule, "Add --exact-match 100: so many held-out prompts are answered.")
+
+
+def _described(space: Space, settings: SearchConfig, examples: Sequence[data.Example]) -> dict[str, Any]:
+    """What must be the same when the search goes on, by the name of the setting."""
+    nested = space.config.to_dict()
+    flat = {name: value for group in GROUPS for name, value in nested.pop(group).items()} | nested
+    flat |= {name: list(values) for name, values in space.values.items()}
+    kept = {name: value for name, value in flat.items() if name not in FREE}
+    own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_OF_SEARCH}
+    return {**kept, **own, DATA: _digest(examples)}
+
+
+def _digest(examples: Sequence[data.Example]) -> str:
+    """A hash of what the examples hold, wherever they stand."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        content = {name: value for name, value in dataclasses.asdict(example).items() if name != "origin"}
+        hashed.update(json.dumps(content, sort_keys=True).encode())
+    return f"sha256:{hashed.hexdigest()}"
+
+
+@contextmanager
+def _kept_or_discarded(folder: Path, say: Console) -> Iterator[None]:
+    """When the search stops early, keep it where a fold is finished, and say how it goes on."""
+    try:
+        yield
+    except BaseException:
+        if place.exists(folder) and not place.discard_if_empty(folder):
+            say_line(say, f"stopped; what is finished is in {folder}, and the same command goes on")
+        raise
+
+
+def _say_beginning(store: Store, n_examples: int, job: _Job) -> int:
+    """Say what is ruled out and what is to do; returns how many combinations are still to be tried."""
+    with store.locked():
+        tried, n_open = store.tried(), store.n_open()
+    for one in tried:
+        if one.is_ruled_out:
+            say_line(job.say, f"{one.label}: {one.state}")
+    settings = job.search
+    direction = "higher" if higher_is_better(settings.metric) else "lower"
+    say_line(
+        job.say,
+        f"{n_open} combinations to try, each in {settings.folds} folds of {n_examples:,} examples; "
+        f"{settings.metric} decides, {direction} is better",
+    )
+    return n_open
+
+
+def _work(store: Store, n_open: int, job: _Job) -> None:
+    total = n_open * len(job.folds)
+    bar = counted(job.say, "folds", total) if job.say.is_terminal else nullcontext(lambda _: None)
+    with bar as tick:
+        while (claim := store.claim()) is not None:
+            try:
+                _try(store, claim, job, tick)
+            finally:
+                claim.lock.release()
+
+
+def _try(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None]) -> None:
+    """Run the folds of a combination that are missing, and end its trial."""
+    values: list[float] = []
+    reason = _run_folds(store, claim, job, tick, values)
+    if reason is not None:
+        say_line(job.say, f"{label_of(claim.point)}: {reason}")
+        tick(len(job.folds) - len(values))
+    store.finish(claim, values, reason)
+
+
+def _run_folds(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None], values: list[float]) -> str | None:
+    """Append the metric of each fold to `values`; returns why not all of them were run, or None."""
+    for fold in range(1, len(job.folds) + 1):
+        try:
+            values.append(_value_of(store, claim, fold, job))
+        except EndedEarlyError as ended:
+            return f"{ended} in fold {fold}"
+        tick(1)
+        _say_fold(claim, values, job)
+        if store.report(claim, values) and fold < len(job.folds):
+            return f"stopped after {fold} folds, worse than the median of the others"
+    return None
+
+
+def _say_fold(claim: Claim, values: Sequence[float], job: _Job) -> None:
+    where = f"{label_of(claim.point)}: fold {len(values)} of {len(job.folds)}"
+    mean = sum(values) / len(values)
+    say_line(job.say, f"{where}, {job.search.metric} {values[-1]:.4f} (mean {mean:.4f})")
+
+
+def _value_of(store: Store, claim: Claim, fold: int, job: _Job) -> float:
+    """The metric of a fold, trained unless it is recorded. Raises `EndedEarlyError`, and `UserError`."""
+    results = claim.results(fold)
+    if results is None:
+        config = job.space.config_of(claim.point)
+        folder = store.folder_of(claim.point) / f"fold-{fold}"
+        record = run_fold(config, job.folds[fold - 1], folder, job.search.keep_runs)
+        results = record["results"]
+        value = metric_of(results, job.search.metric)
+        if value is None:
+            raise _unknown_metric(results, job.search.metric)
+        if not math.isfinite(value):
+            raise EndedEarlyError(DIVERGED)
+        store.record(claim, fold, results, record["parameters"]["trainable"])
+    value = metric_of(results, job.search.metric)
+    assert value is not None, "results without the metric are not recorded"
+    return value
+
+
+def _unknown_metric(results: dict[str, Any], metric: str) -> UserError:
+    rule = f"is not among what these runs report: {', '.join(sorted(reported(results)))}"
+    return UserError.of("--metric", metric, rule, "Give one of these; the fold that is finished is kept.")
+
+
+def _result(store: Store, space: Space, settings: SearchConfig) -> SearchResult | None:
+    """What is known now, None where nothing is. Raises `UserError` where all ended without a figure."""
+    tried = store.tried()
+    if not any(one.is_finished for one in tried):
+        if any(one.is_open for one in tried):
+            return None
+        raise UserError(Fault("search", one.label, f"has no figure: {one.state}", "Lower --lr.") for one in tried)
+    higher = higher_is_better(settings.metric)
+    best, chosen = best_of(tried, higher), choose(tried, higher)
+    config = space.config_of(chosen.point)
+    return SearchResult(store.folder, settings.metric, settings.folds, tuple(tried), best, chosen, config)
