@@ -5,12 +5,13 @@ PEFT injects, saves and loads; its files are the format that every other tool re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import AdapterConfig
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.task_models import GENERATION, TASK_MODELS
 
 if TYPE_CHECKING:
     import torch
@@ -43,27 +44,35 @@ def choose_targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> li
     layers = linear_layers(model)
     short = sorted({name.rsplit(".", 1)[-1] for name in layers})
     if wanted is None:
-        everywhere = [name for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in short]
-        return short if set(everywhere) == set(layers) else sorted(layers)
+        return _unambiguous(model, layers, short)
     missing = [t for t in wanted if not any(_matches(name, t) for name in layers)]
     if missing:
         remedy = f"This model has: {', '.join(short)}."
         raise UserError(Fault("--targets", target, "matches no linear layer", remedy) for target in missing)
-    return list(wanted)
+    return _unambiguous(model, [name for name in layers if any(_matches(name, t) for t in wanted)], wanted)
+
+
+def _unambiguous(model: PreTrainedModel, chosen: Iterable[str], names: Sequence[str]) -> list[str]:
+    """`names` where they match the layers `chosen` and no other module (such as a pooler's), else those in full."""
+    everywhere = {name for name, _ in model.named_modules() if any(_matches(name, target) for target in names)}
+    return list(names) if everywhere == set(chosen) else sorted(chosen)
 
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
+def inject(model: PreTrainedModel, config: AdapterConfig, task: str = GENERATION) -> PeftModel:
     """Put trainable factors on the frozen `model`; A is random by torch's seed, B zero, both in `adapter_dtype`.
 
+    The head that `task` puts on a model trains in full, in its own dtype, and is saved with the factors.
     Raises `UserError` for targets that match nothing and for combinations that the libraries cannot train.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
+
+    from qlora_kit.new_head import head_names
 
     if config.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
         rule = "does not work on 8-bit layers on a CPU (PEFT's DoRA loses their scales at the second step)"
@@ -78,7 +87,8 @@ def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         use_rslora=config.rslora,
         use_dora=config.dora,
         fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen),  # unquantized GPT-2 stores in × out
-        task_type="CAUSAL_LM",
+        modules_to_save=(head_names(model) or None) if TASK_MODELS[task].has_new_head else None,
+        task_type=TASK_MODELS[task].peft_type,
     )
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
     try:
@@ -88,7 +98,7 @@ def inject(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         remedy = f"Choose among --targets {','.join(names)}." if names else "The model has no linear layer in a block."
         raise UserError.of("--targets", ",".join(targets), rule, remedy) from None
     dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else torch.float32
-    for _, parameter in trainable(peft_model):
+    for _, parameter in adapter_parameters(peft_model):
         parameter.data = parameter.data.to(dtype)
     return peft_model
 
@@ -204,5 +214,5 @@ def load_factors(model: PeftModel, folder: Path) -> None:
 
 
 def adapter_parameters(model: PeftModel) -> list[tuple[str, Any]]:
-    """Every parameter of the adapter, trainable or not, with its name."""
+    """Every parameter of the factors, trainable or not, with its name; those of a head are not among them."""
     return [(name, p) for name, p in model.named_parameters() if "lora_" in name]

@@ -13,6 +13,7 @@ from qlora_kit import adapters, base
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean.apply import make_lean
+from qlora_kit.task_models import TASK_MODELS, task_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,17 +30,23 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     import torch
     from transformers import set_seed
 
+    from qlora_kit.new_head import put_loss_on
+
     in_fp16 = base.compute_dtype(config.base, device) == torch.float16
     if config.base.full and in_fp16:
         rule = "cannot train 16-bit weights on a device without bf16"
         raise UserError.of("--full", True, rule, "Use --bits 32, or adapters.")
     model: Any = base.load_base(config.base, device, config.seed, architecture)
+    task = task_of(config.base.task, model.config)
+    loss = TASK_MODELS[task].loss
+    if loss is not None:
+        put_loss_on(model, loss)
     if device.type != "meta":  # a plan draws nothing, and leaves the caller's random state alone
         set_seed(config.seed)
     if not config.base.full:
         with device if device.type == "meta" else nullcontext():  # copies of weights that PEFT makes stay there
             settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
-            model = adapters.inject(model, settings)
+            model = adapters.inject(model, settings, task)
     if config.optim.gradient_checkpointing:
         enable_checkpointing(model)
     model.lean_outcomes = {}

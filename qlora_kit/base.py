@@ -6,9 +6,10 @@ all see the same one.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,12 +19,27 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import demo, host_memory, hub, shapes
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.seeding import drawn_by
+from qlora_kit.task_models import TASK_MODELS, check_can_do, task_of, transformers_class
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# kinds of models that give the first token the position after that of the padding token
+PADDED_POSITIONS = (
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -88,13 +104,12 @@ def find_on_hub(config: BaseConfig) -> None:
 
 
 def load_model_config(config: BaseConfig) -> PretrainedConfig:
-    """The model's architecture, from the embedded table, a local folder, or the hub.
+    """The model's architecture with the task's labels, from the embedded table, a local folder, or the hub.
 
-    Raises `UserError` where it is not found, is not for causal language models, or lacks weights.
+    Raises `UserError` where it is not found, cannot do the task, or lacks weights.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     source = model_source(config)
     if config.weights == "random":
@@ -114,13 +129,22 @@ def load_model_config(config: BaseConfig) -> PretrainedConfig:
                 f"its config.json cannot be used ({_first_line(error)})",
                 "Give a model that the installed transformers knows.",
             ) from None
-    if not config.trust_remote_code and architecture.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError.of(
-            "--model",
-            config.model,
-            f"a {architecture.model_type} model generates no text",
-            "Give a causal language model.",
-        )
+    return with_labels(architecture, config)
+
+
+def with_labels(architecture: PretrainedConfig, config: BaseConfig) -> PretrainedConfig:
+    """`architecture` with the labels of the task, from where every model of it takes them; changed in place.
+
+    Raises `UserError` where it cannot do the task.
+    """
+    task = task_of(config.task, architecture)
+    if not config.trust_remote_code:
+        check_can_do(task, architecture, config.model)
+    if TASK_MODELS[task].has_new_head and config.labels is not None:
+        architecture.id2label = dict(enumerate(config.labels))
+        architecture.label2id = {label: number for number, label in enumerate(config.labels)}
+        kind = "multi_label_classification" if config.multi_label else "single_label_classification"
+        architecture.problem_type = kind
     return architecture
 
 
@@ -188,7 +212,10 @@ def _tokenizer_source(config: BaseConfig) -> tuple[str, str]:
 
 def max_positions(architecture: PretrainedConfig) -> int | None:
     """The longest sequence that the model has positions for; None where it has no limit."""
-    return getattr(architecture, "max_position_embeddings", None)
+    positions: int | None = getattr(architecture, "max_position_embeddings", None)
+    if positions is not None and architecture.model_type in PADDED_POSITIONS:
+        positions -= (architecture.pad_token_id or 0) + 1
+    return positions
 
 
 def load_base(
@@ -201,7 +228,9 @@ def load_base(
     """The base model on `device`, quantized as told, every weight frozen unless `config.full`.
 
     Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `dtype`, unset that of
-    `compute_dtype` (another is for the release of a run that was made on another kind of device). On the `meta`
+    `compute_dtype` (another is for the release of a run that was made on another kind of device). A head that the
+    task puts on is fp32, drawn by `seed` where the files have none for these labels, and meant to be trained (see
+    `new_head`). On the `meta`
     device the model has the same structure but no values, whatever `config.weights` says: for the planner.
     `architecture` overrides the one that `config` names (which must be None for pretrained weights).
     Raises `UserError` where it is not found or cannot be read.
@@ -212,16 +241,32 @@ def load_base(
     if architecture is None:
         architecture = load_model_config(config)
     dtype = compute_dtype(config, device) if dtype is None else dtype
+    task = task_of(config.task, architecture)
+    if TASK_MODELS[task].has_new_head:
+        set_padding(architecture, config, device)
     if device.type == "meta":
         model = _build_meta(architecture, config, device, dtype)
     elif config.weights == "random":
         model = _build_random(architecture, config, device, seed, dtype)
     else:
-        model = _load_pretrained(architecture, config, device, dtype)
+        model = _load_pretrained(architecture, config, device, dtype, seed)
     _keep_weights_plain(model)
+    if TASK_MODELS[task].has_new_head:
+        _finish_head(model, config)
     model.requires_grad_(config.full)
     model.config.use_cache = False  # no cache in training; generation asks for its own
     return model
+
+
+def _finish_head(model: PreTrainedModel, config: BaseConfig) -> None:
+    """Keep the new head in fp32, unless every weight trains; and no cache anywhere, for nothing is generated."""
+    from qlora_kit import new_head
+
+    if not config.full:
+        new_head.keep_in_fp32(model, new_head.head_names(model))
+    for module in model.modules():  # the decoder of an encoder and a decoder has a configuration of its own
+        if hasattr(module, "config"):
+            module.config.use_cache = False
 
 
 def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
@@ -237,9 +282,24 @@ def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def quantization(config: BaseConfig, dtype: torch.dtype) -> Any:
-    """The quantization settings for `config.bits`, or None for 16 and 32."""
+def set_padding(architecture: PretrainedConfig, config: BaseConfig, device: torch.device) -> None:
+    """Let a model that reads its answer off the last token know what is padding: the tokenizer's padding token.
+
+    Without one it is the end-of-text token, as in `data.prepare_tokenizer`. Raises `UserError` without a tokenizer.
+    """
+    if device.type == "meta":  # a plan reads no tokenizer, and which token it is makes no difference to it
+        pad = architecture.pad_token_id or 0
+    else:
+        tokenizer = load_tokenizer(config)
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    architecture.pad_token_id = architecture.get_text_config().pad_token_id = pad
+
+
+def quantization(config: BaseConfig, dtype: torch.dtype, heads: Sequence[str] = ()) -> Any:
+    """The quantization settings for `config.bits`, or None for 16 and 32; the modules `heads` are left as they are."""
     from transformers import BitsAndBytesConfig
+
+    skipped = {"llm_int8_skip_modules": list(heads)} if heads else {}
 
     if config.bits == 4:
         return BitsAndBytesConfig(
@@ -247,24 +307,36 @@ def quantization(config: BaseConfig, dtype: torch.dtype) -> Any:
             bnb_4bit_quant_type=config.quant_type,
             bnb_4bit_use_double_quant=config.double_quant,
             bnb_4bit_compute_dtype=dtype,
+            **skipped,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if config.bits == 8 else None
+    return BitsAndBytesConfig(load_in_8bit=True, **skipped) if config.bits == 8 else None
 
 
 def _load_pretrained(
-    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, dtype: torch.dtype | None
+    architecture: PretrainedConfig,
+    config: BaseConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    seed: int | None = None,
 ) -> PreTrainedModel:
-    """The model in the files of `config`, quantized as told from `dtype`; None for both as the files have them."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    """The model in the files of `config`, quantized as told from `dtype`; None for both as the files have them.
 
+    With a `seed`, a head of the task that the files do not have, or have for other labels, is drawn by it.
+    """
+    from safetensors import SafetensorError
+
+    from qlora_kit import new_head
+
+    task = task_of(config.task, architecture)
+    heads = planned_heads(architecture, task) if seed is not None else []
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = transformers_class(task).from_pretrained(
             model_source(config),
             config=architecture,
             revision=config.revision,
             dtype="auto" if dtype is None else dtype,
-            quantization_config=None if dtype is None else quantization(config, dtype),
+            quantization_config=None if dtype is None else quantization(config, dtype, heads),
+            ignore_mismatched_sizes=bool(heads),  # another number of labels; what else differs is told below
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
@@ -279,13 +351,35 @@ def _load_pretrained(
             f"its weights cannot be read ({_first_line(error)})",
             "Fetch or convert the model again.",
         ) from None
-    _check_loaded(config, loaded)
+    lacking = _not_loaded(loaded)
+    _check_loaded(config, [name for name in lacking if not new_head.is_in_head(name, heads)])
+    if seed is not None and any(new_head.is_in_head(name, heads) for name in lacking):
+        new_head.draw(model, heads, seed)  # all of it, so that no part of it depends on what else was drawn
     return model
 
 
-def _check_loaded(config: BaseConfig, loaded: dict[str, Any]) -> None:
+def planned_heads(architecture: PretrainedConfig, task: str) -> list[str]:
+    """The names of the modules that `task` puts on a model beside its base; empty where it has its own head."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    from qlora_kit import new_head
+
+    if not TASK_MODELS[task].has_new_head:
+        return []
+    with torch.device("meta"), no_init_weights():
+        return new_head.head_names(transformers_class(task).from_config(copy.deepcopy(architecture)))
+
+
+def _not_loaded(loaded: dict[str, Any]) -> list[str]:
+    """The weights that the files lack or have in another shape."""
+    missing = [str(name) for name in loaded.get("missing_keys") or ()]
+    mismatched = loaded.get("mismatched_keys") or ()
+    return sorted({*missing, *(str(entry if isinstance(entry, str) else entry[0]) for entry in mismatched)})
+
+
+def _check_loaded(config: BaseConfig, wrong: list[str]) -> None:
     """Check that every weight came from the files. Raises `UserError` naming those that did not."""
-    wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in loaded.get(key) or ())
     if wrong:
         rule = f"its files lack, or have in another shape, {len(wrong)} weights: {', '.join(wrong[:3])}"
         raise UserError.of("--model", config.model, rule, "Fetch or convert the model again.")
@@ -296,16 +390,15 @@ def _build_random(
 ) -> PreTrainedModel:
     """Seeded weights of true shapes, made and quantized one layer at a time so that 16-bit copies never add up."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+        model = transformers_class(task_of(config.task, architecture)).from_config(architecture, dtype=dtype)
     originals = {
         name: module
         for name, module in model.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     }
-    _replace_linear_layers(model, config, dtype)
+    _replace_linear_layers(model, config, dtype, architecture)
     for name in list(originals):
         _materialize(model, name, originals.pop(name), dtype, device, seed)
     for buffer_owner in model.modules():
@@ -317,16 +410,24 @@ def _build_random(
     return model.eval()
 
 
-def _replace_linear_layers(model: PreTrainedModel, config: BaseConfig, dtype: torch.dtype) -> None:
+def _replace_linear_layers(
+    model: PreTrainedModel, config: BaseConfig, dtype: torch.dtype, architecture: PretrainedConfig
+) -> None:
     """Put bitsandbytes' layers, still empty, in the place of those to quantize, and mark the model as quantized."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    settings = quantization(config, dtype)
+    from qlora_kit import new_head
+
+    has_new_head = TASK_MODELS[task_of(config.task, architecture)].has_new_head
+    heads = new_head.head_names(model) if has_new_head else []
+    settings = quantization(config, dtype, heads)
     if settings is None:
         return
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
+    # as transformers' own loading chooses: what is to be left the settings say, else transformers
+    left = [*heads, *(model._keep_in_fp32_modules or ())] if heads else get_keys_to_not_convert(model)
+    replace_with_bnb_linear(model, left, settings)
     model.is_quantized, model.quantization_method = True, settings.quant_method
     model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     setattr(model, f"is_loaded_in_{config.bits}bit", True)
@@ -338,13 +439,12 @@ def _build_meta(
 ) -> PreTrainedModel:
     """The structure without values: every parameter, buffer and quantization state is a tensor on `meta`."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with device, no_init_weights():
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+        model = transformers_class(task_of(config.task, architecture)).from_config(architecture, dtype=dtype)
     shapes = {name: p.dtype for name, p in model.named_parameters()}
-    _replace_linear_layers(model, config, dtype)
+    _replace_linear_layers(model, config, dtype, architecture)
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if hasattr(weight, "_quantize"):  # `Params4bit.to("meta")` would skip the quantization
@@ -381,13 +481,10 @@ def _materialize(
 
     The seed is the layer's own, so that its weights are the same at every number of bits.
     """
-    import torch
     from torch import nn
 
-    layer_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
     original.to_empty(device=device, recurse=False)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(layer_seed)
+    with drawn_by(seed, name, device):
         for parameter in original.parameters(recurse=False):
             parameter.zero_()
         model._init_weights(original)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_kit.task_models import GENERATION, TASK_MODELS
+
+NO_SHARES = ("loss", "perplexity", "tokens", "examples")  # figures of an evaluation that are no shares
+
 
 def adapter_card(record: Mapping[str, Any]) -> str:
     """The Markdown card of the adapter of the run recorded in `record` (the content of `run.json`)."""
@@ -57,8 +61,13 @@ def _title(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
 def _how_to_load(base: Mapping[str, Any]) -> list[str]:
     if base["weights"] == "random":
         return ["It fits no published weights: its base was drawn by the seed in `run.json`."]
-    kind, folder = ("AutoModelForCausalLM", "model") if base["full"] else ("AutoPeftModelForCausalLM", "adapter")
+    auto_class = TASK_MODELS[base.get("task") or GENERATION].auto_class
+    kind, folder = (auto_class, "model") if base["full"] else (auto_class.replace("Auto", "AutoPeft"), "adapter")
     library = "transformers" if base["full"] else "peft"
+    if base.get("labels") and not base["full"]:
+        names = f"num_labels={len(base['labels'])}"
+        loaded = f'model = {kind}.from_pretrained("{folder}", {names})  # their names are in labels.json'
+        return ["```python", f"from {library} import {kind}", "", loaded, "```"]
     return ["```python", f"from {library} import {kind}", "", f'model = {kind}.from_pretrained("{folder}")', "```"]
 
 
@@ -87,4 +96,9 @@ def _results(record: Mapping[str, Any]) -> str:
         parts.append(f"held-out loss {results['eval_loss']:.4f}")
     if results.get("exact_match_after") is not None:
         parts.append(f"exact match {results['exact_match_before']:.1%} → {results['exact_match_after']:.1%}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *figures(results.get("metrics") or {})])
+
+
+def figures(metrics: Mapping[str, float]) -> list[str]:
+    """The figures of a task beside the loss, in words; texts have none."""
+    return [f"{name} {value:.1%}" for name, value in metrics.items() if name not in NO_SHARES]

@@ -139,6 +139,20 @@ GENERATE_SETTINGS = {
     "device": "",
     "trust_remote_code": "",
 }
+PREDICT_FLAGS = {"run": Flag(RUN_FLAG), "base": Flag(BASE_FLAG)}
+PREDICT_SETTINGS = {
+    "model": "model folder or hub id that predicts instead of a run, e.g. a release",
+    "revision": "",
+    "bits": "load --model in 4 | 8 | 16 | 32 bits; unset: as it was saved",
+    "tokenizer": "",
+    "data": "the examples: a file, folder or data set, in the forms of training; labels are not looked at",
+    "columns": "",
+    "out": "file of the predictions, a line of JSON each; unset: standard output",
+    "batch_size": "examples in a forward pass (default: 4, or the run's)",
+    "seq_len": "tokens an example may have; unset: the run's",
+    "device": "",
+    "trust_remote_code": "",
+}
 EVAL_FLAGS = {
     "run": Flag(RUN_FLAG),
     "release": Flag("also evaluate this model folder or hub id, on the same tokens"),
@@ -211,6 +225,12 @@ COMMANDS = {
         "generate:run",
         GENERATE_FLAGS,
         GENERATE_SETTINGS,
+    ),
+    "predict": Command(
+        "labels with their scores, from the model of a finished run or from a release",
+        "predict:run",
+        PREDICT_FLAGS,
+        PREDICT_SETTINGS,
     ),
     "eval": Command(
         "loss, perplexity and exact match of base, adapter and release, side by side",

@@ -22,6 +22,7 @@ import yaml
 from qlora_kit.errors import Fault, UserError
 
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
+Tasks = ("text-generation", "text-classification")
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
 DEFAULT_SEQ_LEN = 1024  # tokens an example may have where neither --seq-len nor the model's positions say less
 DEFAULT_NEW_TOKENS = 256  # most tokens of an answer where --max-new-tokens does not say
@@ -126,8 +127,19 @@ class BaseConfig(_Checked):
     tokenizer: str | None = setting(None, "tokenizer folder or hub id; unset: the model's own")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     device: str = setting("auto", "auto | cuda | cpu", one_of("auto", "cuda", "cpu"))
+    task: str | None = setting(
+        None, " | ".join(Tasks) + "; unset: what the data's columns and the model's kind say", one_of(*Tasks)
+    )
+    labels: tuple[str, ...] | None = setting(
+        None,
+        "comma-separated names of the classes, in their order; unset: those of the training data",
+        Rule("must be different names, at least one", lambda v: len(v) > 0 and all(v) and len(set(v)) == len(v)),
+    )
+    multi_label: bool | None = setting(None, "an example may have several labels; unset: where the data has any such")
 
     def extra_faults(self) -> Iterator[Fault]:
+        if self.labels is not None and len(self.labels) < 2 and not self.multi_label:
+            yield Fault("--labels", ",".join(self.labels), "must be two at least", "Or add --multi-label true.")
         if self.full and self.bits not in (16, 32):
             yield Fault("--full", True, f"needs unquantized weights, and --bits is {self.bits}", "Add --bits 16.")
 
@@ -205,6 +217,11 @@ class OptimConfig(_Checked):
     epochs: float = setting(1.0, "passes over the data", above(0))
     max_steps: int | None = setting(None, "optimizer steps; wins over --epochs", at_least(1))
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    class_weights: str = setting(
+        "none",
+        "weights of the classes in the loss: none | balanced (the rarer, the heavier)",
+        one_of("none", "balanced"),
+    )
 
 
 @dataclass(frozen=True)
@@ -255,7 +272,10 @@ class EvalConfig(_Checked):
     exact_match: int | None = setting(
         None, "answer so many held-out prompts before and after, and count exact matches", at_least(1)
     )
-    early_stopping: int | None = setting(None, "stop after so many evaluations without a better loss", at_least(1))
+    metric: str | None = setting(
+        None, "what the best checkpoint and --early-stopping follow; unset: the loss of texts, the F1 of classes"
+    )
+    early_stopping: int | None = setting(None, "stop after so many evaluations without a better metric", at_least(1))
     keep_best: bool = setting(True, "end with the adapter of the best evaluation, not the last")
     save_steps: int | None = setting(
         None, "checkpoint every so many steps; unset: at each evaluation or epoch", at_least(1)
@@ -307,7 +327,7 @@ class SearchConfig(_Checked):
 
     folds: int = setting(5, "parts of the training data; each is held out once", at_least(2))
     metric: str = setting(
-        "eval_loss", "what decides, of all that a run reports in its run.json: eval_loss, exact_match, …"
+        "auto", "what decides, and what the runs follow: loss, exact_match, f1, …; auto: the task's own"
     )
     budget: str | None = setting(None, "rule out, before it runs, what is planned to need more: 8GiB, 6000MiB, 24GB")
     sampler: str = setting(

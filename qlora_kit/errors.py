@@ -51,6 +51,11 @@ class Faults:
             self._found += [fault for fault in error.faults if fault not in self._found]
             return None
 
+    def add(self, fault: Fault) -> None:
+        """Note `fault`."""
+        if fault not in self._found:
+            self._found.append(fault)
+
     def raise_if_any(self) -> None:
         """Raise one `UserError` with every fault found."""
         if self._found:

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import base, data
-from qlora_kit.config import RunConfig
-from qlora_kit.errors import Faults, UserError
+from qlora_kit import base, data, new_head, tasks
+from qlora_kit.config import BaseConfig, RunConfig, flag
+from qlora_kit.errors import Fault, Faults, UserError
+from qlora_kit.task_models import GENERATION
+from qlora_kit.tasks import Source, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Examples:
     """Examples that stand in the place of those that the settings name: to train on, and to hold out."""
 
-    train: list[data.Example]
-    held_out: list[data.Example]
+    train: list[Any]
+    held_out: list[Any]
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What is fed to the run: encoded sets, the held-out examples themselves, and the tokenizer."""
 
+    config: RunConfig  # with the task, its labels and all else that the data decides
+    task: Task
     tokenizer: PreTrainedTokenizerBase
-    train: data.EncodedSet | data.PackedSet
-    evaluation: data.EncodedSet | data.PackedSet | None
-    held_out: list[data.Example]
+    train: Any  # an encoded set of the task; of texts an `EncodedSet` or a `PackedSet`
+    evaluation: Any  # the same; None where nothing is held out
+    held_out: Sequence[Any]
     seq_len: int
     report: data.AuditReport  # on the training examples
     plain_text: bool  # no training example has a prompt, so that none went through a template
@@ -41,66 +47,150 @@ class Inputs:
         return min(self.seq_len, self.report.length_max)
 
 
+@dataclass(frozen=True)
+class Material:
+    """The examples of a run, read and not encoded yet: to train on, and held out."""
+
+    config: RunConfig  # with what they decide
+    task: Task
+    train: list[Any]
+    held_out: list[Any]
+
+
 def read_inputs(config: RunConfig, given: Examples | None = None) -> Inputs:
-    """Read and encode the data that `config` names, or the examples `given` instead.
+    """Read and encode the data that `config` names, or the examples `given` instead, which decide nothing about it.
 
     Raises one `UserError` for all that is wrong with it.
     """
     faults = Faults()
     architecture = faults.collect(lambda: base.load_model_config(config.base))
-    tokenizer = faults.collect(lambda: data.prepare_tokenizer(base.load_tokenizer(config.base)))
+    tokenizer = faults.collect(lambda: base.load_tokenizer(config.base))
+    material = _collect_material(config, architecture, faults) if given is None else _material_of(config, given)
+    if material is not None:
+        faults.collect(lambda: _check_settings(material.config, material.task))
+    if tokenizer is not None:
+        generates = material is None or material.task.name == GENERATION
+        faults.collect(lambda: data.prepare_tokenizer(tokenizer, generates))
     seq_len = None
     if architecture is not None and tokenizer is not None:
         positions = base.max_positions(architecture)
         seq_len = faults.collect(lambda: data.resolve_seq_len(config.data.seq_len, tokenizer, positions))
-    examples = faults.collect(
-        lambda: data.read_examples(config.data.data, config.data.columns) if given is None else given.train
-    )
-    held_out = faults.collect(lambda: _read_held_out(config) if given is None else given.held_out)
     faults.raise_if_any()
     assert tokenizer is not None
     assert seq_len is not None
-    assert examples is not None
-    assert held_out is not None
-    if config.data.eval_fraction and given is None:
-        examples, held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)
-    train_set = encode(config, examples, tokenizer, seq_len, "--data")
-    eval_set = encode(config, held_out, tokenizer, seq_len, "--eval-data") if held_out else None
-    plain_text = all(example.prompt is None and example.messages is None for example in examples)
-    if not config.data.pack:
-        return Inputs(tokenizer, train_set, eval_set, held_out, seq_len, train_set.report, plain_text)
-    packed = data.pack(train_set, seq_len)
-    packed_eval = data.pack(eval_set, seq_len) if eval_set is not None else None
-    return Inputs(tokenizer, packed, packed_eval, held_out, seq_len, train_set.report, plain_text)
+    assert material is not None
+    return _encoded(material, tokenizer, seq_len)
 
 
-def _read_held_out(config: RunConfig) -> list[data.Example]:
+def read_material(config: RunConfig) -> Material:
+    """The examples of a run, and what they decide about it. Raises one `UserError` for all that is wrong with them."""
+    faults = Faults()
+    material = _collect_material(config, faults.collect(lambda: base.load_model_config(config.base)), faults)
+    faults.raise_if_any()
+    assert material is not None
+    return material
+
+
+def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, faults: Faults) -> Material | None:
+    """The examples as far as they can be read; None where `faults` took note of anything about them."""
+    source = config.data.data
+    rows = faults.collect(lambda: data.read_rows(source, config.data.columns))
+    task = tasks.choose(config.base, rows or [], config.data.columns, architecture)
+    named = dataclasses.replace(config.base, task=task.name)
+    resolved: BaseConfig | None = None
+    if architecture is not None:
+        faults.collect(lambda: base.load_model_config(named))  # may be unable to do what the data is for
+    split = None if rows is None else faults.collect(lambda: _read_training(config, task, named, rows))
+    if split is not None:
+        resolved = faults.collect(lambda: task.reader.resolve(named, split[0], "--data"))
+    held_out = faults.collect(lambda: _read_held_out(config, task, resolved or named))
+    if split is None or held_out is None or resolved is None:
+        return None
+    return Material(dataclasses.replace(config, base=resolved), task, split[0], split[1] or held_out)
+
+
+def _material_of(config: RunConfig, given: Examples) -> Material:
+    return Material(config, tasks.task_named(config.base.task), given.train, given.held_out)
+
+
+def _read_training(
+    config: RunConfig, task: Task, named: BaseConfig, rows: list[data.Record]
+) -> tuple[list[Any], list[Any]]:
+    """The examples to train on, and the share of them that is held out."""
+    examples = task.reader.read(Source(rows, config.data.data, config.data.columns), named)
+    return data.split_examples(examples, config.data.eval_fraction, config.seed)
+
+
+def _read_held_out(config: RunConfig, task: Task, resolved: BaseConfig) -> list[Any]:
+    """The examples of a held-out source; empty where there is none."""
     source = config.data.held_out_source
-    return [] if source is None else data.read_examples(source, config.data.columns, "--eval-data")
+    if source is None:
+        return []
+    rows = data.read_rows(source, config.data.columns, "--eval-data")
+    return task.reader.read(Source(rows, source, config.data.columns, "--eval-data"), resolved)
 
 
-def training_examples(config: RunConfig) -> list[data.Example]:
-    """The examples that a run of `config` trains on, without those that it holds out. Raises `UserError`."""
-    examples = data.read_examples(config.data.data, config.data.columns)
-    return data.split_examples(examples, config.data.eval_fraction, config.seed)[0]
+def _check_settings(config: RunConfig, task: Task) -> None:
+    """Check the settings that only some tasks have. Raises one `UserError` with every fault."""
+    faults = Faults()
+    faults.collect(lambda: tasks.metric_of(task, config.evaluation.metric))
+    only = {"pack": config.data.pack, "exact_match": config.evaluation.exact_match}
+    if config.optim.class_weights != "none" and task.weights is None:
+        faults.add(_out_of_place("class_weights", config.optim.class_weights, task))
+    if task.name != GENERATION:
+        for name, value in only.items():
+            if value:
+                faults.add(_out_of_place(name, value, task))
+    faults.raise_if_any()
 
 
-def held_out_examples(config: RunConfig) -> list[data.Example]:
+def _out_of_place(name: str, value: object, task: Task) -> Fault:
+    return Fault(flag(name), value, f"has no meaning for --task {task.name}", f"Drop {flag(name)}.")
+
+
+def _encoded(material: Material, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Inputs:
+    config, task = material.config, material.task
+    train_set = task.reader.encode(config, material.train, tokenizer, seq_len, "--data")
+    eval_set = None
+    if material.held_out:
+        eval_set = task.reader.encode(config, material.held_out, tokenizer, seq_len, "--eval-data")
+    generates = task.name == GENERATION
+    inputs = Inputs(
+        config,
+        task,
+        tokenizer,
+        train_set,
+        eval_set,
+        material.held_out,
+        seq_len,
+        train_set.report,
+        plain_text=generates and all(e.prompt is None and e.messages is None for e in material.train),
+    )
+    if not config.data.pack:
+        return inputs
+    packed_eval = data.pack(eval_set, seq_len) if eval_set is not None else None
+    return dataclasses.replace(inputs, train=data.pack(train_set, seq_len), evaluation=packed_eval)
+
+
+def held_out_examples(config: RunConfig) -> list[Any]:
     """The examples that a run of `config` does not train on: its own data for it, or the share that it splits off.
 
     Empty where it holds nothing out. Raises `UserError` for data that cannot be read.
     """
+    task = tasks.task_named(config.base.task)
     if not config.data.eval_fraction:
-        return _read_held_out(config)
-    examples = data.read_examples(config.data.data, config.data.columns)
+        return _read_held_out(config, task, config.base)
+    rows = data.read_rows(config.data.data, config.data.columns)
+    examples = task.reader.read(Source(rows, config.data.data, config.data.columns), config.base)
     return data.split_examples(examples, config.data.eval_fraction, config.seed)[1]
 
 
 def encode(
-    config: RunConfig, examples: list[data.Example], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
-) -> data.EncodedSet:
+    config: RunConfig, examples: list[Any], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
+) -> Any:
     """The tokens of `examples` as `config` lays them out and cuts them; `setting` is the one that errors name."""
-    return data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
+    task = tasks.task_named(config.base.task)
+    return task.reader.encode(config, examples, tokenizer, seq_len, setting)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
@@ -112,14 +202,21 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
         raise UserError.of("--tokenizer", tokenizer.name_or_path, rule, "Give the tokenizer that belongs to the model.")
 
 
-def make_collator(config: RunConfig, model: Any, inputs: Inputs) -> data.Collator:
+def weigh_labels(model: Any, inputs: Inputs) -> None:
+    """Put the weights of the labels into the loss of `model`, where the settings ask for some."""
+    if inputs.config.optim.class_weights != "none":
+        assert inputs.task.weights is not None, "checked with the settings"
+        new_head.set_weights(model, inputs.task.weights(inputs.train, inputs.config.base))
+
+
+def make_collator(config: RunConfig, model: Any, inputs: Inputs) -> Any:
     """Pads rows, or lays packed ones out so that no example sees another. Raises `UserError` where it cannot."""
-    pad = inputs.tokenizer.pad_token_id
     packed = [rows for rows in (inputs.train, inputs.evaluation) if isinstance(rows, data.PackedSet)]
     if not packed:
-        return data.Collator(pad, max_tokens=inputs.seq_len)
+        return inputs.task.collator(inputs.tokenizer, inputs.seq_len, config.base)
     from qlora_kit.lean import varlen
 
+    pad = inputs.tokenizer.pad_token_id
     if varlen.is_on(model.config):
         return data.Collator(pad, packed=True, max_tokens=inputs.seq_len, varlen=True)
     mask_dtype = data.packed_mask_dtype(model.config, max(rows.longest_tokens for rows in packed))

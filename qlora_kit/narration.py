@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from qlora_kit.config import RunConfig
+from qlora_kit import cards
+from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.progress import human_bytes
+from qlora_kit.task_models import GENERATION
+from qlora_kit.tasks.labels import shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,16 @@ def opening(config: RunConfig, device: torch.device) -> list[str]:
     if config.base.weights == "random":
         lines.append("the base has random weights: for memory and speed work, its output means nothing")
     return lines
+
+
+def task_lines(asked: BaseConfig, resolved: BaseConfig) -> list[str]:
+    """What the model is trained to do, where that is not to write, and whether the data said so."""
+    if resolved.task == GENERATION:
+        return []
+    why = " (as the data and the model say)" if asked.task is None else ""
+    labels = f": {len(resolved.labels)} labels, {shown(resolved.labels)}" if resolved.labels else ""
+    several = ", several to an example" if resolved.multi_label else ""
+    return [f"task: {resolved.task}{why}{labels}{several}"]
 
 
 def step_table(outcomes: Mapping[str, Outcome]) -> Table:
@@ -66,6 +79,7 @@ def closing(result: Mapping[str, Any]) -> list[str]:
             f"{result['exact_match_after']:.1%} after"
         )
     held_out = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
+    held_out += "".join(f", {figure}" for figure in cards.figures(result["metrics"]))
     lines.append(
         f"done: {result['steps']} steps, training loss {result['train_loss']:.4f}{held_out}, "
         f"{result['tokens_per_s']:,.0f} tokens/s, peak {human_bytes(result['peak_bytes'])}"

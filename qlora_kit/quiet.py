@@ -24,6 +24,7 @@ LOG_MESSAGES = {
     ),
     "accelerate.utils.other": ("Detected kernel version",),
 }
+LOAD_REPORT = " LOAD REPORT"  # in the first line of what transformers says about missing weights: `base` checks them
 # (category, beginning of the message) of Python warnings that are dropped
 WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     (UserWarning, "Paged optimizers are not supported on CPU"),
@@ -33,14 +34,15 @@ WARNINGS: tuple[tuple[type[Warning], str], ...] = (
 
 
 class _Drop(logging.Filter):
-    """Drops the records that begin with one of `beginnings`."""
+    """Drops the records that begin with one of `beginnings`, and reports on loaded weights."""
 
     def __init__(self, beginnings: tuple[str, ...]) -> None:
         super().__init__()
         self.beginnings = beginnings
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.beginnings)
+        message = record.getMessage()
+        return not (message.startswith(self.beginnings) or LOAD_REPORT in message.partition("\n")[0])
 
 
 def quiet_libraries() -> None:

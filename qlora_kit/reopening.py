@@ -8,16 +8,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import adapters, base, data, hub, runs
 from qlora_kit.config import BaseConfig, RunConfig, read_settings
 from qlora_kit.errors import UserError, said_of
+from qlora_kit.task_models import GENERATION, TASK_MODELS, task_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 FROM_NOW = ("device", "trust_remote_code")  # where a model runs, and whether its code may: never taken from a file
 
@@ -53,6 +55,11 @@ class FinishedRun:
         return bool(self.record.get("plain_text", False))
 
     @property
+    def generates(self) -> bool:
+        """Whether what it trained writes text."""
+        return self.config.base.task in (None, GENERATION)
+
+    @property
     def seq_len(self) -> int:
         """The tokens that an example of the run may have, or those given now."""
         return self.config.data.seq_len or int(self.record["resolved"]["seq_len"])
@@ -67,6 +74,12 @@ class Opened:
     positions: int | None
     is_plain_text: bool
     load: Callable[[], Any]
+    config: BaseConfig  # with the task, also where the model's own config.json says it
+
+    @property
+    def task(self) -> str:
+        """What it was trained to do."""
+        return self.config.task or GENERATION
 
 
 def find_run(path: str, given: Mapping[str, object], base_model: str | None = None) -> FinishedRun:
@@ -84,7 +97,27 @@ def find_run(path: str, given: Mapping[str, object], base_model: str | None = No
     if not (run.weights / needed).is_file():
         rule = f"holds no trained weights (no {run.weights.name}/{needed})"
         raise UserError.of("--run", path, rule, "Give the folder of a training run, whole.")
+    _check_labels(run)
     return run
+
+
+def label_map(config: BaseConfig) -> dict[str, Any]:
+    """What is written beside the weights about the labels, whose names neither they nor PEFT's settings hold."""
+    return {"task": config.task, "labels": list(config.labels or ()), "multi_label": bool(config.multi_label)}
+
+
+def _check_labels(run: FinishedRun) -> None:
+    """Check that the labels of the run are those that its weights were saved with. Raises `UserError`."""
+    file, config = run.weights / runs.LABELS_FILE, run.config.base
+    if config.labels is None:
+        return
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError.of("--run", str(run.folder), f"its {file.name} cannot be read ({error})", "Mend it.") from None
+    if saved != label_map(config):
+        rule = f"its {runs.RUN_FILE} and its {run.weights.name}/{file.name} name different labels"
+        raise UserError.of("--run", str(run.folder), rule, "Mend the one that is wrong, or train again.")
 
 
 def _read_record(folder: Path) -> dict[Any, Any]:
@@ -136,7 +169,7 @@ def memory_errors(device: str) -> Iterator[None]:
 def run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
     """The tokenizer of the run with its template, as it was saved beside the weights. Raises `UserError`."""
     with said_of("--run", instead_of="--tokenizer"):
-        return data.prepare_tokenizer(base.load_tokenizer(run.base_settings))
+        return data.prepare_tokenizer(base.load_tokenizer(run.base_settings), run.generates)
 
 
 def check_base(run: FinishedRun) -> str | None:
@@ -186,7 +219,19 @@ def open_run(run: FinishedRun, device: torch.device) -> Opened:
     positions = run_positions(run)
     kind = "every weight trained" if config.full else f"with its adapter, r = {run.config.adapter.r}"
     title = f"{run.folder}: {config.model} at {config.bits} bits, {kind}"
-    return Opened(title, run_tokenizer(run), positions, run.is_plain_text, lambda: load_run_model(run, device))
+    loader = partial(load_run_model, run, device)
+    return Opened(title, run_tokenizer(run), positions, run.is_plain_text, loader, run.model_settings)
+
+
+def _check_has_head(config: BaseConfig, architecture: PretrainedConfig) -> None:
+    """Check that the model was saved with the head of its task: one drawn at random answers at random.
+
+    Raises `UserError`.
+    """
+    own = TASK_MODELS[config.task or GENERATION]
+    if own.has_new_head and not any(kind.endswith(own.endings) for kind in architecture.architectures or ()):
+        rule = f"has no head for {config.task}"
+        raise UserError.of("--model", config.model, rule, "Give a release of a run, or the run itself with --run.")
 
 
 def open_model(config: BaseConfig, device: torch.device, as_saved: bool) -> Opened:
@@ -201,8 +246,10 @@ def open_model(config: BaseConfig, device: torch.device, as_saved: bool) -> Open
         remedy = "Give --run with the run that it belongs to, or merge it into its base."
         raise UserError.of("--model", config.model, "is an adapter, not a whole model", remedy)
     with model_errors("--model"):
-        positions = base.max_positions(base.load_model_config(config))
-    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config))
+        architecture = base.load_model_config(config)
+    config = dataclasses.replace(config, task=task_of(config.task, architecture))
+    _check_has_head(config, architecture)
+    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config), config.task == GENERATION)
     title = f"{config.model}, as saved" if as_saved else f"{config.model} at {config.bits} bits"
-    loader = base.load_as_saved if as_saved else base.load_base
-    return Opened(title, tokenizer, positions, False, lambda: loader(config, device))
+    loader = partial(base.load_as_saved if as_saved else base.load_base, config, device)
+    return Opened(title, tokenizer, base.max_positions(architecture), False, loader, config)

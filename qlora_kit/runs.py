@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from qlora_kit.errors import UserError
 
 RUN_FILE, METRICS_FILE, CARD_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "README.md", "checkpoints"
+LABELS_FILE = "labels.json"  # beside the weights of a model that tells labels apart
 PARTIAL = ".partial"
 LIBRARIES = ("qlora_kit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 

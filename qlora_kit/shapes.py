@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import UserError
+from qlora_kit.task_models import serves_any_task
 
 # what a configuration class may raise for a field that it cannot use
 BAD_CONFIG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -240,19 +241,15 @@ def _nearest(name: str) -> str:
 
 def _parsed(model: str, path: Path, text: str) -> PretrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import CONFIG_MAPPING
 
     try:
         fields = json.loads(text)
     except ValueError as error:
         raise UserError.of("--model", model, f"is not JSON ({error})", f"Mend {path}.") from None
     kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if (
-        not isinstance(kind, str)
-        or kind not in CONFIG_MAPPING
-        or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING
-    ):
-        rule = f"has model_type {kind!r}, of which this transformers has no causal language model"
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or not serves_any_task(kind):
+        rule = f"has model_type {kind!r}, of which this transformers has no language model"
         raise UserError.of("--model", model, rule, "Give the config.json of one, such as model_type llama or gpt2.")
     try:
         return _built(fields)

@@ -21,14 +21,15 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qlora_kit import adapters
+from qlora_kit import adapters, tasks
 from qlora_kit.base import compute_dtype
-from qlora_kit.config import RunConfig
+from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean import flat
 from qlora_kit.progress import TrainingProgress
 from qlora_kit.runs import RunFolder, append_metrics
-from qlora_kit.scoring import mean_loss, undisturbed
+from qlora_kit.scoring import undisturbed
+from qlora_kit.tasks import Scores, Task
 
 Sampler = Callable[[], dict[str, str]]  # gives one generated answer: prompt, expected, generated
 OPTIMIZERS = {  # ours → transformers'
@@ -62,6 +63,7 @@ def training_arguments(
     optim, evaluation = config.optim, config.evaluation
     every = evaluation.eval_steps or evaluation.save_steps
     strategy = "steps" if every else "epoch"
+    metric, more_is_better = tasks.metric_of(tasks.task_named(config.base.task), evaluation.metric)
     steps: dict[str, Any] = {"save_steps": evaluation.save_steps or every} if every else {}
     if every and evaluates:
         steps["eval_steps"] = every
@@ -83,8 +85,8 @@ def training_arguments(
         save_strategy=strategy,
         save_total_limit=evaluation.keep_checkpoints,
         load_best_model_at_end=evaluates and evaluation.keep_best,
-        metric_for_best_model="eval_loss" if evaluates else None,
-        greater_is_better=False if evaluates else None,
+        metric_for_best_model=f"eval_{metric}" if evaluates else None,
+        greater_is_better=more_is_better if evaluates else None,
         logging_steps=1,  # metrics.jsonl holds the whole curve
         logging_nan_inf_filter=False,  # a loss that is no number must show
         dataloader_pin_memory=device.type == "cuda",
@@ -121,6 +123,9 @@ class AdapterTrainer(Trainer):
 
     control: TrainerControl
     optimizer: Any
+    task: Task
+    base_config: BaseConfig
+    scores: dict[int, Scores]  # of the evaluations of this process, by step
     warmup: float = 0.0  # share of the steps
     gradients_checked = False  # fp16 checks none: its scaler skips overflowing steps by itself
     tokens_seen: Any = 0  # a count, or a tensor of one on the device
@@ -153,16 +158,13 @@ class AdapterTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The loss over every held-out token (the same whatever the batch size); the run is not disturbed."""
+        """The task's figures on all held-out examples (the same whatever the batch size); the run is not disturbed."""
         start_s = time.monotonic()
         with undisturbed(self.model):  # the loader, too, draws from the random state
-            loss = mean_loss(self.model, self._held_out(eval_dataset))
-        metrics = {
-            f"{metric_key_prefix}_loss": loss.mean,
-            f"{metric_key_prefix}_perplexity": loss.perplexity,
-            f"{metric_key_prefix}_tokens": loss.tokens,
-            f"{metric_key_prefix}_s": round(time.monotonic() - start_s, 3),
-        }
+            scores = self.task.judge.score(self.model, self._held_out(eval_dataset), self.base_config)
+        self.scores[self.state.global_step] = scores
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.metrics.items()}
+        metrics[f"{metric_key_prefix}_s"] = round(time.monotonic() - start_s, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -279,8 +281,9 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Say how the evaluation went, with one generated answer."""
         self.evaluated = 0
-        loss, perplexity = metrics["eval_loss"], metrics["eval_perplexity"]
-        self.progress.say(f"step {state.global_step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+        assert self.trainer is not None, "the trainer is set before training"
+        figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        self.progress.say(f"step {state.global_step}: {self.trainer.task.judge.said(figures)}")
         if self.sample is not None:
             sample = self.sample()
             append_metrics(self.folder, {"step": state.global_step, "sample": sample})
@@ -318,6 +321,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.warmup = config.optim.warmup
+    trainer.task, trainer.base_config, trainer.scores = tasks.task_named(config.base.task), config.base, {}
     callback.trainer = trainer
     return trainer, callback
 
@@ -347,14 +351,28 @@ def mean_training_loss(trainer: AdapterTrainer) -> float:
     return sum(losses) / max(len(losses), 1)
 
 
-def final_eval_loss(trainer: AdapterTrainer) -> float:
-    """The held-out loss of the weights as they are after training: the best one's, the last one's, or a fresh one."""
-    if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
-        return trainer.state.best_metric
-    last: dict[str, Any] = next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
-    if last.get("step") == trainer.state.global_step:
-        return float(last["eval_loss"])
-    return trainer.evaluate()["eval_loss"]
+def final_metrics(trainer: AdapterTrainer) -> dict[str, float]:
+    """The figures of the weights as they are after training: the best one's, the last one's, or fresh ones."""
+    step = _kept_step(trainer)
+    found = (line for line in reversed(trainer.state.log_history) if "eval_loss" in line and line.get("step") == step)
+    line = next(found, None) or trainer.evaluate()
+    figures = {name.removeprefix("eval_"): float(value) for name, value in line.items() if name.startswith("eval_")}
+    return {name: value for name, value in figures.items() if name != "s"}
+
+
+def final_scores(trainer: AdapterTrainer) -> Scores:
+    """The same with its report; evaluated again where an earlier process did it."""
+    found = trainer.scores.get(_kept_step(trainer))
+    if found is not None:
+        return found
+    with undisturbed(trainer.model):
+        return trainer.task.judge.score(trainer.model, trainer._held_out(None), trainer.base_config)
+
+
+def _kept_step(trainer: AdapterTrainer) -> int:
+    """The step of the weights after training."""
+    best = trainer.state.best_global_step
+    return best if trainer.args.load_best_model_at_end and best is not None else trainer.state.global_step
 
 
 def _tensorboard(folder: RunFolder) -> TrainerCallback:

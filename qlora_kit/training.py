@@ -7,20 +7,22 @@ import importlib.util
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
-from qlora_kit import adapters, base, cards, data, narration, preflight, quiet, runs, scoring
+from qlora_kit import adapters, base, cards, data, narration, preflight, quiet, reopening, runs, scoring
 from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.inputs import Examples, Inputs, check_vocabulary, make_collator, read_inputs
+from qlora_kit.inputs import Examples, Inputs, check_vocabulary, make_collator, read_inputs, weigh_labels
 from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
+from qlora_kit.task_models import GENERATION
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 PLAN_FILE = "plan.json"
 RESUME_REMEDY = "Leave it as it was, or start a new run."
 SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
-OF_HELD_OUT = ("early_stopping", "exact_match", "eval_steps")  # settings that need held-out data
+OF_HELD_OUT = ("early_stopping", "exact_match", "eval_steps", "metric")  # settings that need held-out data
+FROM_DATA = ("task", "labels", "multi_label")  # settings of the base that unset are taken from the data
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class RunResult:
     exact_match_after: float | None
     peak_bytes: int
     tokens_per_s: float
+    metrics: Mapping[str, float]  # the task's figures on held-out data; empty without any
 
 
 def train(config: RunConfig, console: Console | None = None, examples: Examples | None = None) -> RunResult:
@@ -62,13 +66,15 @@ def train(config: RunConfig, console: Console | None = None, examples: Examples 
     check_settings(config, examples)
     point = runs.find_resume_point(config.resume) if config.resume else None
     if point is not None:
+        config = _as_before(config, point)
         _check_resumable(config, point)
     device = base.resolve_device(config.base.device)
     if point is None and config.out is not None:
         runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)
     quiet.quiet_progress_bars()
     inputs = read_inputs(config, examples)
-    for line in narration.opening(config, device):
+    asked, config = config, inputs.config
+    for line in [*narration.opening(config, device), *narration.task_lines(asked.base, config.base)]:
         say_line(say, line)
     planned = None
     if config.preflight:
@@ -80,6 +86,7 @@ def train(config: RunConfig, console: Console | None = None, examples: Examples 
     if model.lean_outcomes:
         say.print(narration.step_table(model.lean_outcomes))
     check_vocabulary(inputs.tokenizer, model)
+    weigh_labels(model, inputs)
     name = Path(config.base.model.rstrip("/")).name
     if point is None:
         folder = runs.RunFolder.create(config.out, name, config.overwrite)
@@ -115,15 +122,26 @@ def check_settings(config: RunConfig, examples: Examples | None = None) -> None:
         raise UserError(faults)
 
 
+def _settings_before(point: runs.ResumePoint) -> RunConfig:
+    settings = json.loads(point.settings_file.read_text(encoding="utf-8"))["settings"]
+    return RunConfig.from_flat(read_settings({"settings": settings}))
+
+
+def _as_before(config: RunConfig, point: runs.ResumePoint) -> RunConfig:
+    """`config` with what the run to resume took from its data, where it is unset."""
+    before = _settings_before(point).base
+    unset = {name: getattr(before, name) for name in FROM_DATA if getattr(config.base, name) is None}
+    return dataclasses.replace(config, base=dataclasses.replace(config.base, **unset))
+
+
 def _check_resumable(config: RunConfig, point: runs.ResumePoint) -> None:
     """Check that what the checkpoint depends on is as it was. Raises `UserError` with every difference."""
-    settings = json.loads(point.settings_file.read_text(encoding="utf-8"))["settings"]
-    before, now = RunConfig.from_flat(read_settings({"settings": settings})), config
+    before, now = _settings_before(point), config
     kept = {
         "base": None,
         "adapter": None,
         "data": None,
-        "optim": ("optim", "batch_size", "grad_accum"),
+        "optim": ("optim", "batch_size", "grad_accum", "class_weights"),
         "lean": ("lean", "flat_buffer"),  # the optimizer's states are those of the flat buffer or of each factor
     }
     faults = [Fault("--seed", now.seed, f"was {before.seed} in the run to resume", RESUME_REMEDY)] * (
@@ -169,7 +187,7 @@ def _run(
 ) -> RunResult:
     from qlora_kit.trainer import (
         build_trainer,
-        final_eval_loss,
+        final_metrics,
         mean_training_loss,
         planned_steps,
         resolve_optim,
@@ -209,21 +227,25 @@ def _run(
         finally:
             progress.stop()
     after = _exact_match(config, model, inputs)
-    eval_loss = final_eval_loss(trainer) if inputs.evaluation is not None else None
+    metrics = final_metrics(trainer) if inputs.evaluation is not None else {}
     result = RunResult(
         folder.final,
         folder.final / ("model" if config.base.full else "adapter"),
         trainer.state.global_step,
         mean_training_loss(trainer),
-        eval_loss,
+        metrics.get("loss"),
         before,
         after,
         max(peak_bytes(device), profiler.highest_bytes if profiler and device.type == "cuda" else 0),
         callback.tokens_per_s,
+        metrics,
     )
     profile = profiler.profile if profiler else None
     _save_profile(folder, profile)
+    tables = _write_report(folder, trainer, inputs)
     _save(folder, trainer, inputs, record, result)
+    for table in tables:
+        say.print(table)
     for line in narration.closing(dataclasses.asdict(result)):
         say_line(say, line)
     if planned is None and profile is not None:
@@ -231,6 +253,16 @@ def _run(
     if planned is not None:
         say_line(say, planned.closing_line(result.peak_bytes if device.type == "cuda" else None, profile))
     return result
+
+
+def _write_report(folder: runs.RunFolder, trainer: AdapterTrainer, inputs: Inputs) -> list[Table]:
+    """Write what the task says about the trained model on held-out data, and return what of it is shown."""
+    from qlora_kit.trainer import final_scores
+
+    write = inputs.task.judge.write
+    if write is None or inputs.evaluation is None:
+        return []
+    return write(final_scores(trainer), folder.working)
 
 
 @contextmanager
@@ -292,6 +324,8 @@ def _exact_match(config: RunConfig, model: Any, inputs: Inputs) -> float | None:
 
 def _sampler(model: Any, inputs: Inputs) -> Callable[[], dict[str, str]] | None:
     """Answers the first held-out prompt that leaves room for an answer; None where there is none."""
+    if inputs.task.name != GENERATION:
+        return None
     prompts = ((example, data.encode_prompt(example, inputs.tokenizer)) for example in inputs.held_out)
     found = next(((example, prompt) for example, prompt in prompts if len(prompt) < inputs.seq_len), None)
     if found is None:
@@ -312,6 +346,8 @@ def _save(
     target = folder.working / result.adapter.name
     trainer.save_model(str(target))
     inputs.tokenizer.save_pretrained(str(target))
+    if inputs.config.base.labels is not None:
+        runs.write_json(target / runs.LABELS_FILE, reopening.label_map(inputs.config.base))
     results = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("folder", "adapter")}
     finished = {**record, "steps": result.steps, "results": results, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     runs.write_json(folder.working / runs.RUN_FILE, finished)

@@ -128,8 +128,7 @@ def test_real_data_sets():
     assert len(read_examples(str(SHARED_DATA / "gsm8k"), {})) == 7473
     assert len(read_examples(str(SHARED_DATA / "gsm8k"), {}, "--eval-data")) == 1319
     assert len(read_examples(str(SHARED_DATA / "seed-tasks"), {})) == 175
-    columns = faults_of(SHARED_DATA / "sst2" / "dev.tsv")
-    assert "no known shape" in columns[0].rule
+    assert len(read_examples(str(SHARED_DATA / "sst2" / "dev.tsv"), {})) == 872  # it has no header
 
 
 # ---------------------------------------------------------------------------------------- what cannot be read

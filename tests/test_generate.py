@@ -57,7 +57,7 @@ def as_trained(text: str, tokenizer) -> list[int]:
 
 
 def opened(tokenizer, positions=None):
-    return reopening.Opened("a model", tokenizer, positions, False, lambda: None)
+    return reopening.Opened("a model", tokenizer, positions, False, lambda: None, BaseConfig())
 
 
 # ------------------------------------------------------------------------------------------------------ prompts

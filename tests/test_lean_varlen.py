@@ -22,6 +22,7 @@ from qlora_kit.lean import apply, varlen
 from qlora_kit.lean.apply import Piece
 from qlora_kit.memory import rules, simulate
 from qlora_kit.memory.track import overall_peak
+from qlora_kit.tasks import task_named
 
 BY_EXAMPLE = [family for family in FAMILIES if family != "gemma2"]
 PAD, ROW = 7, 40
@@ -156,8 +157,10 @@ def test_the_collator_of_a_run_fits_its_model(family, varlen_wanted):
     varlen.put_on(model)
     rows = pack(examples([9, 5, 3]), 16)
     tokenizer = prepare_tokenizer(tiny_tokenizer())
-    given = inputs.Inputs(tokenizer, rows, None, [], 16, AuditReport(*([0] * 12)), plain_text=False)
-    batch = inputs.make_collator(run_settings(pack=True), model, given)([rows[index] for index in range(len(rows))])
+    settings = run_settings(pack=True)
+    report = AuditReport(*([0] * 12))
+    given = inputs.Inputs(settings, task_named(None), tokenizer, rows, None, [], 16, report, plain_text=False)
+    batch = inputs.make_collator(settings, model, given)([rows[index] for index in range(len(rows))])
     assert ("segment_starts" in batch) == varlen_wanted
     assert torch.isfinite(model(**batch).loss)
 

@@ -38,6 +38,9 @@ def run(
     from qlora_kit.progress import say_line
 
     found = reopening.find_run(run, given, base)
+    if not found.generates:
+        rule = f"was trained for {found.config.base.task}, whose figures are in its evaluation.json"
+        raise UserError.of("--run", run, rule, "Use `qlora-kit predict` for other data.")
     quiet.quiet_progress_bars()
     say = Console(stderr=True, highlight=False)
     for line in narration.opening(found.config, resolve_device(found.config.base.device)):

@@ -13,6 +13,7 @@ from rich.console import Console
 from qlora_kit import quiet
 from qlora_kit.config import DEFAULT_NEW_TOKENS, RunConfig, flag
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.task_models import GENERATION
 
 if TYPE_CHECKING:
     from qlora_kit.reopening import Opened
@@ -105,6 +106,9 @@ def _open(given: Mapping[str, Any], run: str | None, base_model: str | None, say
         with say.status("checking the base"):
             warning = None if config.base.full else reopening.check_base(found)
         opened = reopening.open_run(found, device)
+    if opened.task != GENERATION:
+        rule = f"was trained for {opened.task}, and writes no text"
+        raise UserError.of("--run" if run else "--model", run or config.base.model, rule, "Use `qlora-kit predict`.")
     quiet.quiet_progress_bars()
     for line in (*narration.opening(config, device), opened.title, *([warning] if warning else [])):
         say_line(say, line)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,14 +20,17 @@ from qlora_kit.data import (
     pack,
     prepare_tokenizer,
     read_examples,
+    read_rows,
     resolve_seq_len,
 )
+from qlora_kit.data.encode import Encoded
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.task_models import GENERATION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from qlora_kit.data.encode import Encoded
+    from qlora_kit.tasks import Task
 
 VISIBLE = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "·"}
 
@@ -36,14 +40,21 @@ def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
 
     Raises `UserError` for "--rows" outside the data, and for whatever is wrong with the data or the tokenizer.
     """
+    from qlora_kit import tasks
     from qlora_kit.base import load_model_config, load_tokenizer, max_positions
 
     console = Console(highlight=False)
-    tokenizer = prepare_tokenizer(load_tokenizer(config.base))
-    positions = max_positions(load_model_config(config.base))
-    seq_len = resolve_seq_len(config.data.seq_len, tokenizer, positions)
-    examples = read_examples(config.data.data, config.data.columns, "--data")
+    architecture = load_model_config(config.base)
+    records = read_rows(config.data.data, config.data.columns)
+    task = tasks.choose(config.base, records, config.data.columns, architecture)
+    tokenizer = prepare_tokenizer(load_tokenizer(config.base), task.name == GENERATION)
+    seq_len = resolve_seq_len(config.data.seq_len, tokenizer, max_positions(architecture))
+    source = tasks.Source(records, config.data.data, config.data.columns)
+    examples = task.reader.read(source, config.base)
     _check_rows(rows, len(examples))
+    if task.name != GENERATION:
+        _preview_answers(console, config, task, examples, rows, tokenizer, seq_len)
+        return
     _print_examples(console, examples, rows, tokenizer, seq_len, config.data.train_on)
     sets = {"--data": examples}
     if config.data.eval_data is not None:
@@ -51,6 +62,49 @@ def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
     for setting, members in sets.items():
         encoded = encode_set(members, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
         console.print(_audit_table(setting, encoded, seq_len, config.data.pack))
+
+
+def _preview_answers(
+    console: Console,
+    config: RunConfig,
+    task: Task,
+    examples: list[Any],
+    rows: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+) -> None:
+    """The same of a task whose answers are no tokens, such as labels."""
+    from qlora_kit import tasks
+
+    assert task.answering is not None, "only text generation has none"
+    config = replace(config, base=task.reader.resolve(config.base, examples, "--data"))
+    console.print(f"{task.name}: the tokens that the model reads, and the answer that it learns.\n")
+    for row in rows:
+        if row <= len(examples):
+            encoded = task.answering.encode([examples[row - 1]], tokenizer, seq_len).rows[0]
+            cut = f", cut from {encoded.full_tokens}" if encoded.truncated else ""
+            title = f"Example {row} ({encoded.origin}): {len(encoded.input_ids)} tokens{cut}"
+            console.print(Text(title, style="bold"), soft_wrap=True)
+            text = Text("".join(f"{_shown(token, tokenizer)}|" for token in encoded.input_ids), style="dim")
+            console.print(text.append(f" «{task.reader.answer(examples[row - 1])}»", style="not dim bold green"))
+            console.print()
+    sets = {"--data": examples}
+    if config.data.held_out_source is not None:
+        held_out = read_rows(config.data.held_out_source, config.data.columns, "--eval-data")
+        of_eval = tasks.Source(held_out, config.data.held_out_source, config.data.columns, "--eval-data")
+        sets["--eval-data"] = task.reader.read(of_eval, config.base)
+    for setting, members in sets.items():
+        report = task.answering.encode(members, tokenizer, seq_len).report
+        table = _table(setting)
+        lengths = (report.length_min, report.length_median, report.length_p95, report.length_max)
+        table.add_row("examples", str(report.examples))
+        table.add_row("tokens: min / median / p95 / max", " / ".join(f"{length:g}" for length in lengths))
+        table.add_row(f"truncated to {seq_len} tokens", str(report.truncated))
+        table.add_row("empty texts", str(report.empty))
+        table.add_row("duplicates", str(report.duplicates))
+        for name, value in task.reader.audit(members, examples):
+            table.add_row(Text(name), Text(value))
+        console.print(table)
 
 
 def _check_rows(rows: Sequence[int], count: int) -> None:
@@ -104,14 +158,19 @@ def _shown(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _audit_table(setting: str, encoded: EncodedSet, seq_len: int, packed: bool) -> Table:
-    table = Table(title=f"Audit of {setting}", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = _table(setting)
     for name, value in _audit_lines(encoded.report, seq_len):
         table.add_row(name, value)
     if packed:
         rows = pack(encoded, seq_len)
         table.add_row("packed rows", f"{len(rows)} ({rows.fill:.1%} full)")
+    return table
+
+
+def _table(setting: str) -> Table:
+    table = Table(title=f"Audit of {setting}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
     return table
 
 

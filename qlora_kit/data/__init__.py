@@ -13,8 +13,9 @@ from qlora_kit.data.encode import (
     encode_text,
     resolve_seq_len,
 )
-from qlora_kit.data.load import read_examples, read_prompts, split_examples
+from qlora_kit.data.load import read_examples, read_prompts, read_rows, split_examples
 from qlora_kit.data.pack import PackedSet, pack
+from qlora_kit.data.read import Record
 from qlora_kit.data.tokenizer import prepare_tokenizer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Example",
     "Message",
     "PackedSet",
+    "Record",
     "encode_conversation",
     "encode_example",
     "encode_prompt",
@@ -36,6 +38,7 @@ __all__ = [
     "prompt_of",
     "read_examples",
     "read_prompts",
+    "read_rows",
     "resolve_seq_len",
     "segment_tensors",
     "split_examples",

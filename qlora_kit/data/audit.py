@@ -37,20 +37,35 @@ def audit(
     examples: Sequence[Example], lengths: Sequence[int], cut: Sequence[bool], supervised: Sequence[int], seq_len: int
 ) -> AuditReport:
     """The report on `examples`, given for each its length in tokens, whether it is cut, and its supervised tokens."""
-    assert examples, "an empty data set is refused before its audit"
+    empty = sum(_is_empty(example) for example in examples)
+    duplicates = len(examples) - len({_content(example) for example in examples})
+    return audit_lengths(lengths, cut, supervised, seq_len, empty=empty, duplicates=duplicates)
+
+
+def audit_lengths(
+    lengths: Sequence[int],
+    cut: Sequence[bool],
+    supervised: Sequence[int],
+    seq_len: int,
+    *,
+    empty: int,
+    duplicates: int,
+) -> AuditReport:
+    """The same of examples of any kind, of which so many are empty, and so many repeat an earlier one."""
+    assert lengths, "an empty data set is refused before its audit"
     in_order = sorted(lengths)
     kept = [index for index, count in enumerate(supervised) if count]
     return AuditReport(
-        examples=len(examples),
+        examples=len(lengths),
         kept=len(kept),
         length_min=in_order[0],
         length_median=statistics.median(in_order),
         length_p95=in_order[math.ceil(0.95 * len(in_order)) - 1],
         length_max=in_order[-1],
         truncated=sum(cut),
-        empty=sum(_is_empty(example) for example in examples),
-        unsupervised=len(examples) - len(kept),
-        duplicates=len(examples) - len({_content(example) for example in examples}),
+        empty=empty,
+        unsupervised=len(lengths) - len(kept),
+        duplicates=duplicates,
         input_tokens=sum(min(lengths[index], seq_len) for index in kept),
         supervised_tokens=sum(supervised),
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from qlora_kit.data.columns import Example, examples_from, prompts_from
-from qlora_kit.data.read import read_records
+from qlora_kit.data.headerless import with_all_rows
+from qlora_kit.data.read import Record, read_records
 from qlora_kit.errors import UserError
 
 
@@ -18,15 +20,26 @@ def read_examples(source: str, columns: Mapping[str, str], setting: str = "--dat
 
     Raises `UserError` for a source that is missing, empty, unreadable (file and line) or in no known shape.
     """
-    return examples_from(read_records(source, setting), columns, source, setting)
+    return examples_from(read_rows(source, columns, setting), columns, source, setting)
+
+
+def read_rows(source: str, columns: Mapping[str, str], setting: str = "--data") -> list[Record]:
+    """Every record of `source`; a separated file without a header has its columns by position, or text and label.
+
+    Raises `UserError` as `read_records` does.
+    """
+    return with_all_rows(read_records(source, setting), columns)
 
 
 def read_prompts(source: str, columns: Mapping[str, str], setting: str = "--data") -> list[Example]:
     """Every prompt of `source` without its answer, which need not be there; otherwise as `read_examples`."""
-    return prompts_from(read_records(source, setting), columns, source, setting)
+    return prompts_from(read_rows(source, columns, setting), columns, source, setting)
 
 
-def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+T = TypeVar("T")
+
+
+def split_examples(examples: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """The examples to train on and the share `fraction` of them to hold out, at least one; both keep their order.
 
     Drawn by `seed` alone, so the same data gives the same split. Raises `UserError` if nothing is left to train on.

@@ -14,28 +14,30 @@ if TYPE_CHECKING:
 PROBE_TEXT = "The answer is 42."
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, generates: bool = True) -> PreTrainedTokenizerBase:
     """Make `tokenizer` fit for training, in place, and return it.
 
     A missing pad token becomes the end-of-text token: the vocabulary never grows, and padding is masked by its
-    position. A missing chat template becomes the plain one, which `save_pretrained` then writes with the adapter.
+    position. A missing chat template becomes the plain one, which `save_pretrained` then writes with the adapter;
+    for a model that only reads (not `generates`) there is none, and the end of a text needs no token.
 
     Raises `UserError` for "--tokenizer" where it encodes a probe text to nothing, to unknown tokens, or to tokens
-    that do not decode back, and where it has no end-of-text token.
+    that do not decode back, and where it has no end-of-text token to learn or to pad with.
     """
     faults = []
     broken = _broken_rule(tokenizer)
     if broken:
         remedy = "Give a folder that holds the tokenizer.json of the model."
         faults.append(Fault("--tokenizer", _name(tokenizer), broken, remedy))
-    if tokenizer.eos_token_id is None:
-        rule = "has no end-of-text token, so the model cannot learn to stop"
+    if tokenizer.eos_token_id is None and (generates or tokenizer.pad_token_id is None):
+        why = "so the model cannot learn to stop" if generates else "and none to pad with"
+        rule = f"has no end-of-text token, {why}"
         faults.append(Fault("--tokenizer", _name(tokenizer), rule, "Set eos_token in its tokenizer_config.json."))
     if faults:
         raise UserError(faults)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not tokenizer.chat_template:
+    if generates and not tokenizer.chat_template:
         begins_with_bos = tokenizer.bos_token_id is not None and leading_ids(tokenizer)[:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos else "") + PLAIN_TEMPLATE
     return tokenizer

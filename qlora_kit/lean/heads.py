@@ -71,6 +71,8 @@ class Head:
 def why_not(causal: Any) -> str:
     """Why the head of `causal` (a causal language model without PEFT's wrapper) is not understood; "" if it is."""
     linear = causal.get_output_embeddings()
+    if linear is None:
+        return "there is no head over the vocabulary"
     if causal.config.model_type not in KINDS:
         return f"the head of {causal.config.model_type!r} is not known"
     if "forward" in vars(causal) or causal.loss_function is not ForCausalLMLoss:

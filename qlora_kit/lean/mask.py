@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_kit.lean.outcome import Outcome
+from qlora_kit.task_models import reads_both_ways
 
 # their attention is not causal everywhere, or they count the tokens that the mask shows
 NOT_CAUSAL = ("prefix_lm", "is_encoder_decoder", "use_bidirectional_attention")
@@ -21,12 +22,25 @@ def put_on(model: Any) -> Outcome:
     `data.Collator` pads so. Batches without labels (prompts to answer, padded on the left) keep theirs.
     """
     config = model.config
-    if any(getattr(config, name, None) for name in NOT_CAUSAL) or not getattr(config, "is_causal", True):
+    if not _is_causal(model):
         return Outcome(left="attention is not causal everywhere")
     if any(getattr(config, name, None) for name in COUNTS_TOKENS):
         return Outcome(left="experts are balanced over the tokens that the mask shows")
     model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
     return Outcome("padded rows attend causally, without a mask")
+
+
+def is_on(model: Any) -> bool:
+    """Whether `put_on` has changed `model`."""
+    return any(hook is _drop_mask for hook in model._forward_pre_hooks.values())
+
+
+def _is_causal(model: Any) -> bool:
+    config = model.config
+    if any(getattr(config, name, None) for name in NOT_CAUSAL) or reads_both_ways(config):
+        return False
+    parts = [config, *model.modules()]
+    return all(getattr(part, "is_causal", True) for part in parts)
 
 
 def _drop_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

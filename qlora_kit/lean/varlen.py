@@ -52,6 +52,8 @@ def is_on(model_config: Any) -> bool:
 
 def _reason_to_leave(base: Any) -> str:
     config = base.config
+    if base.get_output_embeddings() is None:
+        return "there is no head over the vocabulary"
     if config._attn_implementation != "sdpa" or not base._supports_attention_backend:
         return f"{config._attn_implementation} attention"
     if any(getattr(config, name, None) for name in NOT_CAUSAL) or not getattr(config, "is_causal", True):

@@ -33,6 +33,9 @@ def stand_ins() -> dict[Any, StandIn]:
     table: dict[Any, StandIn] = {
         aten._local_scalar_dense.default: scalars(),
         aten.nonzero.default: places(itertools.repeat(None)),  # a plan has every token supervised
+        aten.unique_consecutive.default: _all_equal,
+        aten.index.Tensor: _ends_of_text,
+        aten._index_put_impl_.default: _put_where_masked,
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
         aten._flash_attention_backward.default: _flash_varlen_backward,
         bnb.dequantize_4bit.default: _as_workspace,
@@ -102,6 +105,31 @@ def places(counts: Iterator[int | None]) -> StandIn:
             return torch.empty((n_places, args[0].dim()), dtype=torch.int64, device="meta")
 
     return nonzero
+
+
+def _all_equal(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Different values in a row: on `meta` one (T5 and BART check that each row has as many ends of text)."""
+    if args[0].device.type != "meta":
+        return func(*args, **kwargs)
+    with tracker:
+        return args[0].new_empty((1,)), args[0].new_empty((0,)), args[0].new_empty((0,))
+
+
+def _ends_of_text(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The positions that a mask (B, T) selects: on `meta` one in each row, as T5's and BART's heads read."""
+    values, indices = args
+    mask = indices[0]
+    if values.device.type != "meta" or mask is None or mask.dtype != torch.bool:
+        return tracker.run(func, args, kwargs)
+    with tracker:
+        return values.new_empty((mask.shape[0], *values.shape[mask.dim() :]))
+
+
+def _put_where_masked(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The way back: what is put changes no layout."""
+    if args[0].device.type == "meta" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        return args[0]
+    return tracker.run(func, args, kwargs)
 
 
 def _as_workspace(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -122,7 +122,7 @@ def resolve_architecture(config: RunConfig) -> PretrainedConfig:
     """The architecture to plan: of a known name without any download, else as `base.load_model_config` finds it."""
     model = config.base.model
     if model.lower() in shapes.ARCHITECTURES and not Path(model).exists():
-        return shapes.named_config(model)
+        return base.with_labels(shapes.named_config(model), config.base)
     return base.load_model_config(config.base)
 
 
@@ -162,7 +162,7 @@ def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
     from qlora_kit.memory.watch import find_blocks
 
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    if any(getattr(architecture, name, None) for name in experts):
+    if any(getattr(architecture, name, None) for name in experts) or architecture.is_encoder_decoder:
         return None
     layers = architecture.num_hidden_layers
     kinds = getattr(architecture, "layer_types", None) or [""] * layers

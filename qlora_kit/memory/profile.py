@@ -152,7 +152,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         padded = mask is not None and mask.dim() == 2 and not bool(mask.all())
         labels = kwargs.get("labels")
-        supervised = None if labels is None else int((labels[:, 1:] != IGNORED).sum())
+        supervised = None
+        if labels is not None and labels.shape == ids.shape:  # one for each token, not for each row
+            supervised = int((labels[:, 1:] != IGNORED).sum())
         batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         batch = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
         self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded, supervised, batch))

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from qlora_kit import assembly
 from qlora_kit.config import RunConfig
-from qlora_kit.lean import flat, varlen
+from qlora_kit.lean import flat, mask, varlen
 from qlora_kit.memory import kernels
 from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.simulate import META, make_optimizer, nothing_left_behind, run_step
@@ -105,11 +105,11 @@ def mark_clipping(tracker: MemoryTracker, model: Any) -> Any:
 def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[Sequence[BatchShape]]) -> list[Event]:
     """Every change of live bytes of the optimizer steps `steps` (each a list of forward passes) on a CPU."""
     config = dataclasses.replace(config, lean=config.lean.resolved("cpu"))
-    has_mask = config.base.full or config.lean.lean == "off" or not config.lean.maskless_padding
     results = MetaResults()
     tracker = MemoryTracker("meta", 1, _stand_ins(), results.run)
     with nothing_left_behind():
         model = assembly.build_model(config, META, copy.deepcopy(architecture)).train()
+        has_mask = not mask.is_on(model)
         optimizer = _optimizer(model, config)
         mark_clipping(tracker, model)
         with watch(tracker, model, optimizer), _CpuChoices(), tracker:

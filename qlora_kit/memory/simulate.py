@@ -22,6 +22,7 @@ from qlora_kit.memory.autocast import MetaAutocast
 from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.track import Event, MemoryTracker
 from qlora_kit.memory.watch import watch
+from qlora_kit.task_models import TASK_MODELS, task_of
 from qlora_kit.trainer import resolve_optim
 
 if TYPE_CHECKING:
@@ -169,9 +170,13 @@ def make_batch(config: RunConfig, seq_len: int, model_config: Any) -> dict[str, 
     from qlora_kit.lean import varlen
 
     shape = (config.optim.batch_size, seq_len)
-    batch = {name: torch.zeros(shape, dtype=torch.int64, device=META) for name in ("input_ids", "labels")}
+    batch = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=META)}
+    batch["labels"] = _labels(config, shape, model_config)
     if not config.data.pack:
-        return {**batch, "attention_mask": torch.zeros(shape, dtype=torch.int64, device=META)}
+        batch["attention_mask"] = torch.zeros(shape, dtype=torch.int64, device=META)
+        if has_token_types(config, model_config):
+            batch["token_type_ids"] = torch.zeros(shape, dtype=torch.int64, device=META)
+        return batch
     batch["position_ids"] = torch.zeros(shape, dtype=torch.int64, device=META)
     if varlen.is_on(model_config):
         row = [PACKED_EXAMPLE_TOKENS] * (seq_len // PACKED_EXAMPLE_TOKENS)
@@ -179,6 +184,19 @@ def make_batch(config: RunConfig, seq_len: int, model_config: Any) -> dict[str, 
         return {**batch, **{name: t.to(META) if torch.is_tensor(t) else t for name, t in segments.items()}}
     mask_dtype = packed_mask_dtype(model_config, 0)
     return {**batch, "attention_mask": torch.zeros((shape[0], 1, seq_len, seq_len), dtype=mask_dtype, device=META)}
+
+
+def _labels(config: RunConfig, shape: tuple[int, int], model_config: Any) -> torch.Tensor:
+    task = TASK_MODELS[task_of(config.base.task, model_config)]
+    several = task.has_new_head and bool(config.base.multi_label)
+    size = task.label_shape(*shape, model_config.num_labels, several)
+    return torch.zeros(size, dtype=torch.float32 if several else torch.int64, device=META)
+
+
+def has_token_types(config: RunConfig, model_config: Any) -> bool:
+    """Whether the tokenizer of such a model says of which text of a pair each token is."""
+    has_new_head = TASK_MODELS[task_of(config.base.task, model_config)].has_new_head
+    return has_new_head and (getattr(model_config, "type_vocab_size", None) or 0) > 1
 
 
 def make_optimizer(

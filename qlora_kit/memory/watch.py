@@ -10,10 +10,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from qlora_kit.lean.loss import ChunkedLoss
 from qlora_kit.memory.track import MemoryTracker
+from qlora_kit.new_head import TaskLoss
+
+LOSSES = (ChunkedLoss, ModulesToSaveWrapper, TaskLoss)  # the loss of a batch begins with any of these
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def label_model(tracker: MemoryTracker, model: Any) -> None:
         if module is not None:
             tracker.label(module.weight, "embeddings and head")
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or ".modules_to_save." in name:
             tracker.label(parameter, "adapters")
 
 
@@ -90,7 +94,7 @@ def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:
             yield layer.register_forward_pre_hook(_layer_begins(tracker, index))
             yield layer.register_forward_hook(_layer_ends(tracker), always_call=True)
     for module in model.modules():  # the loss in chunks does without the head
-        if module is model.get_output_embeddings() or isinstance(module, ChunkedLoss):
+        if module is model.get_output_embeddings() or isinstance(module, LOSSES):
             yield module.register_forward_pre_hook(_loss_begins(tracker, len(blocks)))
     for parameter in model.parameters():
         if parameter.requires_grad:

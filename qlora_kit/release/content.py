@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,19 @@ LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def write_config(
-    base: Path, folder: Path, dtype: str, untied: bool, pack: Quantization | None, with_code: bool
+    base: Path,
+    folder: Path,
+    dtype: str,
+    untied: bool,
+    pack: Quantization | None,
+    with_code: bool,
+    heads: Sequence[str] = (),
+    fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the base's `config.json` as it is, but for the dtype and the quantization of the release.
+    """Write the base's `config.json` as it is, but for the dtype and the quantization of the release, and `fields`.
 
-    Code of the base's own is named in it only where it comes along (`with_code`).
+    Code of the base's own is named in it only where it comes along (`with_code`). The modules `heads` are never
+    quantized.
     """
     config = read_json(base / CONFIG_FILE, "--base", str(base))
     config.pop("torch_dtype", None)  # its name before transformers 5
@@ -43,11 +51,12 @@ def write_config(
     if untied:
         config["tie_word_embeddings"] = False
     if pack is not None:
-        config["quantization_config"] = _quantization_config(dtype, pack)
+        config["quantization_config"] = _quantization_config(dtype, pack, heads)
+    config.update(fields or {})
     runs.write_json(folder / CONFIG_FILE, config)
 
 
-def _quantization_config(dtype: str, pack: Quantization) -> dict[str, Any]:
+def _quantization_config(dtype: str, pack: Quantization, heads: Sequence[str]) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     settings: dict[str, Any] = BitsAndBytesConfig(
@@ -55,6 +64,7 @@ def _quantization_config(dtype: str, pack: Quantization) -> dict[str, Any]:
         bnb_4bit_quant_type=pack.quant_type,
         bnb_4bit_use_double_quant=pack.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(heads) or None,
     ).to_dict()
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
 

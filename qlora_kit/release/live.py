@@ -199,8 +199,9 @@ class _Answers:
 
         from qlora_kit.release import stock
 
-        save_file(stock.row_logits(model, self.asked.rows), self.out / f"{name}.safetensors")
-        self.found[name] = stock.greedy(model, self.asked.prompt, self.asked.end)
+        asked = self.asked.to_dict()
+        save_file(stock.row_logits(model, asked), self.out / f"{name}.safetensors")
+        self.found[name] = stock.answer(model, asked)
 
     def of_rounded(self, model: Any, name: str, job: Job) -> None:
         """The same with the weights of `model` merged and rounded as in the release; nothing for one in fp32."""

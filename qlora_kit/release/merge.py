@@ -18,6 +18,7 @@ from qlora_kit.progress import BytesProgress, say_line
 from qlora_kit.release import content, live, proof, report, stream, verify
 from qlora_kit.release.blocks import adapter_of_first_blocks, blocks_that_fit, first_blocks
 from qlora_kit.release.factors import Adapter, open_adapter
+from qlora_kit.release.heads import config_fields, head_names, with_heads, with_task
 from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
 from qlora_kit.release.outputs import Outputs, plan_outputs
 from qlora_kit.release.place import Place
@@ -37,6 +38,7 @@ SPARE_BYTES = 64 << 20  # for everything that is not weights
 class Inputs:
     """All that a merge reads, opened and checked."""
 
+    request: Request  # with the task, where only an adapter says it
     records: Sequence[RunRecord]
     adapters: Sequence[Adapter]
     base_folder: Path
@@ -45,6 +47,7 @@ class Inputs:
     seen_dtype: torch.dtype
     layout: Layout
     outputs: Outputs
+    heads: Sequence[str]  # modules that the task put beside the base
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     found = [adapter for adapter in adapters if adapter is not None]
     folder, checkpoint = opened
     _check_together(found)
+    request = dataclasses.replace(request, base=with_task(request.base, found))
+    heads = head_names(request.base)
+    checkpoint = with_heads(checkpoint, found, heads)
     dtype: torch.dtype = getattr(torch, seen_dtype_name(request, records))
     with ThreadPoolExecutor(1) as beside, say.status("hashing the base"):
         hashing = beside.submit(check_base, request, records)
@@ -79,9 +85,8 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     for adapter in found:
         check_fits(adapter, layout)
     check_mappable(found, layout, request.base.bits <= 8 and request.into != "original")
-    return Inputs(
-        records, found, folder, base_hash, checkpoint, dtype, layout, plan_outputs(layout, checkpoint, found, dtype)
-    )
+    outputs = plan_outputs(layout, checkpoint, found, dtype, named_by_model=bool(heads))
+    return Inputs(request, records, found, folder, base_hash, checkpoint, dtype, layout, outputs, heads)
 
 
 def _check_together(adapters: Sequence[Adapter]) -> None:
@@ -142,7 +147,10 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
     proof.check_files(folder, shards)
     dtype = str(request.torch_dtype).removeprefix("torch.")
     with_code = request.base.trust_remote_code
-    content.write_config(inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code)
+    fields = config_fields(request.base)
+    content.write_config(
+        inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code, inputs.heads, fields
+    )
     tokenizers = [adapter.folder for adapter in inputs.adapters]
     if request.base.tokenizer is not None:
         tokenizers.append(Path(request.base.tokenizer))
@@ -238,6 +246,7 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
     place = Place.at(request.out)
     place.check(request.overwrite)
     inputs = read_inputs(request, say)
+    request = inputs.request
     with place.made() as working:
         runs.require_space(working, _needed_bytes(request, inputs, whole_model))
         candidates = [write_candidate(request, inputs, into, working / into, say) for into in request.bases]

@@ -46,17 +46,25 @@ class Outputs:
     untied: bool
 
 
-def plan_outputs(layout: Layout, checkpoint: Checkpoint, adapters: Sequence[Adapter], dtype: torch.dtype) -> Outputs:
+def plan_outputs(
+    layout: Layout,
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype,
+    named_by_model: bool = False,
+) -> Outputs:
     """What the release holds: the base's tensors in their order, without those that the model does not use.
 
-    `dtype` is the one that the model is loaded in.
+    `dtype` is the one that the model is loaded in. They keep the names of the base's files, or (`named_by_model`, for
+    a model with a new head, whose files may name all else without its prefix) get those of the live model.
     Where an adapter changes one of several weights that share a tensor, they part, as in the live model.
     """
     weights, left_out, untied = [], [], False
     for file_name in checkpoint.entries:
         live = layout.weight_of(file_name)
         if live is not None:
-            weights.append(_output(file_name, file_name, live, adapters))
+            name = live.name if named_by_model else file_name
+            weights.append(_output(name, file_name, live, adapters))
         elif file_name in layout.converted:
             weights.append(Output(file_name, file_name, dtype, None))
         else:

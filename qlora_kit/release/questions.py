@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import base, data
+from qlora_kit import base, data, tasks
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
+from qlora_kit.task_models import GENERATION, task_of
+from qlora_kit.tasks import text_classification
+from qlora_kit.tasks.labelled_texts import LabelledText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,13 +35,21 @@ BUILT_IN = (
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows of token ids with what is supervised in them (−100 where nothing is), a prompt, and where they are from."""
+    """Rows of token ids with what is supervised in them (−100 where nothing is), a prompt, and where they are from.
+
+    A row of a task with labels is asked for one answer, as if it were its first token's successor: `labels` has the
+    number of its label in that place. There is no prompt then; `types` are the rows' token types where the model has
+    such, and `names` those of the labels.
+    """
 
     rows: list[list[int]]
     labels: list[list[int]]
     prompt: list[int]
     end: int | None
     source: str
+    task: str = GENERATION
+    types: list[list[int]] | None = None
+    names: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
@@ -55,9 +67,14 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     They come from the held-out data of `config`, else from its training data; where `data_use` (of `DATA_USES`) says
     so, or allows it and these cannot be read, from a built-in text. Raises `UserError` for data that must be read.
     """
-    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base))
-    positions = base.max_positions(base.load_model_config(config.base))
+    architecture = base.load_model_config(config.base)
+    task = task_of(config.base.task, architecture)
+    tokenizer = data.prepare_tokenizer(base.load_tokenizer(config.base), task == GENERATION)
+    positions = base.max_positions(architecture)
     seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
+    if task != GENERATION:
+        names = [architecture.id2label[number] for number in range(architecture.num_labels)]
+        return _ask_for_labels(config, task, names, data_use, token_budget, tokenizer, seq_len)
     if data_use == "none":
         return _built_in(tokenizer, token_budget, seq_len)
     try:
@@ -72,16 +89,51 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     return Questions(rows, labels, prompt, tokenizer.eos_token_id, source)
 
 
-def _examples(config: RunConfig) -> tuple[list[data.Example], str]:
+def _ask_for_labels(
+    config: RunConfig,
+    task: str,
+    names: list[str],
+    data_use: str,
+    token_budget: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+) -> Questions:
+    """Whole rows, each of which gets a label, as far as the budget goes. Raises `UserError`."""
+    rows: list[Any] = []
+    source = "a built-in text"
+    if data_use != "none":
+        try:
+            examples, source = _examples(config)
+            rows = tasks.task_named(task).reader.encode(config, examples, tokenizer, seq_len, "--data").rows
+        except UserError:
+            if data_use == "needed":
+                raise
+    if not rows:
+        texts = [LabelledText(text, None, (), False, source) for text in BUILT_IN]
+        rows = text_classification.encode_unlabelled(texts, tokenizer, seq_len).rows
+    totals = accumulate(len(row.input_ids) for row in rows)
+    kept = [row for row, total in zip(rows, totals, strict=True) if total <= token_budget] or rows[:1]
+    labels = [[IGNORED, row.label if isinstance(row.label, int) else IGNORED] for row in kept]
+    types = [row.token_type_ids for row in kept if row.token_type_ids is not None] or None
+    return Questions([row.input_ids for row in kept], labels, [], None, source, task, types, names)
+
+
+def _examples(config: RunConfig) -> tuple[list[Any], str]:
     """The held-out examples, else those to train on, and their name for the report. Raises `UserError`."""
     held_out = config.data.held_out_source
     if held_out is not None:
-        return data.read_examples(held_out, config.data.columns, "--eval-data"), f"held-out data `{held_out}`"
-    examples = data.read_examples(config.data.data, config.data.columns)
+        return _read(config, held_out, "--eval-data"), f"held-out data `{held_out}`"
+    examples = _read(config, config.data.data, "--data")
     if config.data.eval_fraction:
         _, kept = data.split_examples(examples, config.data.eval_fraction, config.seed)
         return kept, f"the held-out share of `{config.data.data}`"
     return examples, f"`{config.data.data}`"
+
+
+def _read(config: RunConfig, source: str, setting: str) -> list[Any]:
+    rows = data.read_rows(source, config.data.columns, setting)
+    reader = tasks.task_named(config.base.task).reader
+    return reader.read(tasks.Source(rows, source, config.data.columns, setting), config.base)
 
 
 def _within(

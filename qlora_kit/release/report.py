@@ -14,6 +14,7 @@ from qlora_kit.release.place import REPORT_FILE
 from qlora_kit.release.proof import TensorProof, summary
 from qlora_kit.release.request import Request, RunRecord
 from qlora_kit.release.verify import ModelProof
+from qlora_kit.task_models import GENERATION
 
 Report = dict[str, Any]
 
@@ -40,6 +41,7 @@ def make_report(
             "format": request.format,
             "left_out": list(left_out),
             "untied": untied,
+            "task": request.base.task or GENERATION,
         },
         "base": {
             "model": request.base.model,
@@ -139,10 +141,7 @@ def card(report: Report) -> str:
         f"- licences: {_licence_text(report['licenses'])}",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        *_how_to_load(release["task"]),
         "```",
         "",
         "## Proof",
@@ -155,6 +154,17 @@ def card(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _how_to_load(task: str) -> list[str]:
+    if task != GENERATION:
+        return ["from transformers import pipeline", "", f'classify = pipeline("{task}", model="this folder")']
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+    ]
 
 
 def _base_text(report: Report) -> str:
@@ -204,20 +214,24 @@ def proof_lines(report: Report) -> list[str]:
 
 def _model_lines(model: Mapping[str, Any]) -> list[str]:
     exact, answer = model["exact"], model["answer"]
+    if model["task"] == GENERATION:
+        unit, each, answers, greedy = "token", "a token", "next tokens", "the greedy answer"
+    else:
+        unit, each, answers, greedy = "example", "an example", "labels", "the list of likeliest labels"
     blocks = "" if model["blocks"] == "all" else f", {model['blocks']} blocks (the whole does not fit into memory)"
     lines = [
-        f"loaded by stock transformers as {model['loaded_as']}{blocks}, on {exact['tokens']:,} tokens of "
+        f"loaded by stock transformers as {model['loaded_as']}{blocks}, on {exact['tokens']:,} {unit}s of "
         f"{model['source']}",
         f"logits differ from {model['reference']} by at most {exact['relative_max']:.1e} and on average "
         f"{exact['relative_mean']:.1e} of their scale (allowed: {model['limit']['relative_max']:.1e}, "
         f"{model['limit']['why']})",
-        f"KL {_small(exact['kl'])} nats a token, {exact['agreement']:.2%} of next tokens the same{_losses(exact)}",
+        f"KL {_small(exact['kl'])} nats {each}, {exact['agreement']:.2%} of {answers} the same{_losses(exact)}",
     ]
     if answer["same"]:
-        lines.append("the greedy answer is the same text")
+        lines.append(f"{greedy} is the same text" if model["task"] == GENERATION else f"{greedy} is the same")
     else:
         lines.append(
-            f"the greedy answer parts at token {answer['parted_at']}, where the first two choices are "
+            f"{greedy} parts at {unit} {answer['parted_at']}, where the first two choices are "
             f"{answer['lead']:.2g} apart: a tie within the rounding"
         )
     served = model["served"]

@@ -55,6 +55,9 @@ class Request:
         if self.into in TRAINED_AS and (self.base.bits, self.base.quant_type) not in self._kinds(self.into):
             rule = f"is not how the adapter saw its base, which was held in {self.held}"
             faults.append(Fault("--into", self.into, rule, "Use --into trained, which is the default, or original."))
+        if self.into == "best" and self.base.multi_label:
+            rule = "is not decided for several labels at once"
+            faults.append(Fault("--into", self.into, rule, "Use --into trained, which is the default, or original."))
         if self.into == "best" and not self._has_judge:
             rule = "is needed to choose between two bases"
             faults.append(Fault("--data", None, rule, "Give examples of what the model is for, with --data FILE."))

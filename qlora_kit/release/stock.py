@@ -1,11 +1,11 @@
 """Reads a release as any user of transformers does, and writes down what it answers. Run as a script of its own.
 
-    python stock.py RELEASE ROWS OUT [--trust-remote-code]
+    python stock.py RELEASE ROWS OUT TASK [--trust-remote-code]
 
 It imports nothing of qlora_kit (but for `orphan`, beside it), so that what it finds is what the stock libraries
-find. ROWS is a JSON file of token
-ids and may still be in the making. Into the folder OUT go `release.json` and the logits in fp32 of every row:
-`served.safetensors` in the arithmetic of the release's dtype, `exact.safetensors` in fp32.
+find. ROWS is a JSON file of token ids and what they are asked for, and may still be in the making. Into the folder OUT
+go `release.json` and the logits in fp32 of every row: `served.safetensors` in the arithmetic of the release's dtype,
+`exact.safetensors` in fp32.
 """
 
 from __future__ import annotations
@@ -24,17 +24,36 @@ if __name__ == "__main__":
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
+GENERATION = "text-generation"
+CLASSES = {GENERATION: AutoModelForCausalLM, "text-classification": AutoModelForSequenceClassification}
 NEW_TOKENS = 32  # of the greedy answer
 POLL_S = 0.05
 
 
-def row_logits(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """The logits (T × V, fp32) of each row of token ids, run one by one."""
-    with torch.no_grad():
-        found = [model(torch.tensor([ids], device=model.device), use_cache=False).logits[0] for ids in rows]
+def row_logits(model: Any, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The logits of each row of token ids, run one by one: T × V of a text, 1 × L of a row that gets labels; fp32."""
+    options = {"use_cache": False} if asked["task"] == GENERATION else {}
+    found = []
+    for number, ids in enumerate(asked["rows"]):
+        inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+        if asked["types"] is not None:
+            inputs["token_type_ids"] = torch.tensor([asked["types"][number]], device=model.device)
+        with torch.no_grad():
+            logits = model(**inputs, **options).logits[0]
+        found.append(logits if logits.dim() > 1 else logits[None])
     return {f"row.{number}": logits.float().cpu().contiguous() for number, logits in enumerate(found)}
+
+
+def answer(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """The most likely answer to the prompt, or the likeliest label of each row; see `greedy`."""
+    if asked["task"] == GENERATION:
+        return greedy(model, asked["prompt"], asked["end"])
+    logits = [own[0] for own in row_logits(model, asked).values()]
+    best = [own.topk(min(2, len(own))).values for own in logits]
+    leads = [float(two[0] - two[1]) if len(two) > 1 else float(two[0].abs()) for two in best]
+    return {"tokens": [int(own.argmax()) for own in logits], "leads": leads}
 
 
 def greedy(model: Any, prompt: list[int], end: int | None) -> dict[str, Any]:
@@ -58,12 +77,12 @@ def greedy(model: Any, prompt: list[int], end: int | None) -> dict[str, Any]:
     return {"tokens": answer.sequences[0, len(prompt) :].tolist(), "leads": leads}
 
 
-def load(folder: Path, with_code: bool) -> tuple[Any, dict[str, list[str]]]:
+def load(folder: Path, with_code: bool, task: str) -> tuple[Any, dict[str, list[str]]]:
     """The model as transformers loads it from `folder`, in the dtype of its files, and the keys that did not match.
 
     Python code that lies in the folder runs only where `with_code`.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = CLASSES[task].from_pretrained(
         folder,
         dtype="auto",
         device_map={"": "cpu"},
@@ -86,27 +105,27 @@ def wait_for(file: Path) -> dict[str, Any]:
     return content
 
 
-def main(release: Path, rows_file: Path, out: Path, with_code: bool = False) -> None:
+def main(release: Path, rows_file: Path, out: Path, with_code: bool = False, task: str = GENERATION) -> None:
     """Answer the rows with the release, and write it all to `out`."""
-    model, wrong = load(release, with_code)
+    model, wrong = load(release, with_code, task)
     asked = wait_for(rows_file)
     quantized = getattr(model, "is_quantized", False)
     if not quantized:
-        save_file(row_logits(model, asked["rows"]), out / "served.safetensors")
-        served = greedy(model, asked["prompt"], asked["end"])
+        save_file(row_logits(model, asked), out / "served.safetensors")
+        served = answer(model, asked)
         model = model.float()
     else:
         model = model.dequantize().float()  # before any answer: on some CPUs the first one repacks the weights
-    save_file(row_logits(model, asked["rows"]), out / "exact.safetensors")
-    exact = greedy(model, asked["prompt"], asked["end"])
+    save_file(row_logits(model, asked), out / "exact.safetensors")
+    exact = answer(model, asked)
     if quantized:
-        model, _ = load(release, with_code)
-        save_file(row_logits(model, asked["rows"]), out / "served.safetensors")
-        served = greedy(model, asked["prompt"], asked["end"])
+        model, _ = load(release, with_code, task)
+        save_file(row_logits(model, asked), out / "served.safetensors")
+        served = answer(model, asked)
     found = {"class": type(model).__name__, **wrong, "served": served, "exact": exact}
     (out / "release.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
     RELEASE, ROWS, OUT = (Path(place) for place in sys.argv[1:4])
-    main(RELEASE, ROWS, OUT, with_code=sys.argv[4:] == ["--trust-remote-code"])
+    main(RELEASE, ROWS, OUT, with_code=sys.argv[5:] == ["--trust-remote-code"], task=sys.argv[4])

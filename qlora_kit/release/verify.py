@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from qlora_kit.release import live
 from qlora_kit.release.compare import Comparison, compare
 from qlora_kit.release.proof import broken
 from qlora_kit.release.questions import Questions
+from qlora_kit.task_models import GENERATION
 
 EXACT_LIMIT = 1e-4  # of the logits' scale: what the order of fp32 operations may make of the same weights
 ROUNDING_MARGIN = 1.25  # a few weights round the other way when they are summed in another order
@@ -71,6 +72,7 @@ class ModelProof:
     served: Comparison  # each in its own arithmetic, as it is trained and as it is served
     from_live: Comparison | None  # the release of `--into original` against the model that trained
     rounding: Comparison | None
+    task: str = GENERATION
 
     @property
     def score(self) -> dict[str, float]:
@@ -127,8 +129,9 @@ class Sides:
         for into, release in self.releases.items():
             (self.folder / into).mkdir()
             places = (release, self.folder / live.ROWS_FILE, self.folder / into)
+            task = self.job.config["base"]["task"] or GENERATION
             code = ["--trust-remote-code"] if self.job.config["base"]["trust_remote_code"] else []
-            commands.append([sys.executable, stock, *map(str, places), *code])
+            commands.append([sys.executable, stock, *map(str, places), task, *code])
         at_once = 2 if self.together else 1
         for first in range(0, len(commands), at_once):
             self._answer(commands[first : first + at_once])
@@ -220,10 +223,11 @@ def judge(folder: Path, case: Case, tokenizer: Any) -> ModelProof:
         loaded_as=theirs["class"],
         exact=against(name, own / "exact.safetensors"),
         limit=_limit(rounding, case),
-        answer=_answer(ours[name], theirs["exact"], tokenizer),
+        answer=_answer(ours[name], theirs["exact"], _words(asked, tokenizer)),
         served=against("literal", own / "served.safetensors"),
         from_live=against(live.LIVE, own / "exact.safetensors") if name == "original" else None,
         rounding=rounding,
+        task=asked.task,
     )
     _check(proof)
     return proof
@@ -251,9 +255,16 @@ def _check_keys(found: Mapping[str, Any], partial: bool) -> None:
             raise broken(f"stock transformers reports {key.replace('_', ' ')}: {', '.join(found[key][:3])}")
 
 
-def _answer(reference: Mapping[str, Any], release: Mapping[str, Any], tokenizer: Any) -> Answer:
+def _words(asked: Questions, tokenizer: Any) -> Callable[[list[int]], str]:
+    """What turns an answer's tokens, or the numbers of labels, into text."""
+    if asked.task == GENERATION:
+        return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return lambda numbers: ", ".join(asked.names[number] for number in numbers)
+
+
+def _answer(reference: Mapping[str, Any], release: Mapping[str, Any], words: Callable[[list[int]], str]) -> Answer:
     ours, theirs = reference["tokens"], release["tokens"]
-    our_text, their_text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ours, theirs))
+    our_text, their_text = words(ours), words(theirs)
     if ours == theirs:
         return Answer(our_text, their_text, same=True)
     parted = next(i for i, pair in enumerate(zip([*ours, None], [*theirs, None], strict=False)) if pair[0] != pair[1])

@@ -1,0 +1,95 @@
+"""`qlora-kit predict`: the answers of a trained model to examples, a line of JSON each.
+
+They go to `--out`, written whole, or to standard output; everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qlora_kit import quiet, runs
+from qlora_kit.config import RunConfig, flag
+from qlora_kit.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    from qlora_kit.reopening import Opened
+
+OF_A_RUN = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
+
+
+def run(given: Mapping[str, Any], run: str | None = None, base: str | None = None) -> None:
+    """Answer the examples of `given["data"]` with the model of `run`, or with `given["model"]`.
+
+    `given` holds those settings that were given, by name. Raises `UserError`.
+    """
+    _check(given, run, base)
+    quiet.quiet_libraries()
+    from qlora_kit.predicting import predict, read_questions
+    from qlora_kit.progress import counted, say_line
+    from qlora_kit.reopening import memory_errors
+
+    say = Console(stderr=True, highlight=False)
+    config, opened = _open({k: v for k, v in given.items() if k not in ("data", "out")}, run, base, say)
+    out = Path(given["out"]) if "out" in given else None
+    if out is not None:
+        runs.check_writable(out)
+    columns = RunConfig.from_flat({"columns": given["columns"]}).data.columns if "columns" in given else {}
+    questions = read_questions(opened, given["data"], columns, config.data.seq_len)
+    with memory_errors(config.base.device):
+        with say.status("loading the model"):
+            model = opened.load()
+        with counted(say, "predicted", len(questions.examples)) as tick:
+            lines = [json.dumps(line, ensure_ascii=False) for line in predict(model, questions, config, tick)]
+    text = "".join(f"{line}\n" for line in lines)
+    if out is None:
+        sys.stdout.write(text)
+        return
+    with runs.disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_text(out, text)
+    say_line(say, f"{len(lines):,} predictions: {out}")
+
+
+def _check(given: Mapping[str, Any], run: str | None, base: str | None) -> None:
+    """The rules that join several flags. Raises one `UserError` with every fault."""
+    faults = []
+    if run is None and "model" not in given:
+        faults.append(Fault("--run", None, "is missing, and so is --model", "Give --run RUN or --model MODEL."))
+    if run is not None:
+        rule = "cannot go with --run, which has its own"
+        faults += [Fault(flag(name), given[name], rule, "Give one of the two.") for name in OF_A_RUN if name in given]
+    if base is not None and run is None:
+        faults.append(Fault("--base", base, "is the base of a run, and there is no --run", "Give --model instead."))
+    if "data" not in given:
+        faults.append(Fault("--data", None, "is missing", "Give --data FILE with the examples to answer."))
+    if faults:
+        raise UserError(faults)
+
+
+def _open(given: Mapping[str, Any], run: str | None, base_model: str | None, say: Console) -> tuple[RunConfig, Opened]:
+    """The settings, and the model that is to answer, not loaded yet. Raises `UserError`."""
+    from qlora_kit import base, narration, reopening
+    from qlora_kit.progress import say_line
+
+    warning = None
+    if run is None:
+        config = RunConfig.from_flat(given)
+        device = base.resolve_device(config.base.device)
+        opened = reopening.open_model(config.base, device, as_saved="bits" not in given)
+    else:
+        found = reopening.find_run(run, {k: v for k, v in given.items() if k != "columns"}, base_model)
+        config = found.config
+        device = base.resolve_device(config.base.device)
+        with say.status("checking the base"):
+            warning = None if config.base.full else reopening.check_base(found)
+        opened = reopening.open_run(found, device)
+    quiet.quiet_progress_bars()
+    for line in (*narration.opening(config, device), opened.title, *([warning] if warning else [])):
+        say_line(say, line)
+    return config, opened

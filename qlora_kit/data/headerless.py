@@ -1,0 +1,47 @@
+"""Separated files (csv, tsv) without a header: their first line is an example like the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+
+from qlora_kit.data.read import Record
+
+SEPARATED = (".csv", ".tsv")
+FEW = 10  # a column of labels has so many rows at least for each of its values
+TEXT, LABEL = "text", "label"
+
+
+def with_all_rows(records: list[Record], columns: Mapping[str, str]) -> list[Record]:
+    """`records`, and of separated files without a header the one that was taken for it too.
+
+    A file has none where `columns` names its columns by position (text=1,label=2): they are then called so. And where
+    it has two columns, of which the second has few values, among them the one in its first line (a label: nothing
+    names a column like its content): they are then called text and label.
+    """
+    found: list[Record] = []
+    for file, group in groupby(records, key=lambda record: record.file):
+        in_file = list(group)
+        names = _names(in_file, columns) if Path(file).suffix.lower() in SEPARATED else None
+        found += in_file if names is None else _renamed(file, in_file, names)
+    return found
+
+
+def _names(records: list[Record], columns: Mapping[str, str]) -> list[str] | None:
+    """What the columns of a file without a header are to be called; None where it has one."""
+    header = list(records[0].values)
+    if columns:
+        by_position = all(name.isdecimal() for name in columns.values()) and not set(columns.values()) <= set(header)
+        return [str(number) for number in range(1, len(header) + 1)] if by_position else None
+    if len(header) != 2:
+        return None
+    values = {record.values[header[1]] for record in records}
+    is_label = header[1] in values and len(values) <= max(2, len(records) // FEW)
+    return [TEXT, LABEL] if is_label else None
+
+
+def _renamed(file: str, records: list[Record], names: list[str]) -> list[Record]:
+    first = Record(file, f"{file}:1", dict(zip(names, records[0].values, strict=True)))
+    others = (Record(file, r.origin, dict(zip(names, r.values.values(), strict=True))) for r in records)
+    return [first, *others]

@@ -1,0 +1,147 @@
+"""What each task asks of a model: its class in transformers, whether it gets a new head, and the loss on that head.
+
+The data of a task, and how its answers are scored, are in `tasks`. In the shapes: B rows of a batch, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+Loss = Callable[["torch.Tensor", "torch.Tensor", Any, "torch.Tensor | None"], "torch.Tensor"]
+"""(logits, labels, items that the sum is divided by, weights of the labels or None) → an fp32 scalar."""
+
+GENERATION, CLASSIFICATION = "text-generation", "text-classification"
+
+
+def _label_a_token(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
+    return (rows, tokens)
+
+
+def _label_a_row(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
+    return (rows, labels) if several else (rows,)
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """What a task asks of a model."""
+
+    auto_class: str  # of transformers
+    mapping: str  # in transformers' `modeling_auto`: the model types that have such a class
+    endings: tuple[str, ...]  # of the names of such classes, by which a config.json says what it was saved for
+    peft_type: str
+    loss: Loss | None = None  # on the logits of a new head; None: the model keeps its own head, and its loss
+    label_shape: Callable[[int, int, int, bool], tuple[int, ...]] = _label_a_token
+    # of a batch's labels, from its rows and tokens, the number of labels, and whether a row may have several
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the task puts a head of its own on the base, which then trains in full."""
+        return self.loss is not None
+
+
+def classification_loss(
+    logits_BL: torch.Tensor, labels: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None
+) -> torch.Tensor:
+    """The summed cross-entropy over `n_items`, in fp32.
+
+    Labels of shape (B,) are numbers of classes: softmax, each example's loss times the weight of its class. Labels of
+    shape (B, L) are 0 or 1 for each label: a sigmoid each, the loss of a 1 times the weight of its label.
+    """
+    from torch.nn import functional
+
+    logits_BL = logits_BL.float()
+    if labels.dim() == 1:
+        loss = functional.cross_entropy(logits_BL, labels, weights_L, reduction="sum")
+    else:
+        loss = functional.binary_cross_entropy_with_logits(
+            logits_BL, labels.float(), reduction="sum", pos_weight=weights_L
+        )
+    scaled: torch.Tensor = loss / n_items
+    return scaled
+
+
+TASK_MODELS: dict[str, TaskModel] = {
+    GENERATION: TaskModel(
+        "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"
+    ),
+    CLASSIFICATION: TaskModel(
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        ("ForSequenceClassification",),
+        "SEQ_CLS",
+        classification_loss,
+        _label_a_row,
+    ),
+}
+
+
+def task_of(task: str | None, architecture: PretrainedConfig) -> str:
+    """`task`, or where it is unset what the model was saved for, or else what models of its kind are for."""
+    if task is not None:
+        return task
+    saved_as = architecture.architectures or ()
+    for name, own in TASK_MODELS.items():
+        if own.has_new_head and any(kind.endswith(own.endings) for kind in saved_as):
+            return name
+    return CLASSIFICATION if reads_both_ways(architecture) else GENERATION
+
+
+def can_do(task: str, architecture: PretrainedConfig) -> bool:
+    """Whether transformers has a class for `task` of this kind of model."""
+    from transformers.models.auto import modeling_auto
+
+    known = architecture.model_type in getattr(modeling_auto, TASK_MODELS[task].mapping)
+    return known and not (task == GENERATION and reads_both_ways(architecture))
+
+
+def serves_any_task(model_type: str) -> bool:
+    """Whether there is a task that models of this type can do."""
+    from transformers.models.auto import modeling_auto
+
+    return any(model_type in getattr(modeling_auto, own.mapping) for own in TASK_MODELS.values())
+
+
+def reads_both_ways(architecture: PretrainedConfig) -> bool:
+    """Whether each token sees those after it too, as in BERT, so that the model cannot write."""
+    from transformers.models.auto import modeling_auto
+
+    kind = architecture.model_type
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if kind not in masked or kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return False
+    return not getattr(architecture, "is_decoder", False)
+
+
+def check_can_do(task: str, architecture: PretrainedConfig, model: str) -> None:
+    """Check that the model can do `task`. Raises `UserError` with what it can do."""
+    if can_do(task, architecture):
+        return
+    able = [name for name in TASK_MODELS if can_do(name, architecture)]
+    what = "generates no text" if task == GENERATION else f"has no head for {task} in transformers"
+    remedy = (
+        f"It can do: --task {' | '.join(able)}." if able else "Give another model, such as a causal language model."
+    )
+    raise UserError.of("--model", model, f"a {architecture.model_type} model {what}", remedy)
+
+
+def class_name(task: str, architecture: PretrainedConfig) -> str:
+    """The name of the class of transformers that a model of this kind has for `task`."""
+    from transformers.models.auto import modeling_auto
+
+    found = getattr(modeling_auto, TASK_MODELS[task].mapping)[architecture.model_type]
+    return found if isinstance(found, str) else str(found[0])
+
+
+def transformers_class(task: str) -> Any:
+    """The class of transformers that loads and builds models for `task`."""
+    import transformers
+
+    return getattr(transformers, TASK_MODELS[task].auto_class)

@@ -1,0 +1,51 @@
+"""The tasks: what models are trained to do, each in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qlora_kit.config import BaseConfig, flag
+from qlora_kit.data.read import Record
+from qlora_kit.errors import UserError
+from qlora_kit.task_models import GENERATION, task_of
+from qlora_kit.tasks import text_classification, text_generation
+from qlora_kit.tasks.task import Answering, Judge, Scores, Source, Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["TASKS", "Answering", "Judge", "Scores", "Source", "Task", "choose", "metric_of", "task_named"]
+
+TASKS: tuple[Task, ...] = (  # the first one is taken that fits the columns of the data
+    text_classification.TASK,
+    text_generation.TASK,
+)
+
+
+def task_named(name: str | None) -> Task:
+    """The task `name`; an old run that names none generates text."""
+    return next(task for task in TASKS if task.name == (name or GENERATION))
+
+
+def choose(
+    config: BaseConfig, records: list[Record], columns: Mapping[str, str], architecture: PretrainedConfig | None
+) -> Task:
+    """The task of `config`, or where it is unset the one that the columns fit, or else that of the model's kind.
+
+    Columns mapped by hand count by what they are mapped to.
+    """
+    if config.task is not None:
+        return task_named(config.task)
+    there = set(columns) or {column for record in records for column in record.values}
+    fitting = next((task for task in TASKS if task.reader.fits(there)), None)
+    return fitting or task_named(None if architecture is None else task_of(None, architecture))
+
+
+def metric_of(task: Task, metric: str | None) -> tuple[str, bool]:
+    """The metric that a run follows, and whether more of it is better. Raises `UserError` for one the task has not."""
+    name = task.judge.default if metric is None else metric
+    if name not in task.judge.metrics:
+        rule = f"is no metric of {task.name}, which has {', '.join(task.judge.metrics)}"
+        raise UserError.of(flag("metric"), name, rule, f"For example --metric {task.judge.default}.")
+    return name, task.judge.metrics[name]
