@@ -419,7 +419,7 @@ class SearchConfig(_Checked):
 
     folds: int = setting(5, "parts of the training data; each is held out once", at_least(2))
     metric: str = setting(
-        "eval_loss", "what decides, of all that a run reports in its run.json: eval_loss, exact_match, …"
+        "auto", "what decides, and what the runs follow: loss, exact_match, f1, …; auto: the task's own"
     )
     budget: str | None = setting(None, "rule out, before it runs, what is planned to need more: 8GiB, 6000MiB, 24GB")
     sampler: str = setting(

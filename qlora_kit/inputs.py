@@ -58,18 +58,14 @@ class Material:
 
 
 def read_inputs(config: RunConfig, given: Examples | None = None) -> Inputs:
-    """Read and encode the data that `config` names, or encode the examples `given` instead.
+    """Read and encode the data that `config` names, or the examples `given` instead, which decide nothing about it.
 
-    With the latter `config` must be that of the `Material` that they come from.
     Raises one `UserError` for all that is wrong.
     """
     faults = Faults()
     architecture = faults.collect(lambda: base.load_model_config(config.base))
     tokenizer = faults.collect(lambda: base.load_tokenizer(config.base))
-    if given is None:
-        material = _collect_material(config, architecture, faults)
-    else:
-        material = Material(config, tasks.task_named(config.base.task), given.train, given.held_out)
+    material = _collect_material(config, architecture, faults) if given is None else _material_of(config, given)
     if material is not None:
         faults.collect(lambda: _check_settings(material.config, material.task))
     if tokenizer is not None:
@@ -111,6 +107,10 @@ def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, 
     if split is None or held_out is None or resolved is None:
         return None
     return Material(dataclasses.replace(config, base=resolved), task, split[0], split[1] or held_out)
+
+
+def _material_of(config: RunConfig, given: Examples) -> Material:
+    return Material(config, tasks.task_named(config.base.task), given.train, given.held_out)
 
 
 def _read_training(

@@ -143,7 +143,7 @@ def test_a_process_that_is_asked_for_trials_by_many_gives_each_once(tmp_path):
     def claims_all() -> None:
         from qlora_kit.search.planning import PlannedMemory
 
-        search = SearchConfig(folds=2)
+        search = SearchConfig(folds=2, metric="loss")
         with opened(folder, space, search, {}, lambda: PlannedMemory({}, None)) as store:
             while (claim := store.claim()) is not None:
                 with notes.open("a") as file:

@@ -30,7 +30,8 @@ def run(given: Mapping[str, Any], **flags: Any) -> None:
     own = SearchConfig.names()
     faults = Faults()
     space = faults.collect(lambda: Space.from_flat({name: v for name, v in given.items() if name not in own}))
-    settings = faults.collect(lambda: SearchConfig.from_flat({**given, **flags}))
+    told = {name: value for name, value in given.items() if name in own and value is not None}
+    settings = faults.collect(lambda: SearchConfig.from_flat({**told, **flags}))
     faults.raise_if_any()
     assert space is not None
     assert settings is not None

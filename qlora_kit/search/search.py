@@ -14,13 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_kit import base, data, quiet, runs
+from qlora_kit import base, quiet, runs, tasks
 from qlora_kit.config import GROUPS, PER_CALL, RunConfig, SearchConfig
 from qlora_kit.errors import Fault, Faults, UserError
 from qlora_kit.inputs import Examples, read_inputs, read_material
 from qlora_kit.progress import counted, say_line
 from qlora_kit.search import picture, place, report
-from qlora_kit.search.choice import best_of, choose, higher_is_better, metric_of, reported
+from qlora_kit.search.choice import best_of, choose, higher_is_better, metric_of
 from qlora_kit.search.fold_run import DIVERGED, EndedEarlyError, run_fold
 from qlora_kit.search.folds import make_folds
 from qlora_kit.search.planning import PlannedMemory, plan_memory, read_budget
@@ -31,6 +31,7 @@ from qlora_kit.training import check_settings
 
 FREE = (*PER_CALL, "device", "preflight", "report_to")  # settings that may be others when a search goes on
 FREE_OF_SEARCH = ("trials", "keep_runs")
+OF_EVERY_RUN = ("eval_loss", "exact_match")  # beside the metrics of its task
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,8 @@ def search(space: Space, settings: SearchConfig, console: Console) -> SearchResu
     device_type = base.resolve_device(config.base.device).type
     _check(space, settings, folder, device_type)
     quiet.quiet_progress_bars()
-    material = read_material(config)
-    config, examples = material.config, material.train
-    space = dataclasses.replace(space, config=config)
+    space, settings, examples = _resolved(space, settings)
+    config = space.config
     folds = make_folds(examples, settings.folds, config.seed, config.data.data)
     check_settings(config, folds[0])
     longest_row = read_inputs(config, Examples(examples, [])).longest_row
@@ -103,12 +103,26 @@ def _check(space: Space, settings: SearchConfig, folder: Path, device_type: str)
 def _check_request(config: RunConfig, metric: str) -> None:
     if config.resume is not None:
         raise UserError.of("--resume", config.resume, "is not for a search", "Drop it: the same command goes on.")
-    if metric.startswith("exact_match") and config.evaluation.exact_match is None:
+    if metric == "exact_match" and config.evaluation.exact_match is None:
         rule = "is not counted by these runs"
         raise UserError.of("--metric", metric, rule, "Add --exact-match 100: so many held-out prompts are answered.")
 
 
-def _described(space: Space, settings: SearchConfig, examples: Sequence[data.Example]) -> dict[str, Any]:
+def _resolved(space: Space, settings: SearchConfig) -> tuple[Space, SearchConfig, list[Any]]:
+    """The space and the settings with what the data decides, and the examples to divide. Raises `UserError`.
+
+    A metric of the task is the one that the runs follow, too.
+    """
+    material = read_material(space.config)
+    metric = material.task.judge.default if settings.metric == "auto" else settings.metric
+    config = material.config
+    if metric not in OF_EVERY_RUN:
+        tasks.metric_of(material.task, metric)
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, metric=metric))
+    return dataclasses.replace(space, config=config), dataclasses.replace(settings, metric=metric), material.train
+
+
+def _described(space: Space, settings: SearchConfig, examples: Sequence[Any]) -> dict[str, Any]:
     """What must be the same when the search goes on, by the name of the setting."""
     nested = space.config.to_dict()
     flat = {name: value for group in GROUPS for name, value in nested.pop(group).items()} | nested
@@ -118,7 +132,7 @@ def _described(space: Space, settings: SearchConfig, examples: Sequence[data.Exa
     return {**kept, **own, DATA: _digest(examples)}
 
 
-def _digest(examples: Sequence[data.Example]) -> str:
+def _digest(examples: Sequence[Any]) -> str:
     """A hash of what the examples hold, wherever they stand."""
     hashed = hashlib.sha256()
     for example in examples:
@@ -205,19 +219,14 @@ def _value_of(store: Store, claim: Claim, fold: int, job: _Job) -> float:
         record = run_fold(config, job.folds[fold - 1], folder, job.search.keep_runs)
         results = record["results"]
         value = metric_of(results, job.search.metric)
-        if value is None:
-            raise _unknown_metric(results, job.search.metric)
+        assert value is not None, "the metric was checked"
         if not math.isfinite(value):
             raise EndedEarlyError(DIVERGED)
         store.record(claim, fold, results, record["parameters"]["trainable"])
+        return value
     value = metric_of(results, job.search.metric)
-    assert value is not None, "results without the metric are not recorded"
+    assert value is not None, "as it was when it was recorded"
     return value
-
-
-def _unknown_metric(results: dict[str, Any], metric: str) -> UserError:
-    rule = f"is not among what these runs report: {', '.join(sorted(reported(results)))}"
-    return UserError.of("--metric", metric, rule, "Give one of these; the fold that is finished is kept.")
 
 
 def _result(store: Store, space: Space, settings: SearchConfig) -> SearchResult | None:

@@ -21,7 +21,7 @@ from qlora_kit.config import DEFAULT_TRIALS, SearchConfig, flag
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.search.choice import FINISHED, RULED_OUT, RUNNING, WAITING, Tried, higher_is_better, metric_of
 from qlora_kit.search.locks import Lock, locked, take
-from qlora_kit.search.place import DB_FILE, LOCK_FILE, RUNS, discard_if_empty, exists, is_idle
+from qlora_kit.search.place import DB_FILE, LOCK_FILE, RUNS, discard_if_empty, exists
 from qlora_kit.search.planning import PlannedMemory
 from qlora_kit.search.space import Point, Space, folder_name
 
@@ -74,9 +74,8 @@ class Store:
         stored = self._study.user_attrs.get(SETTINGS)
         if stored is not None:
             differing = {name for name in {*stored, *settings} if stored.get(name) != settings.get(name)}
-            if differing != {"metric"} or not self._has_no_figure():
-                _check_same(stored, settings, differing)
-                return
+            _check_same(stored, settings, differing)
+            return
         self._begin(settings, plan())
 
     def _begin(self, settings: Mapping[str, Any], memory: PlannedMemory) -> None:
@@ -103,11 +102,6 @@ class Store:
         return optuna.create_study(
             study_name=STUDY, storage=self._storage, direction=direction, pruner=pruner, load_if_exists=True
         )
-
-    def _has_no_figure(self) -> bool:
-        """Whether no metric was taken from any fold, and no process is about to."""
-        trials = self._study.get_trials(deepcopy=False)
-        return is_idle(self.folder) and not any(_fold_key(1) in trial.user_attrs for trial in trials)
 
     def _rule_out(self, point: Point, reason: str) -> None:
         import optuna
@@ -255,7 +249,7 @@ class Store:
         values: list[float] = []
         while (results := trial.user_attrs.get(_fold_key(len(values) + 1))) is not None:
             value = metric_of(results, self._search.metric)
-            assert value is not None, "results without the metric are not recorded"
+            assert value is not None, "the metric is checked before anything runs"
             values.append(value)
         return tuple(values)
 
