@@ -87,6 +87,8 @@ def test_the_chosen_settings_train(tiny_runs, whole, tmp_path):
     config = RunConfig.from_flat({**read_settings_file(whole / "best.yaml"), "out": str(tmp_path / "x")})
     searched = json.loads((whole / "results.json").read_text())["settings"]
     now = config.to_dict()
+    assert searched["evaluation"].pop("metric") == "loss"  # nothing is held out when all of the data trains
+    assert now["evaluation"].pop("metric") is None
     assert {k: v for k, v in now.items() if k != "out"} == {k: v for k, v in searched.items() if k != "out"}
     assert train(config, Console(file=io.StringIO())).steps == 1
 
