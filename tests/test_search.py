@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from classifiers import save_base
 from rich.console import Console
 from search_cases import N_EXAMPLES, ROWS, light_collections, note_trainings, search_of, settings_of, trainings
 
@@ -250,3 +251,20 @@ def test_a_mistake_is_one_message_and_leaves_nothing(tiny_runs, tmp_path, capsys
     for message in messages:
         assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_classes_are_kept_in_proportion_and_decide_by_the_metric_of_their_task(tiny_runs, tmp_path):
+    rows = [{"text": f"{i} is {kind}", "label": kind} for i in range(6) for kind in ("even", "odd")]
+    data = tiny_runs.data(rows, "labelled")
+    flat = settings_of(tiny_runs, tmp_path / "x", model=str(save_base(tmp_path / "base", "bert")), data=str(data))
+    result = search_of(flat, metric="f1")
+    assert all(0 <= value <= 1 for one in result.tried for value in one.values)
+    record = json.loads((tmp_path / "x" / "runs" / "r=2" / "fold-1" / "run.json").read_text())
+    assert record["settings"]["base"]["labels"] == ["even", "odd"]
+    report = json.loads((tmp_path / "x" / "runs" / "r=2" / "fold-1" / "evaluation.json").read_text())
+    assert [sum(row) for row in report["confusion"]] == [3, 3]
+    assert record["settings"]["evaluation"]["metric"] == "f1"
+    one_class = tiny_runs.data(rows[::2], "one-class")
+    with pytest.raises(UserError, match="has only the label 'even'"):
+        search_of({**flat, "data": str(one_class), "out": str(tmp_path / "y"), "labels": "even,odd"})
+    assert not (tmp_path / "y").exists()
