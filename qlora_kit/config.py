@@ -340,7 +340,11 @@ class LeanConfig(_Checked):
     rms_norm: bool = setting(True, "RMS norms that keep their input only, and no copy of it in fp32")
     tanh_gelu: bool = setting(True, "gelu_new as one operation without temporaries")
     maskless_padding: bool = setting(True, "no attention mask for padding on the right, which no token sees")
-    attention_by_row: bool = setting(True, "on a CPU, attention with dropout one row of the batch at a time")
+    attention_by_row: str = setting(
+        "auto",
+        "attention with dropout one row of the batch at a time: auto (on a CPU) | on | off",
+        one_of("auto", "on", "off"),
+    )
     varlen: bool = setting(True, "with --pack, attend within each example without a mask over the row")
 
     def resolved(self, device_type: str) -> LeanConfig:
@@ -349,7 +353,15 @@ class LeanConfig(_Checked):
         offload = on_cuda if self.offload_activations == "auto" else self.offload_activations
         half = offload if self.half_blocks == "auto" else self.half_blocks
         embedding = "off" if self.offload_embedding == "auto" else self.offload_embedding
-        return dataclasses.replace(self, offload_activations=offload, half_blocks=half, offload_embedding=embedding)
+        on_cpu = "on" if device_type == "cpu" else "off"
+        by_row = on_cpu if self.attention_by_row == "auto" else self.attention_by_row
+        return dataclasses.replace(
+            self,
+            offload_activations=offload,
+            half_blocks=half,
+            offload_embedding=embedding,
+            attention_by_row=by_row,
+        )
 
 
 @dataclass(frozen=True)

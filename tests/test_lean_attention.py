@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit import adapters
+from qlora_kit.config import LeanConfig
 from qlora_kit.lean import attention, varlen
 
 DROPOUT = 0.3
@@ -139,5 +140,14 @@ def test_models_without_use_for_it_are_left():
     eager.config.attn_pdrop = DROPOUT
     eager.set_attn_implementation("eager")
     assert attention.put_on(eager).left == "eager attention"
-    with torch.device("meta"):
-        assert attention.put_on(tiny_model("gpt2").to("meta")).left == "kernels for GPUs keep no scores"
+
+
+@pytest.mark.parametrize(("given", "device_type", "wanted"), [("auto", "cpu", "on"), ("auto", "cuda", "off")])
+def test_it_is_for_cpus(given, device_type, wanted):
+    assert LeanConfig(attention_by_row=given).resolved(device_type).attention_by_row == wanted
+    assert LeanConfig(attention_by_row="on").resolved(device_type).attention_by_row == "on"
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_left_alone():
+    assert attention.put_on(tiny_model("gpt2").to("cuda")).left == "kernels for GPUs keep no scores"

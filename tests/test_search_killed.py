@@ -77,6 +77,15 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_fold(
     assert not list(folder.rglob("*.partial"))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a worker of pytest-xdist ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_half_written(tiny_runs, tmp_path, monkeypatch, undisturbed):
     folder = tmp_path / "x"
     flat = settings_of(tiny_runs, folder)

@@ -36,7 +36,7 @@ def put_on(model: Any) -> Outcome:
 
 
 def _reason_to_leave(base: Any) -> str:
-    if base.device.type != "cpu":
+    if base.device.type == "cuda":
         return "kernels for GPUs keep no scores"
     if not any(getattr(base.config, name, None) for name in DROPOUTS):
         return "no dropout in attention"
