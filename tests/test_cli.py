@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from families import save_tiny
+from refusals import fails
 
 from qlora_kit.cli import main
 
@@ -29,17 +30,6 @@ NOISE = (
 def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd, env=env, check=False)
-
-
-def fails(capsys, *args: str) -> str:
-    """Run in this process; returns what a failing command prints on standard error."""
-    with pytest.raises(SystemExit) as caught:
-        main(args)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    assert not out
-    return err
 
 
 @pytest.fixture(scope="session")

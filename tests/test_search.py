@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from classifiers import save_base
+from refusals import fails
 from rich.console import Console
 from search_cases import N_EXAMPLES, ROWS, light_collections, note_trainings, search_of, settings_of, trainings
 
@@ -31,16 +32,6 @@ def names(folder: Path) -> set[str]:
 def results_of(folder: Path) -> dict[str, list[float]]:
     content = json.loads((folder / "results.json").read_text())
     return {json.dumps(one["point"]): one["values"] for one in content["tried"]}
-
-
-def fails(capsys, *args: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main(args)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    assert not out
-    return err
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qlora_kit import quiet
+from qlora_kit.commands.opening import open_chosen
 from qlora_kit.config import DEFAULT_NEW_TOKENS, RunConfig, flag
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.task_models import GENERATION
@@ -45,7 +46,14 @@ def run(
 
     seed = RunConfig.from_flat({name: given[name] for name in ("seed",) if name in given}).seed
     say = Console(stderr=True, highlight=False)
-    config, opened = _open(given, run, base, say)
+
+    def check_task(config: RunConfig, opened: Opened) -> None:
+        if opened.task != GENERATION:
+            setting, value = ("--run", run) if run else ("--model", config.base.model)
+            rule = f"was trained for {opened.task}, and writes no text"
+            raise UserError.of(setting, value, rule, "Use `qlora-kit predict`.")
+
+    config, opened = open_chosen(given, run, base, "seed", check_task, say)
     raw = opened.is_plain_text if raw is None else raw
     from_file = prompts_of_file(config, opened, raw) if "data" in given else None
     asked = asked_prompts(prompt, opened, raw, say) if from_file is None else iter(())
@@ -87,29 +95,3 @@ def _check(
         faults.append(Fault("--top-p", top_p, rule, "Add for example --temperature 0.7."))
     if faults:
         raise UserError(faults)
-
-
-def _open(given: Mapping[str, Any], run: str | None, base_model: str | None, say: Console) -> tuple[RunConfig, Opened]:
-    """The settings, and the model that is to answer, not loaded yet. Raises `UserError`."""
-    from qlora_kit import base, narration, reopening
-    from qlora_kit.progress import say_line
-
-    if run is None:
-        config = RunConfig.from_flat(given)
-        device = base.resolve_device(config.base.device)
-        opened = reopening.open_model(config.base, device, as_saved="bits" not in given)
-        warning = None
-    else:
-        found = reopening.find_run(run, {k: v for k, v in given.items() if k != "seed"}, base_model)
-        config = found.config
-        device = base.resolve_device(config.base.device)
-        with say.status("checking the base"):
-            warning = None if config.base.full else reopening.check_base(found)
-        opened = reopening.open_run(found, device)
-    if opened.task != GENERATION:
-        rule = f"was trained for {opened.task}, and writes no text"
-        raise UserError.of("--run" if run else "--model", run or config.base.model, rule, "Use `qlora-kit predict`.")
-    quiet.quiet_progress_bars()
-    for line in (*narration.opening(config, device), opened.title, *([warning] if warning else [])):
-        say_line(say, line)
-    return config, opened

@@ -9,16 +9,14 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from qlora_kit import quiet, runs
+from qlora_kit.commands.opening import open_chosen
 from qlora_kit.config import RunConfig, flag
 from qlora_kit.errors import Fault, UserError
-
-if TYPE_CHECKING:
-    from qlora_kit.reopening import Opened
 
 OF_A_RUN = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
 
@@ -35,7 +33,8 @@ def run(given: Mapping[str, Any], run: str | None = None, base: str | None = Non
     from qlora_kit.reopening import memory_errors
 
     say = Console(stderr=True, highlight=False)
-    config, opened = _open({k: v for k, v in given.items() if k not in ("data", "out")}, run, base, say)
+    of_model = {k: v for k, v in given.items() if k not in ("data", "out")}
+    config, opened = open_chosen(of_model, run, base, "columns", lambda *_: None, say)
     out = Path(given["out"]) if "out" in given else None
     if out is not None:
         runs.check_writable(out)
@@ -70,26 +69,3 @@ def _check(given: Mapping[str, Any], run: str | None, base: str | None) -> None:
         faults.append(Fault("--data", None, "is missing", "Give --data FILE with the examples to answer."))
     if faults:
         raise UserError(faults)
-
-
-def _open(given: Mapping[str, Any], run: str | None, base_model: str | None, say: Console) -> tuple[RunConfig, Opened]:
-    """The settings, and the model that is to answer, not loaded yet. Raises `UserError`."""
-    from qlora_kit import base, narration, reopening
-    from qlora_kit.progress import say_line
-
-    warning = None
-    if run is None:
-        config = RunConfig.from_flat(given)
-        device = base.resolve_device(config.base.device)
-        opened = reopening.open_model(config.base, device, as_saved="bits" not in given)
-    else:
-        found = reopening.find_run(run, {k: v for k, v in given.items() if k != "columns"}, base_model)
-        config = found.config
-        device = base.resolve_device(config.base.device)
-        with say.status("checking the base"):
-            warning = None if config.base.full else reopening.check_base(found)
-        opened = reopening.open_run(found, device)
-    quiet.quiet_progress_bars()
-    for line in (*narration.opening(config, device), opened.title, *([warning] if warning else [])):
-        say_line(say, line)
-    return config, opened

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
+from qlora_kit.data.values import BadValueError, as_text
 from qlora_kit.errors import Fault, UserError
 
 TARGETS = ("text", "prompt", "completion", "messages", "system")
@@ -46,10 +47,6 @@ class Example:
     origin: str
 
 
-class _BadValueError(ValueError):
-    """A record does not fit its shape; says which rule it breaks."""
-
-
 @dataclass(frozen=True)
 class Shape:
     """A way to lay out examples in columns: the columns that must be there, those that may, and how to read one."""
@@ -68,26 +65,14 @@ class Shape:
 def _text(record: Record, column: str) -> str:
     """The text in a column; a number is taken as it is written."""
     if column not in record.values:
-        raise _BadValueError(f"has no column {column!r}")
-    return _as_text(record.values[column], f"column {column!r}")
+        raise BadValueError(f"has no column {column!r}")
+    return as_text(record.values[column], f"column {column!r}")
 
 
 def _optional_text(record: Record, column: str | None) -> str:
     if column is None or record.values.get(column) is None:
         return ""
     return _text(record, column)
-
-
-def _as_text(value: object, what: str) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise _BadValueError(f"{what} must be text, not {'null' if value is None else type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadValueError(f"{what} holds half a surrogate pair, which is no text") from None
-    return value
 
 
 def _read_text(shape: Shape, record: Record) -> Iterator[Example]:
@@ -117,10 +102,10 @@ def _read_instances(shape: Shape, record: Record) -> Iterator[Example]:
     """The self-instruct layout: one instruction with several pairs of input and output."""
     instruction, instances = _text(record, "instruction"), record.values.get("instances")
     if not isinstance(instances, list) or not instances:
-        raise _BadValueError("column 'instances' must be a list with at least one {input, output}")
+        raise BadValueError("column 'instances' must be a list with at least one {input, output}")
     for number, values in enumerate(instances, start=1):
         if not isinstance(values, dict):
-            raise _BadValueError(f"instance {number} must be an object with an output")
+            raise BadValueError(f"instance {number} must be an object with an output")
         origin = record.origin if len(instances) == 1 else f"{record.origin} instance {number}"
         nested = Record(record.file, origin, values)
         prompt = _with_input(instruction, _optional_text(nested, "input"))
@@ -130,13 +115,13 @@ def _read_instances(shape: Shape, record: Record) -> Iterator[Example]:
 def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
     turns = record.values.get(shape.required[0])
     if not isinstance(turns, list) or not turns:
-        raise _BadValueError(f"column {shape.required[0]!r} must be a list with at least one message")
+        raise BadValueError(f"column {shape.required[0]!r} must be a list with at least one message")
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
     system = _optional_text(record, "system")
     if system.strip() and messages[0].role != "system":
         messages.insert(0, Message("system", system))
     if messages[0].role == "assistant":
-        raise _BadValueError("the conversation begins with the assistant, so nothing says what it answers")
+        raise BadValueError("the conversation begins with the assistant, so nothing says what it answers")
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     first = answers[0] if answers else len(messages)
     prompt = "\n".join(message.content for message in messages[:first])
@@ -145,19 +130,19 @@ def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
 
 def _message(turn: object, number: int) -> Message:
     if not isinstance(turn, dict):
-        raise _BadValueError(f"message {number} must be an object with role and content")
+        raise BadValueError(f"message {number} must be an object with role and content")
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
     if role not in ROLES:
-        raise _BadValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+        raise BadValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
     if isinstance(content, list):  # the parts of a multimodal message
         content = _joined_parts(content, number)
-    return Message(ROLES[role], _as_text(content, f"the content of message {number}"))
+    return Message(ROLES[role], as_text(content, f"the content of message {number}"))
 
 
 def _joined_parts(parts: list[Any], number: int) -> str:
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise _BadValueError(f"message {number} has parts that are not text")
+        raise BadValueError(f"message {number} has parts that are not text")
     return "".join(part["text"] for part in parts)
 
 
@@ -251,7 +236,7 @@ def _read_all(shape: Shape, records: list[Record], problems: Problems) -> Iterat
     for record in records:
         try:
             yield from shape.read(shape, record)
-        except _BadValueError as error:
+        except BadValueError as error:
             problems.add(record.origin, str(error))
 
 

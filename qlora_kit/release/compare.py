@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.release.source import Checkpoint
 
 if TYPE_CHECKING:
     import torch
 
 PIECE_ELEMENTS = 1 << 20  # logits compared at once
-IGNORED = -100
 
 
 @dataclass(frozen=True)

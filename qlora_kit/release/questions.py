@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import base, data, tasks
 from qlora_kit.config import RunConfig
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
 from qlora_kit.task_models import GENERATION, task_of
 from qlora_kit.tasks import text_classification
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 MAX_ROW_TOKENS = 512
 MAX_PROMPT_TOKENS = 256
 ROOM_TOKENS = 32  # that the positions must leave for the answer to the prompt
-IGNORED = -100
 DATA_USES = ("none", "preferred", "needed", "choice")  # what data there is, whether it must be read, and decides
 BUILT_IN = (
     "The ferry leaves the harbour at eight in the morning and is back before dark. On Sundays it waits for the last "

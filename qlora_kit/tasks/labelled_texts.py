@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from qlora_kit.config import BaseConfig
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
+from qlora_kit.data.values import BadValueError, as_text
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.tasks.labels import LabelError, read_labels
 from qlora_kit.tasks.task import Source
@@ -39,10 +39,6 @@ class LabelledText:
     labels: tuple[str, ...]
     listed: bool  # given as several
     origin: str
-
-
-class _BadValueError(ValueError):
-    """A record that is no labelled text; says which rule it breaks."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def _read(source: Source, several: bool | None, labelled: bool) -> list[Labelled
         for record in in_file:
             try:
                 examples.append(_example(record, columns, several, labelled))
-            except (_BadValueError, LabelError) as error:
+            except (BadValueError, LabelError) as error:
                 problems.add(record.origin, str(error))
     problems.raise_if_any()
     return examples
@@ -134,8 +130,8 @@ def _text_columns(there: Set[str], by_hand: Mapping[str, str]) -> tuple[str | No
 
 def _example(record: Record, columns: _Columns, several: bool | None, labelled: bool) -> LabelledText:
     values = record.values
-    text = _text(values, columns.text)
-    pair = None if columns.pair is None else _text(values, columns.pair)
+    text = as_text(values.get(columns.text), f"column {columns.text!r}")
+    pair = None if columns.pair is None else as_text(values.get(columns.pair), f"column {columns.pair!r}")
     if columns.head is not None and columns.tail is not None:
         spans = {name: values.get(getattr(columns, name)) for name in MARKS}
         if any(span is not None for span in spans.values()):
@@ -150,19 +146,6 @@ def _example(record: Record, columns: _Columns, several: bool | None, labelled: 
     return LabelledText(text, pair, found.names, found.listed, record.origin)
 
 
-def _text(values: Mapping[str, Any], column: str) -> str:
-    value = values.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise _BadValueError(f"column {column!r} must be text, not {'null' if value is None else type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadValueError(f"column {column!r} holds half a surrogate pair, which is no text") from None
-    return value
-
-
 # ------------------------------------------------------------------------------------------------------ entities
 
 
@@ -170,12 +153,12 @@ def marked(text: str, spans: Mapping[str, object]) -> str:
     """`text` with its two entities between marks; `spans` has their first character and the one after their last.
 
     The marks are ordinary text: a tokenizer that knows them makes one token of each.
-    Raises `_BadValueError` for spans that are none, lie outside the text, or overlap.
+    Raises `BadValueError` for spans that are none, lie outside the text, or overlap.
     """
     places = {name: _span(value, text, name) for name, value in spans.items()}
     (first, one), (second, other) = sorted(places.items(), key=lambda item: item[1])
     if one[1] > other[0]:
-        raise _BadValueError(f"the {first} {one} and the {second} {other} overlap")
+        raise BadValueError(f"the {first} {one} and the {second} {other} overlap")
     for name, (start, end) in ((second, other), (first, one)):
         opening, closing = MARKS[name]
         text = f"{text[:start]}{opening}{text[start:end]}{closing}{text[end:]}"
@@ -188,8 +171,8 @@ def _span(value: object, text: str, name: str) -> tuple[int, int]:
     if isinstance(value, str):
         value = [int(part) if part.strip().isdecimal() else None for part in value.replace(":", ",").split(",")]
     if not (isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value)):
-        raise _BadValueError(f"column {name!r} must say from which character to which, as [3, 9] or 3:9")
+        raise BadValueError(f"column {name!r} must say from which character to which, as [3, 9] or 3:9")
     start, end = value
     if not 0 <= start < end <= len(text):
-        raise _BadValueError(f"the {name} is at {start} to {end}, and the text has {len(text)} characters")
+        raise BadValueError(f"the {name} is at {start} to {end}, and the text has {len(text)} characters")
     return start, end

@@ -1,0 +1,20 @@
+"""What a column may hold, whatever task it is read for."""
+
+from __future__ import annotations
+
+
+class BadValueError(ValueError):
+    """A record does not fit its shape; says which rule it breaks."""
+
+
+def as_text(value: object, what: str) -> str:
+    """`value` as text; a number is taken as it is written. Raises `BadValueError` in the name of `what`."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadValueError(f"{what} must be text, not {'null' if value is None else type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadValueError(f"{what} holds half a surrogate pair, which is no text") from None
+    return value
