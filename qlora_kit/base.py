@@ -158,6 +158,9 @@ def with_labels(architecture: PretrainedConfig, config: BaseConfig) -> Pretraine
         architecture.label2id = {label: number for number, label in enumerate(config.labels)}
         kind = "multi_label_classification" if config.multi_label else "single_label_classification"
         architecture.problem_type = kind
+    own_number = TASK_MODELS[task].num_labels
+    if own_number is not None and architecture.num_labels != own_number:
+        architecture.num_labels = own_number  # the model may have been saved for something else
     return architecture
 
 
