@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from classifiers import save_base, save_rows
+from classifiers import DECODERS, save_base, save_rows
 from rich.console import Console
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -66,7 +66,7 @@ class Workshop:
     def run(self, kind):
         out = f"run-{kind}"
         if not (self.root / out).exists():
-            train(self.config(kind, out, steps=30 if kind == "gpt2" else 8), QUIET)
+            train(self.config(kind, out, steps=30 if kind in DECODERS else 8), QUIET)
         return self.root / out
 
 
@@ -167,7 +167,7 @@ def plain_answer(model, tokenizer, row, joint):
     return row["context"][offsets[start][0] : offsets[end][1]].strip()
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "bart", "llama"])
 def test_the_release_answers_by_plain_argmax_in_stock_transformers(workshop, in_this_process, kind):
     """There is no pipeline for this task in transformers 5. The likeliest ends are the likeliest pair if they fit."""
     release, out = workshop.root / f"release-{kind}", workshop.root / f"released-{kind}.jsonl"
@@ -178,7 +178,7 @@ def test_the_release_answers_by_plain_argmax_in_stock_transformers(workshop, in_
     main(["predict", "--model", str(release), "--data", workshop.held_out, "--out", str(out)])
     model = AutoModelForQuestionAnswering.from_pretrained(release).eval()
     tokenizer = AutoTokenizer.from_pretrained(release)
-    plain = [plain_answer(model, tokenizer, row, "\n" if kind == "gpt2" else "") for row in HELD_OUT]
+    plain = [plain_answer(model, tokenizer, row, "\n" if kind in DECODERS else "") for row in HELD_OUT]
     same = [line["answer"] == answer for line, answer in zip(lines_of(out), plain, strict=True) if answer]
     assert len(same) >= (16 if kind == "gpt2" else 1)
     assert all(same)
