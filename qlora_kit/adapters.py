@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import initialization
@@ -159,11 +160,23 @@ def inject(
         rule = f"PEFT puts no factors there on a {model.config.model_type} model ({str(error).rstrip('.')})"
         remedy = f"Choose among --targets {','.join(names)}." if names else "The model has no linear layer in a block."
         raise UserError.of("--targets", ",".join(targets), rule, remedy) from None
+    _pass_all_inputs(peft_model)
     dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else torch.float32
     for _, parameter in adapter_parameters(peft_model):
         parameter.data = parameter.data.to(dtype)
     initialization.start(peft_model, config, originals)
     return peft_model
+
+
+def _pass_all_inputs(model: PeftModel) -> None:
+    """Let the base get all that `model` is called with: PEFT drops token types and positions when it answers questions.
+
+    (`PeftModelForQuestionAnswering.forward` names them, and passes them on to prompts alone.)
+    """
+    from peft import PeftModel, PeftModelForQuestionAnswering
+
+    if isinstance(model, PeftModelForQuestionAnswering):
+        model.forward = MethodType(PeftModel.forward, model)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -247,6 +260,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = Fals
         peft_model = PeftModel.from_pretrained(
             model, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False
         )
+        _pass_all_inputs(peft_model)
         load_factors(peft_model, folder)
     except (SafetensorError, OSError) as error:
         rule = f"cannot be read ({str(error).splitlines()[0]})"

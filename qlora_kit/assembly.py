@@ -38,9 +38,8 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
         raise UserError.of("--full", True, rule, "Use --bits 32, or adapters.")
     model: Any = base.load_base(config.base, device, config.seed, architecture)
     task = task_of(config.base.task, model.config)
-    loss = TASK_MODELS[task].loss
-    if loss is not None:
-        put_loss_on(model, loss)
+    if TASK_MODELS[task].has_new_head:
+        put_loss_on(model, TASK_MODELS[task])
     if device.type != "meta":  # a plan draws nothing, and leaves the caller's random state alone
         set_seed(config.seed)
     if not config.base.full:

@@ -158,6 +158,9 @@ def with_labels(architecture: PretrainedConfig, config: BaseConfig) -> Pretraine
         architecture.label2id = {label: number for number, label in enumerate(config.labels)}
         kind = "multi_label_classification" if config.multi_label else "single_label_classification"
         architecture.problem_type = kind
+    own_number = TASK_MODELS[task].num_labels
+    if own_number is not None and architecture.num_labels != own_number:
+        architecture.num_labels = own_number  # the model may have been saved for something else
     return architecture
 
 
@@ -367,6 +370,7 @@ def _load_pretrained(
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            key_mapping=base_renaming(transformers_class(task)._model_mapping.get(type(architecture), None)),
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
@@ -383,6 +387,21 @@ def _load_pretrained(
     if seed is not None and any(new_head.is_in_head(name, heads) for name in lacking):
         new_head.draw(model, heads, seed)  # all of it, so that no part of it depends on what else was drawn
     return model
+
+
+def base_renaming(model_class: Any) -> dict[str, str] | None:
+    """The name of the base in files of such models → the one it has in `model_class`, where that is another; or None.
+
+    transformers calls the base "transformer" in its classes of Llama, Qwen and others for question answering, and
+    "model" in all others of them, and loads the one into the other only when it is told.
+    """
+    from transformers import AutoModel
+
+    plain = None if model_class is None else AutoModel._model_mapping.get(model_class.config_class, None)
+    usual = getattr(plain, "base_model_prefix", None)
+    if not usual or usual == model_class.base_model_prefix:
+        return None
+    return {rf"^{usual}\.": f"{model_class.base_model_prefix}."}
 
 
 def planned_heads(architecture: PretrainedConfig, task: str) -> list[str]:

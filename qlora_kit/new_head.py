@@ -16,11 +16,17 @@ import torch
 from torch import nn
 
 from qlora_kit.seeding import drawn_by
-from qlora_kit.task_models import Loss
+from qlora_kit.task_models import TaskModel
 
 
 def head_names(model: Any) -> list[str]:
-    """The names of the modules of a transformers model that make up its head."""
+    """The names of the modules of a transformers model that make up its head.
+
+    They stand beside the base; where a model has no module for its base, as T5's for question answering, and its parts
+    stand there too, the head is the linear layers among them.
+    """
+    if model.base_model is model:
+        return [name for name, child in model.named_children() if isinstance(child, nn.Linear)]
     return [name for name, child in model.named_children() if child is not model.base_model and has_weights(child)]
 
 
@@ -63,25 +69,27 @@ class TaskLoss(nn.Module):
     `weights` (L,) are those of the labels, None for 1 each.
     """
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, task: TaskModel) -> None:
         super().__init__()
-        self._loss = loss
+        self.task = task
         self.weights: torch.Tensor | None = None
 
-    def forward(self, logits: torch.Tensor, labels: torch.Tensor, n_items: Any) -> torch.Tensor:
+    def forward(self, outputs: Any, attention_mask: torch.Tensor | None, labels: torch.Tensor, n_items: Any) -> Any:
         """The summed loss over `n_items`, by default the labels of the batch."""
+        assert self.task.loss is not None, "only tasks with a new head"
+        logits = self.task.logits(outputs, attention_mask)
         n_items = (labels != -100).sum() if n_items is None else n_items
         weights = None if self.weights is None else self.weights.to(logits.device)
-        return self._loss(logits, labels, n_items, weights)
+        return self.task.loss(logits, labels, n_items, weights)
 
 
-def put_loss_on(model: Any, loss: Loss) -> None:
-    """Let `model` compute `loss` from its logits where it is given labels; the logits are there too.
+def put_loss_on(model: Any, task: TaskModel) -> None:
+    """Let `model` compute the loss of `task` where it is given labels; the logits are there too.
 
     transformers' own losses for such heads know no weights of classes, and most of them ignore by how many items the
     loss of an accumulated batch is to be divided.
     """
-    model.task_loss = TaskLoss(loss)
+    model.task_loss = TaskLoss(task)
     model.accepts_loss_kwargs = True  # the Trainer then gives the number of items
     model.forward = MethodType(_with_loss(type(model).forward), model)
 
@@ -95,10 +103,15 @@ def _with_loss(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         outputs = stock(self, *args, **kwargs)
         if labels is not None:
-            outputs["loss"] = self.task_loss(outputs.logits, labels, num_items_in_batch)
+            outputs["loss"] = self.task_loss(outputs, kwargs.get("attention_mask"), labels, num_items_in_batch)
         return outputs
 
     return forward
+
+
+def is_over_tokens(model: Any) -> bool:
+    """Whether the loss of `model`, which may be PEFT's, chooses among the tokens of a row, so needs its mask."""
+    return any(isinstance(module, TaskLoss) and module.task.over_tokens for module in model.modules())
 
 
 def set_weights(model: Any, weights_L: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """What each task asks of a model: its class in transformers, whether it gets a new head, and the loss on that head.
 
-The data of a task, and how its answers are scored, are in `tasks`. In the shapes: B rows of a batch, L labels.
+The data of a task, and how its answers are scored, are in `tasks`.
+In the shapes: B rows of a batch, T tokens, L labels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 Loss = Callable[["torch.Tensor", "torch.Tensor", Any, "torch.Tensor | None"], "torch.Tensor"]
 """(logits, labels, items that the sum is divided by, weights of the labels or None) → an fp32 scalar."""
 
-GENERATION, CLASSIFICATION = "text-generation", "text-classification"
+Logits = Callable[[Any, "torch.Tensor | None"], "torch.Tensor"]
+"""(outputs of a model, its attention mask (B, T) or None) → what the loss is over."""
+
+GENERATION, CLASSIFICATION, QUESTION_ANSWERING = "text-generation", "text-classification", "question-answering"
 
 
 def _label_a_token(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
@@ -27,6 +31,28 @@ def _label_a_token(rows: int, tokens: int, labels: int, several: bool) -> tuple[
 
 def _label_a_row(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
     return (rows, labels) if several else (rows,)
+
+
+def _two_places_a_row(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
+    return (rows, 2)
+
+
+def _own_logits(outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    return outputs.logits  # type: ignore[no-any-return]
+
+
+def span_logits(outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The logits of the first and of the last token of an answer, fp32 (B, 2, T); padding gets the lowest there is.
+
+    So the loss and the answer of a row do not depend on the rows beside it (transformers' own loss is over padding
+    too, and agrees where there is none).
+    """
+    import torch
+
+    logits_B2T = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
+    if attention_mask is None:
+        return logits_B2T
+    return logits_B2T.masked_fill(attention_mask[:, None, :] == 0, torch.finfo(torch.float32).min)
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,9 @@ class TaskModel:
     loss: Loss | None = None  # on the logits of a new head; None: the model keeps its own head, and its loss
     label_shape: Callable[[int, int, int, bool], tuple[int, ...]] = _label_a_token
     # of a batch's labels, from its rows and tokens, the number of labels, and whether a row may have several
+    logits: Logits = _own_logits  # of its outputs, for `loss`
+    over_tokens: bool = False  # whether a row's tokens are what is chosen among, so that padding must not be
+    num_labels: int | None = None  # of the head, where the data does not decide
 
     @property
     def has_new_head(self) -> bool:
@@ -68,6 +97,17 @@ def classification_loss(
     return scaled
 
 
+def span_loss(
+    logits_B2T: torch.Tensor, labels_B2: torch.Tensor, n_items: Any, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """The summed cross-entropy of the first and of the last token over `n_items`, which counts both."""
+    from torch.nn import functional
+
+    loss: torch.Tensor = functional.cross_entropy(logits_B2T.flatten(0, 1), labels_B2.flatten(), reduction="sum")
+    scaled: torch.Tensor = loss / n_items
+    return scaled
+
+
 TASK_MODELS: dict[str, TaskModel] = {
     GENERATION: TaskModel(
         "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"
@@ -79,6 +119,17 @@ TASK_MODELS: dict[str, TaskModel] = {
         "SEQ_CLS",
         classification_loss,
         _label_a_row,
+    ),
+    QUESTION_ANSWERING: TaskModel(
+        "AutoModelForQuestionAnswering",
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+        ("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
+        "QUESTION_ANS",
+        span_loss,
+        _two_places_a_row,
+        span_logits,
+        over_tokens=True,
+        num_labels=2,
     ),
 }
 

@@ -21,7 +21,7 @@ from qlora_kit.base import load_base, load_model_config
 from qlora_kit.config import AdapterConfig, BaseConfig, LeanConfig, OptimConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.new_head import head_names, put_loss_on, set_weights
-from qlora_kit.task_models import CLASSIFICATION, classification_loss
+from qlora_kit.task_models import CLASSIFICATION, TASK_MODELS, classification_loss
 
 CPU = torch.device("cpu")
 LABELS = ("no", "maybe", "yes")
@@ -237,7 +237,7 @@ def test_the_stock_loss_is_ours_without_weights(bases):
     stock = AutoModelForSequenceClassification.from_pretrained(bases("bert"), num_labels=3)
     ours = AutoModelForSequenceClassification.from_pretrained(bases("bert"), num_labels=3)
     ours.load_state_dict(stock.state_dict())
-    put_loss_on(ours, classification_loss)
+    put_loss_on(ours, TASK_MODELS[CLASSIFICATION])
     batch = {**batch_of("bert"), "labels": torch.tensor([0, 1, 2])}
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(**batch).loss, stock.eval()(**batch).loss)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 STEPS = 2
+LOGITS = ("logits", "start_logits", "end_logits")  # what models call them
 PACKED_EXAMPLE_TOKENS = 256  # of an example in a packed row, in a plan: an assumption
 
 Autocast = Callable[[bool], AbstractContextManager[Any]]
@@ -156,8 +157,9 @@ def _forward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast:
         return model(**batch, num_items_in_batch=n_items).loss  # type: ignore[no-any-return]
     with autocast(False):
         outputs = model(**batch, num_items_in_batch=n_items)
-    if outputs.logits is not None:
-        outputs["logits"] = outputs["logits"].float()  # accelerate gives a user fp32 outputs
+    for name in LOGITS:
+        if outputs.get(name) is not None:
+            outputs[name] = outputs[name].float()  # accelerate gives a user fp32 outputs
     return outputs.loss  # type: ignore[no-any-return]
 
 

@@ -33,7 +33,7 @@ def with_task(config: BaseConfig, adapters: Sequence[Adapter]) -> BaseConfig:
         raise UserError.of(
             SETTING, adapters[0].given, f"its {file.name} cannot be read ({error})", "Mend it."
         ) from None
-    return dataclasses.replace(config, task=named, labels=labels, multi_label=several)
+    return dataclasses.replace(config, task=named, labels=labels or None, multi_label=several)
 
 
 def head_names(config: BaseConfig) -> list[str]:

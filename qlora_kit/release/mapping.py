@@ -135,7 +135,7 @@ def _match_names(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    rules = get_model_conversion_mapping(model)
+    rules = get_model_conversion_mapping(model, key_mapping=base.base_renaming(type(model)))
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     in_model = dict.fromkeys(known, True)

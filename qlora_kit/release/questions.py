@@ -13,7 +13,7 @@ from qlora_kit import base, data, tasks
 from qlora_kit.config import RunConfig
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
-from qlora_kit.task_models import GENERATION, task_of
+from qlora_kit.task_models import GENERATION, TASK_MODELS, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +76,8 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
     if task != GENERATION:
         rows, labels, source = _of_task(config, tasks.task_named(task), data_use, token_budget, tokenizer, seq_len)
-        names = [architecture.id2label[number] for number in range(architecture.num_labels)]
+        has_labels = TASK_MODELS[task].num_labels is None
+        names = [architecture.id2label[number] for number in range(architecture.num_labels)] if has_labels else []
         return Questions(rows, labels, [], None, source, probe, task, names)
     if data_use == "none":
         return _built_in(tokenizer, token_budget, seq_len, probe)

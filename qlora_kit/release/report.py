@@ -20,7 +20,7 @@ from qlora_kit.release.place import REPORT_FILE
 from qlora_kit.release.proof import TensorProof, summary
 from qlora_kit.release.request import Request, RunRecord
 from qlora_kit.release.verify import ModelProof
-from qlora_kit.task_models import GENERATION
+from qlora_kit.task_models import GENERATION, QUESTION_ANSWERING
 from qlora_kit.trained_base import TrainedBase
 
 MAX_TARGETS = 12  # names of layers on the card; full names of every layer would be too many
@@ -211,6 +211,13 @@ def card(report: Report) -> str:
 
 
 def _how_to_load(task: str) -> list[str]:
+    if task == QUESTION_ANSWERING:  # transformers 5 has no pipeline for it
+        return [
+            "from transformers import AutoModelForQuestionAnswering, AutoTokenizer",
+            "",
+            'model = AutoModelForQuestionAnswering.from_pretrained("this folder", dtype="auto")',
+            'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        ]
     if task != GENERATION:
         return ["from transformers import pipeline", "", f'classify = pipeline("{task}", model="this folder")']
     return [
@@ -313,6 +320,8 @@ def _model_lines(model: Mapping[str, Any]) -> list[str]:
     exact, answer = model["exact"], model["answer"]
     if model["task"] == GENERATION:
         unit, each, answers, greedy = "token", "a token", "next tokens", "the greedy answer"
+    elif model["task"] == QUESTION_ANSWERING:
+        unit, each, answers, greedy = "place", "a place", "likeliest places", "the list of likeliest places"
     else:
         unit, each, answers, greedy = "example", "an example", "labels", "the list of likeliest labels"
     blocks = "" if model["blocks"] == "all" else f", {model['blocks']} blocks (the whole does not fit into memory)"

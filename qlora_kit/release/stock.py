@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -50,11 +51,16 @@ class Kind:
 KINDS = {  # by task
     GENERATION: Kind(AutoModelForCausalLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
     "text-classification": Kind(AutoModelForSequenceClassification, lambda outputs: outputs.logits),
+    "question-answering": Kind(
+        AutoModelForQuestionAnswering, lambda outputs: torch.cat([outputs.start_logits, outputs.end_logits])
+    ),
 }
 
 
 def row_logits(model: Any, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The logits of each row, run one by one: T × V of a text, 1 × L of a row that gets a label; fp32."""
+    """The logits of each row, run one by one: T × V of a text, 1 × L of a row that gets a label,
+    2 × T of one in which an answer begins and ends; fp32.
+    """
     kind, found = KINDS[asked["task"]], {}
     for number, row in enumerate(asked["rows"]):
         inputs = {name: torch.tensor([numbers], device=model.device) for name, numbers in row.items()}

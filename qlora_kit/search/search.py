@@ -94,18 +94,15 @@ def folder_of(config: RunConfig) -> Path:
 def _check(space: Space, settings: SearchConfig, folder: Path, device_type: str) -> None:
     """What can be said before the data is read. Raises one `UserError` with every fault."""
     faults = Faults()
-    faults.collect(lambda: _check_request(space.config, settings.metric))
+    faults.collect(lambda: _check_request(space.config))
     faults.collect(lambda: read_budget(settings.budget, device_type))
     faults.collect(lambda: place.check_place(folder))
     faults.raise_if_any()
 
 
-def _check_request(config: RunConfig, metric: str) -> None:
+def _check_request(config: RunConfig) -> None:
     if config.resume is not None:
         raise UserError.of("--resume", config.resume, "is not for a search", "Drop it: the same command goes on.")
-    if metric == "exact_match" and config.evaluation.exact_match is None:
-        rule = "is not counted by these runs"
-        raise UserError.of("--metric", metric, rule, "Add --exact-match 100: so many held-out prompts are answered.")
 
 
 def _resolved(space: Space, settings: SearchConfig) -> tuple[Space, SearchConfig, list[Any]]:
@@ -116,7 +113,11 @@ def _resolved(space: Space, settings: SearchConfig) -> tuple[Space, SearchConfig
     material = read_material(space.config)
     metric = material.task.judge.default if settings.metric == "auto" else settings.metric
     config = material.config
-    if metric not in OF_EVERY_RUN:
+    counts = config.evaluation.exact_match is not None
+    if metric == "exact_match" and metric not in material.task.judge.metrics and not counts:
+        rule = "is not counted by these runs"
+        raise UserError.of("--metric", metric, rule, "Add --exact-match 100: so many held-out prompts are answered.")
+    if metric in material.task.judge.metrics or metric not in OF_EVERY_RUN:
         tasks.metric_of(material.task, metric)
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, metric=metric))
     return dataclasses.replace(space, config=config), dataclasses.replace(settings, metric=metric), material.train
