@@ -40,7 +40,7 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     task = task_of(config.base.task, model.config)
     loss = TASK_MODELS[task].loss
     if loss is not None:
-        put_loss_on(model, loss)
+        put_loss_on(model, loss, TASK_MODELS[task].decodes)
     if device.type != "meta":  # a plan draws nothing, and leaves the caller's random state alone
         set_seed(config.seed)
     if not config.base.full:

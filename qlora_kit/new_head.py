@@ -75,24 +75,29 @@ class TaskLoss(nn.Module):
         return self._loss(logits, labels, n_items, weights)
 
 
-def put_loss_on(model: Any, loss: Loss) -> None:
+def put_loss_on(model: Any, loss: Loss, decodes: bool = False) -> None:
     """Let `model` compute `loss` from its logits where it is given labels; the logits are there too.
 
     transformers' own losses for such heads know no weights of classes, and most of them ignore by how many items the
-    loss of an accumulated batch is to be divided.
+    loss of an accumulated batch is to be divided. `decodes`: the labels are what a decoder is to say.
     """
     model.task_loss = TaskLoss(loss)
     model.accepts_loss_kwargs = True  # the Trainer then gives the number of items
-    model.forward = MethodType(_with_loss(type(model).forward), model)
+    model.forward = MethodType(_with_loss(type(model).forward, decodes), model)
 
 
-def _with_loss(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The `forward` of a model, without its own loss; it keeps the signature, which PEFT and the Trainer look at."""
+def _with_loss(stock: Callable[..., Any], decodes: bool) -> Callable[..., Any]:
+    """The `forward` of a model, without its own loss; it keeps the signature, which PEFT and the Trainer look at.
+
+    Where it `decodes`, the decoder is given what the labels are before it says them, as the model itself shifts them.
+    """
 
     @functools.wraps(stock)
     def forward(
         self: Any, *args: Any, labels: torch.Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
+        if decodes and labels is not None and kwargs.get("decoder_input_ids") is None:
+            kwargs["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = stock(self, *args, **kwargs)
         if labels is not None:
             outputs["loss"] = self.task_loss(outputs.logits, labels, num_items_in_batch)

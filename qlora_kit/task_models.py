@@ -19,6 +19,7 @@ Loss = Callable[["torch.Tensor", "torch.Tensor", Any, "torch.Tensor | None"], "t
 """(logits, labels, items that the sum is divided by, weights of the labels or None) → an fp32 scalar."""
 
 GENERATION, CLASSIFICATION = "text-generation", "text-classification"
+TEXT2TEXT = "text2text-generation"
 
 
 def _label_a_token(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
@@ -37,14 +38,15 @@ class TaskModel:
     mapping: str  # in transformers' `modeling_auto`: the model types that have such a class
     endings: tuple[str, ...]  # of the names of such classes, by which a config.json says what it was saved for
     peft_type: str
-    loss: Loss | None = None  # on the logits of a new head; None: the model keeps its own head, and its loss
+    loss: Loss | None = None  # ours, on the logits; None: the model's own
     label_shape: Callable[[int, int, int, bool], tuple[int, ...]] = _label_a_token
     # of a batch's labels, from its rows and tokens, the number of labels, and whether a row may have several
+    decodes: bool = False  # an encoder and a decoder: the labels are what the decoder is to say, with the model's head
 
     @property
     def has_new_head(self) -> bool:
         """Whether the task puts a head of its own on the base, which then trains in full."""
-        return self.loss is not None
+        return self.loss is not None and not self.decodes
 
 
 def classification_loss(
@@ -68,6 +70,20 @@ def classification_loss(
     return scaled
 
 
+def sequence_loss(
+    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None
+) -> torch.Tensor:
+    """The summed cross-entropy of the tokens that a decoder is to say over `n_items`, in fp32; labels of −100 are none.
+
+    transformers' own losses of encoder-decoders are means over a batch, whatever batches it is accumulated with.
+    """
+    from torch.nn import functional
+
+    summed = functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="sum")
+    scaled: torch.Tensor = summed / n_items
+    return scaled
+
+
 TASK_MODELS: dict[str, TaskModel] = {
     GENERATION: TaskModel(
         "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"
@@ -80,6 +96,14 @@ TASK_MODELS: dict[str, TaskModel] = {
         classification_loss,
         _label_a_row,
     ),
+    TEXT2TEXT: TaskModel(
+        "AutoModelForSeq2SeqLM",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        ("ForConditionalGeneration", "MTModel"),
+        "SEQ_2_SEQ_LM",
+        sequence_loss,
+        decodes=True,
+    ),
 }
 
 
@@ -91,6 +115,8 @@ def task_of(task: str | None, architecture: PretrainedConfig) -> str:
     for name, own in TASK_MODELS.items():
         if own.has_new_head and any(kind.endswith(own.endings) for kind in saved_as):
             return name
+    if can_do(TEXT2TEXT, architecture):
+        return TEXT2TEXT
     return CLASSIFICATION if reads_both_ways(architecture) else GENERATION
 
 
@@ -98,8 +124,11 @@ def can_do(task: str, architecture: PretrainedConfig) -> bool:
     """Whether transformers has a class for `task` of this kind of model."""
     from transformers.models.auto import modeling_auto
 
-    known = architecture.model_type in getattr(modeling_auto, TASK_MODELS[task].mapping)
-    return known and not (task == GENERATION and reads_both_ways(architecture))
+    if architecture.model_type not in getattr(modeling_auto, TASK_MODELS[task].mapping):
+        return False
+    if TASK_MODELS[task].decodes:  # models that hear are in the same table, and some of them have no encoder of texts
+        return bool(architecture.is_encoder_decoder)
+    return not (task == GENERATION and reads_both_ways(architecture))
 
 
 def serves_any_task(model_type: str) -> bool:
