@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit import data, scoring, tasks
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.reopening import Opened
-from qlora_kit.tasks import Answering, Source, Task
+from qlora_kit.tasks import Answering, Asked, Source, Task
+from qlora_kit.tasks.task import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Examples that wait for their answers, and their tokens."""
+    """Examples that wait for their answers, and their encoded rows."""
 
     task: Task
     answering: Answering
+    tokenizer: PreTrainedTokenizerBase
     examples: Sequence[Any]
     encoded: Any
     collate: Callable[[Sequence[Any]], dict[str, Any]]
@@ -36,20 +42,25 @@ def read_questions(opened: Opened, source: str, columns: Mapping[str, str], seq_
     tokens = data.resolve_seq_len(seq_len, opened.tokenizer, opened.positions)
     rows = data.read_rows(source, columns)
     examples = task.answering.read(Source(rows, source, columns))
-    encoded = task.answering.encode(examples, opened.tokenizer, tokens)
-    return Questions(task, task.answering, examples, encoded, task.collator(opened.tokenizer, tokens, opened.config))
+    encoded = task.answering.encode(examples, opened.tokenizer, tokens, opened.config)
+    collate = task.collator(opened.tokenizer, tokens, opened.config)
+    return Questions(task, task.answering, opened.tokenizer, examples, encoded, collate)
 
 
 def predict(
     model: Any, questions: Questions, config: RunConfig, tick: Callable[[int], None] = lambda count: None
 ) -> Iterator[dict[str, Any]]:
     """What is asked and what `model` answers, in the order of the examples, `batch_size` at a time."""
-    size, examples = config.optim.batch_size, questions.examples
+    batches = _batches(questions, config.optim.batch_size, model.device)
+    asked = Asked(questions.encoded.rows, batches, questions.tokenizer)
     with scoring.undisturbed(model):
-        for start in range(0, len(examples), size):
-            rows = [questions.encoded[index] for index in range(start, min(start + size, len(examples)))]
-            batch = {name: tensor.to(model.device) for name, tensor in questions.collate(rows).items()}
-            answers = questions.answering.answer(model, batch, config.base)
-            for example, answer in zip(examples[start : start + size], answers, strict=True):
-                yield {**questions.answering.question(example), **answer}
-            tick(len(rows))
+        answers = questions.answering.answer(model, asked, config.base)
+        for example, answer in zip(questions.examples, answers, strict=True):
+            yield {**questions.answering.question(example), **answer}
+            tick(1)
+
+
+def _batches(questions: Questions, size: int, device: torch.device) -> Iterator[Batch]:
+    for start in range(0, len(questions.encoded), size):
+        rows = [questions.encoded[index] for index in range(start, min(start + size, len(questions.encoded)))]
+        yield {name: tensor.to(device) for name, tensor in questions.collate(rows).items()}

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -31,7 +31,12 @@ from qlora_kit.progress import TrainingProgress
 from qlora_kit.rank_penalty import add_gradients
 from qlora_kit.runs import RunFolder, append_metrics
 from qlora_kit.scoring import undisturbed
-from qlora_kit.tasks import Scores, Task
+from qlora_kit.tasks import Asked, Scores, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_kit.inputs import Inputs
 
 Sampler = Callable[[], dict[str, str]]  # gives one generated answer: prompt, expected, generated
 OPTIMIZERS = {  # ours → transformers'
@@ -127,6 +132,7 @@ class AdapterTrainer(Trainer):
     control: TrainerControl
     optimizer: Any
     task: Task
+    tokenizer: PreTrainedTokenizerBase
     base_config: BaseConfig
     scores: dict[int, Scores]  # of the evaluations of this process, by step
     warmup: float = 0.0  # share of the steps
@@ -170,13 +176,18 @@ class AdapterTrainer(Trainer):
         """The task's figures on all held-out examples (the same whatever the batch size); the run is not disturbed."""
         start_s = time.monotonic()
         with undisturbed(self.model):  # the loader, too, draws from the random state
-            scores = self.task.judge.score(self.model, self._held_out(eval_dataset), self.base_config)
+            scores = self._score(eval_dataset)
         self.scores[self.state.global_step] = scores
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.metrics.items()}
         metrics[f"{metric_key_prefix}_s"] = round(time.monotonic() - start_s, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _score(self, eval_dataset: Any = None) -> Scores:
+        rows = getattr(self.eval_dataset if eval_dataset is None else eval_dataset, "rows", ())
+        asked = Asked(rows, self._held_out(eval_dataset), self.tokenizer)
+        return self.task.judge.score(self.model, asked, self.base_config)
 
     def _held_out(self, eval_dataset: Any) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self.get_eval_dataloader(eval_dataset):
@@ -311,14 +322,14 @@ def build_trainer(
     folder: RunFolder,
     device: torch.device,
     model: Any,
-    data: tuple[Any, Any],
+    inputs: Inputs,
     collator: Any,
     progress: TrainingProgress,
     resumed_from: Path | None,
     sample: Sampler | None,
 ) -> tuple[AdapterTrainer, RunCallback]:
-    """The Trainer for `model` on `data` (training set, held-out set or None), and its callback."""
-    train_set, eval_set = data
+    """The Trainer for `model` on what `inputs` has to train on and to hold out, and its callback."""
+    train_set, eval_set = inputs.train, inputs.evaluation
     callback = RunCallback(folder, progress, resumed_from, sample)
     callbacks: list[TrainerCallback] = [callback]
     if config.evaluation.early_stopping is not None:
@@ -330,7 +341,8 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.warmup = config.optim.warmup
-    trainer.task, trainer.base_config, trainer.scores = tasks.task_named(config.base.task), config.base, {}
+    trainer.task, trainer.tokenizer = inputs.task, inputs.tokenizer
+    trainer.base_config, trainer.scores = config.base, {}
     callback.trainer = trainer
     return trainer, callback
 
@@ -375,7 +387,7 @@ def final_scores(trainer: AdapterTrainer) -> Scores:
     if found is not None:
         return found
     with undisturbed(trainer.model):
-        return trainer.task.judge.score(trainer.model, trainer._held_out(None), trainer.base_config)
+        return trainer._score()
 
 
 def _kept_step(trainer: AdapterTrainer) -> int:

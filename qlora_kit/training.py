@@ -232,7 +232,7 @@ def _run(
         folder,
         device,
         model,
-        (inputs.train, inputs.evaluation),
+        inputs,
         collator,
         progress,
         point.checkpoint if point else None,

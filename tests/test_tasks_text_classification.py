@@ -10,6 +10,7 @@ from families import tiny_tokenizer
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.data import prepare_tokenizer
 from qlora_kit.errors import UserError
+from qlora_kit.tasks import Asked
 from qlora_kit.tasks.labelled_texts import LabelledText
 from qlora_kit.tasks.text_classification import TASK, RowCollator, encode, encode_unlabelled, separates_pairs
 
@@ -80,7 +81,7 @@ def test_batches_are_padded_on_the_right():
     several = collate(rows([example("a", "no"), example("b")], several=True))
     assert several["labels"].tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert several["labels"].dtype == torch.float32
-    assert "labels" not in collate(encode_unlabelled([example("a")], encoder_tokenizer(), 9).rows)
+    assert "labels" not in collate(encode_unlabelled([example("a")], encoder_tokenizer(), 9, settings().base).rows)
     assert RowCollator(encoder_tokenizer(), 13)(rows([example("a" * 50, "no")], seq_len=13))["input_ids"].shape == (
         1,
         13,
@@ -93,7 +94,7 @@ class Scripted(torch.nn.Module):
     def __init__(self, table):
         super().__init__()
         self.table = torch.nn.Parameter(table)
-        self.config = type("Config", (), {"id2label": {0: "no", 1: "yes"}, "problem_type": None})()
+        self.config = type("Config", (), {"id2label": {0: "no", 1: "yes"}, "problem_type": None, "num_labels": 2})()
 
     def forward(self, input_ids, **kwargs):
         return type("Output", (), {"logits": self.table[input_ids[:, 0]]})()
@@ -104,10 +105,14 @@ def batches(labels):
     return [{"input_ids": ids[:3], "labels": labels[:3]}, {"input_ids": ids[3:], "labels": labels[3:]}]
 
 
+def asked(batches):
+    return Asked(rows=(), batches=batches, tokenizer=None)
+
+
 def test_scores_do_not_depend_on_the_batches():
     table = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 4.0]])
     labels = torch.tensor([0, 1, 1, 1])
-    scores = TASK.judge.score(Scripted(table), batches(labels), settings().base)
+    scores = TASK.judge.score(Scripted(table), asked(batches(labels)), settings().base)
     expected = -table.double().log_softmax(1)[torch.arange(4), labels].mean()
     assert scores.metrics["loss"] == pytest.approx(float(expected), rel=1e-6)
     assert scores.metrics["accuracy"] == 0.75
@@ -119,12 +124,12 @@ def test_answers_name_labels_with_their_scores():
     model = Scripted(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     batch = {"input_ids": torch.arange(2)[:, None]}
     answer = TASK.answering.answer
-    first, second = answer(model, batch, settings().base)
+    first, second = answer(model, asked([batch]), settings().base)
     assert (first["label"], second["label"]) == ("no", "yes")
     assert first["score"] == pytest.approx(float(torch.tensor([2.0, 0.0]).softmax(0)[0]))
     assert sum(first["scores"].values()) == pytest.approx(1.0)
     model.config.problem_type = "multi_label_classification"
-    (several, _) = answer(model, {"input_ids": torch.arange(2)[:, None]}, settings(several=True).base)
+    (several, _) = answer(model, asked([batch]), settings(several=True).base)
     assert several["labels"] == ["no"]
     assert several["scores"]["yes"] == pytest.approx(0.5)
 

@@ -81,7 +81,7 @@ def _preview_answers(
     console.print(f"{task.name}: the tokens that the model reads, and the answer that it learns.\n")
     for row in rows:
         if row <= len(examples):
-            encoded = task.answering.encode([examples[row - 1]], tokenizer, seq_len).rows[0]
+            encoded = task.answering.encode([examples[row - 1]], tokenizer, seq_len, config.base).rows[0]
             cut = f", cut from {encoded.full_tokens}" if encoded.truncated else ""
             title = f"Example {row} ({encoded.origin}): {len(encoded.input_ids)} tokens{cut}"
             console.print(Text(title, style="bold"), soft_wrap=True)
@@ -94,7 +94,7 @@ def _preview_answers(
         of_eval = tasks.Source(held_out, config.data.held_out_source, config.data.columns, "--eval-data")
         sets["--eval-data"] = task.reader.read(of_eval, config.base)
     for setting, members in sets.items():
-        report = task.answering.encode(members, tokenizer, seq_len).report
+        report = task.answering.encode(members, tokenizer, seq_len, config.base).report
         table = _table(setting)
         lengths = (report.length_min, report.length_median, report.length_p95, report.length_max)
         table.add_row("examples", str(report.examples))

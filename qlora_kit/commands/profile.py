@@ -105,7 +105,7 @@ def _profile(config: RunConfig, folder: runs.RunFolder, model: Any, inputs: Inpu
         folder,
         model.device,
         model,
-        (inputs.train, None),
+        dataclasses.replace(inputs, evaluation=None),
         make_collator(config, model, inputs),
         progress,
         None,

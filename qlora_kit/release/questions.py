@@ -14,8 +14,6 @@ from qlora_kit.config import RunConfig
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
 from qlora_kit.task_models import GENERATION, task_of
-from qlora_kit.tasks import text_classification
-from qlora_kit.tasks.labelled_texts import LabelledText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,23 +33,22 @@ BUILT_IN = (
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows of token ids with what is supervised in them (−100 where nothing is), a prompt, and where they are from.
+    """Rows with what is supervised in them (−100 where nothing is), a prompt, and where they are from.
 
-    A row of a task with labels is asked for one answer, as if it were its first token's successor: `labels` has the
-    number of its label in that place. There is no prompt then; `types` are the rows' token types where the model has
-    such, and `names` those of the labels.
+    A row is what the model is called with: lists of numbers by the names of its arguments. Its `labels` have one place
+    more than its logits have rows: the first one, for a text's first token, is never looked at. Only text generation
+    has a prompt; `names` are those of the labels of a task that has some.
 
     `probe` is a text with its token ids and the chat template, which the release's own tokenizer must give too.
     """
 
-    rows: list[list[int]]
+    rows: list[dict[str, list[int]]]
     labels: list[list[int]]
     prompt: list[int]
     end: int | None
     source: str
     probe: dict[str, Any]
     task: str = GENERATION
-    types: list[list[int]] | None = None
     names: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,8 +75,9 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     positions = base.max_positions(architecture)
     seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
     if task != GENERATION:
+        rows, labels, source = _of_task(config, tasks.task_named(task), data_use, token_budget, tokenizer, seq_len)
         names = [architecture.id2label[number] for number in range(architecture.num_labels)]
-        return _ask_for_labels(config, task, names, data_use, token_budget, tokenizer, seq_len, probe)
+        return Questions(rows, labels, [], None, source, probe, task, names)
     if data_use == "none":
         return _built_in(tokenizer, token_budget, seq_len, probe)
     try:
@@ -89,12 +87,12 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
             raise
         return _built_in(tokenizer, token_budget, seq_len, probe)
     encoded = data.encode_set(examples, tokenizer, seq_len=seq_len, train_on=config.data.train_on).rows
-    rows, labels = _within(token_budget, [row.input_ids for row in encoded], [row.labels for row in encoded])
-    if data_use == "choice" and not any(map(_is_supervised, labels)):
+    kept, marks = _within(token_budget, [row.input_ids for row in encoded], [row.labels for row in encoded])
+    if data_use == "choice" and not any(map(_is_supervised, marks)):
         rule = f"has no answer within the first {token_budget} tokens, which are all there is time for"
         raise UserError.of("--data", config.data.data, rule, "Give shorter examples, or choose --into yourself.")
     prompt = data.encode_prompt(examples[0], tokenizer)[-_prompt_room(positions) :]
-    return Questions(rows, labels, prompt, tokenizer.eos_token_id, source, probe)
+    return Questions(_as_inputs(kept), marks, prompt, tokenizer.eos_token_id, source, probe)
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -102,34 +100,39 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"text": text, "ids": tokenizer(text)["input_ids"], "template": tokenizer.chat_template}
 
 
-def _ask_for_labels(
+def _as_inputs(rows: Sequence[list[int]]) -> list[dict[str, list[int]]]:
+    return [{"input_ids": ids} for ids in rows]
+
+
+def _of_task(
     config: RunConfig,
-    task: str,
-    names: list[str],
+    task: tasks.Task,
     data_use: str,
     token_budget: int,
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
-    probe: dict[str, Any],
-) -> Questions:
-    """Whole rows, each of which gets a label, as far as the budget goes. Raises `UserError`."""
+) -> tuple[list[dict[str, list[int]]], list[list[int]], str]:
+    """Whole rows of the task, as far as the budget goes, what is right for them, and their source.
+
+    Raises `UserError`.
+    """
+    assert task.answering is not None, "only text generation has none"
+    assert task.proving is not None, "only text generation has none"
     rows: list[Any] = []
     source = "a built-in text"
     if data_use != "none":
         try:
             examples, source = _examples(config)
-            rows = tasks.task_named(task).reader.encode(config, examples, tokenizer, seq_len, "--data").rows
+            rows = task.reader.encode(config, examples, tokenizer, seq_len, "--data").rows
         except UserError:
             if data_use in ("needed", "choice"):
                 raise
     if not rows:
-        texts = [LabelledText(text, None, (), False, source) for text in BUILT_IN]
-        rows = text_classification.encode_unlabelled(texts, tokenizer, seq_len).rows
-    totals = accumulate(len(row.input_ids) for row in rows)
-    kept = [row for row, total in zip(rows, totals, strict=True) if total <= token_budget] or rows[:1]
-    labels = [[IGNORED, row.label if isinstance(row.label, int) else IGNORED] for row in kept]
-    types = [row.token_type_ids for row in kept if row.token_type_ids is not None] or None
-    return Questions([row.input_ids for row in kept], labels, [], None, source, probe, task, types, names)
+        rows = task.answering.encode(task.proving.built_in(BUILT_IN), tokenizer, seq_len, config.base).rows
+    inputs = [task.proving.inputs(row) for row in rows]
+    totals = accumulate(len(row["input_ids"]) for row in inputs)
+    count = sum(total <= token_budget for total in totals) or 1
+    return inputs[:count], [[IGNORED, *task.proving.answers(row)] for row in rows[:count]], source
 
 
 def _examples(config: RunConfig) -> tuple[list[Any], str]:
@@ -185,4 +188,4 @@ def _built_in(tokenizer: PreTrainedTokenizerBase, budget: int, seq_len: int, pro
     every = [ids[:seq_len] for ids in tokenizer(list(BUILT_IN))["input_ids"]]
     rows, _ = _within(budget, every, every)
     prompt = every[0][: min(8, seq_len)]
-    return Questions(rows, rows, prompt, tokenizer.eos_token_id, "a built-in text", probe)
+    return Questions(_as_inputs(rows), rows, prompt, tokenizer.eos_token_id, "a built-in text", probe)

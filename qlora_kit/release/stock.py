@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +34,41 @@ from transformers import (
 )
 
 GENERATION = "text-generation"
-CLASSES = {GENERATION: AutoModelForCausalLM, "text-classification": AutoModelForSequenceClassification}
 NEW_TOKENS = 32  # of the greedy answer
 POLL_S = 0.05
 
 
+@dataclass(frozen=True)
+class Kind:
+    """The models of a task: their class, the logits of a row (a matrix: questions × choices), how they are called."""
+
+    auto_class: Any
+    logits: Callable[[Any], torch.Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+KINDS = {  # by task
+    GENERATION: Kind(AutoModelForCausalLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
+    "text-classification": Kind(AutoModelForSequenceClassification, lambda outputs: outputs.logits),
+}
+
+
 def row_logits(model: Any, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The logits of each row of token ids, run one by one: T × V of a text, 1 × L of a row that gets labels; fp32."""
-    options = {"use_cache": False} if asked["task"] == GENERATION else {}
-    found = []
-    for number, ids in enumerate(asked["rows"]):
-        inputs = {"input_ids": torch.tensor([ids], device=model.device)}
-        if asked["types"] is not None:
-            inputs["token_type_ids"] = torch.tensor([asked["types"][number]], device=model.device)
+    """The logits of each row, run one by one: T × V of a text, 1 × L of a row that gets a label; fp32."""
+    kind, found = KINDS[asked["task"]], {}
+    for number, row in enumerate(asked["rows"]):
+        inputs = {name: torch.tensor([numbers], device=model.device) for name, numbers in row.items()}
         with torch.no_grad():
-            logits = model(**inputs, **options).logits[0]
-        found.append(logits if logits.dim() > 1 else logits[None])
-    return {f"row.{number}": logits.float().cpu().contiguous() for number, logits in enumerate(found)}
+            logits = kind.logits(model(**inputs, **kind.options))
+        found[f"row.{number}"] = logits.float().cpu().contiguous()
+    return found
 
 
 def answer(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """The most likely answer to the prompt, or the likeliest label of each row; see `greedy`."""
+    """The most likely answer to the prompt, or the likeliest choice in each row of the logits; see `greedy`."""
     if asked["task"] == GENERATION:
         return greedy(model, asked["prompt"], asked["end"])
-    logits = [own[0] for own in row_logits(model, asked).values()]
+    logits = [own for of_row in row_logits(model, asked).values() for own in of_row]
     best = [own.topk(min(2, len(own))).values for own in logits]
     leads = [float(two[0] - two[1]) if len(two) > 1 else float(two[0].abs()) for two in best]
     return {"tokens": [int(own.argmax()) for own in logits], "leads": leads}
@@ -87,7 +100,7 @@ def load(folder: Path, with_code: bool, task: str) -> tuple[Any, dict[str, list[
 
     Python code that lies in the folder runs only where `with_code`.
     """
-    model, info = CLASSES[task].from_pretrained(
+    model, info = KINDS[task].auto_class.from_pretrained(
         folder,
         dtype="auto",
         device_map={"": "cpu"},

@@ -10,12 +10,24 @@ from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
 from qlora_kit.task_models import GENERATION, task_of
 from qlora_kit.tasks import text_classification, text_generation
-from qlora_kit.tasks.task import Answering, Judge, Scores, Source, Task
+from qlora_kit.tasks.task import Answering, Asked, Judge, Proving, Scores, Source, Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["TASKS", "Answering", "Judge", "Scores", "Source", "Task", "choose", "metric_of", "task_named"]
+__all__ = [
+    "TASKS",
+    "Answering",
+    "Asked",
+    "Judge",
+    "Proving",
+    "Scores",
+    "Source",
+    "Task",
+    "choose",
+    "metric_of",
+    "task_named",
+]
 
 TASKS: tuple[Task, ...] = (  # the first one is taken that fits the columns of the data
     text_classification.TASK,

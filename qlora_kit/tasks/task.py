@@ -6,7 +6,7 @@ one line in each of `config.Tasks`, `task_models.TASK_MODELS` and `tasks.TASKS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Any]
-Score = Callable[[Any, Iterable[Batch], BaseConfig], "Scores"]
+Score = Callable[[Any, "Asked", BaseConfig], "Scores"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked: encoded rows, and in their order the batches of them, on the model's device.
+
+    The batches can be gone through once.
+    """
+
+    rows: Sequence[Any]
+    batches: Iterable[Batch]
+    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -75,12 +87,24 @@ class Judge:
 
 @dataclass(frozen=True)
 class Answering:
-    """How `predict` answers: the examples without their answers, and a line of JSON for each of them."""
+    """How `predict` answers: the examples without their answers, and a line of JSON for each of them, in their order.
+
+    An example may be encoded as several rows, which then follow each other.
+    """
 
     read: Callable[[Source], list[Any]]
-    encode: Callable[[Sequence[Any], PreTrainedTokenizerBase, int], Any]
-    answer: Callable[[Any, Batch, BaseConfig], list[dict[str, Any]]]
+    encode: Callable[[Sequence[Any], PreTrainedTokenizerBase, int, BaseConfig], Any]
+    answer: Callable[[Any, Asked, BaseConfig], Iterator[dict[str, Any]]]
     question: Callable[[Any], dict[str, Any]]  # what an answer repeats of its example
+
+
+@dataclass(frozen=True)
+class Proving:
+    """What a release is asked: an encoded row, and what is right for each row of the logits that come of it."""
+
+    inputs: Callable[[Any], dict[str, list[int]]]  # what the model is called with
+    answers: Callable[[Any], list[int]]  # numbers of choices, −100 where none is known
+    built_in: Callable[[Sequence[str]], list[Any]]  # unlabelled examples of texts, where no data can be read
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,7 @@ class Task:
     judge: Judge
     collator: Callable[[PreTrainedTokenizerBase, int, BaseConfig], Callable[[Sequence[Any]], Batch]]
     answering: Answering | None = None
+    proving: Proving | None = None
     weights: Callable[[Any, BaseConfig], torch.Tensor] | None = None
 
     @property

@@ -7,12 +7,13 @@ read the label off the last token alike.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.data.audit import AuditReport, audit_lengths
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
 from qlora_kit.scoring import undisturbed
 from qlora_kit.task_models import CLASSIFICATION, classification_loss
@@ -20,7 +21,7 @@ from qlora_kit.tasks import labelled_texts
 from qlora_kit.tasks.class_report import class_metrics, class_report, said, write_report
 from qlora_kit.tasks.labelled_texts import LabelledText
 from qlora_kit.tasks.labels import balanced_weights, check_labels, resolve_labels
-from qlora_kit.tasks.task import Answering, Batch, Judge, Reader, Scores, Task
+from qlora_kit.tasks.task import Answering, Asked, Batch, Judge, Proving, Reader, Scores, Task
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ def encode(
 
 
 def encode_unlabelled(
-    examples: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, seq_len: int
+    examples: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
 ) -> LabelledSet:
     """The tokens of `examples`, cut at `seq_len`."""
     return _encoded(examples, [None] * len(examples), tokenizer, seq_len)
@@ -201,13 +202,13 @@ def _numbers(label: int | list[int]) -> list[int]:
 # -------------------------------------------------------------------------------------------------------- scoring
 
 
-def _score(model: Any, batches: Iterable[Batch], config: BaseConfig) -> Scores:
+def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
     """The mean loss (every example counts the same, whatever its batch and class) and the figures of the classes."""
     import torch
 
     all_logits, all_labels = [], []
     with undisturbed(model):
-        for batch in batches:
+        for batch in asked.batches:
             all_logits.append(_logits(model, batch))
             all_labels.append(batch["labels"].cpu())
     logits_BL, labels = torch.cat(all_logits), torch.cat(all_labels)
@@ -228,13 +229,15 @@ def _logits(model: Any, batch: Batch) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------ answering
 
 
-def _answer(model: Any, batch: Batch, config: BaseConfig) -> list[dict[str, Any]]:
+def _answer(model: Any, asked: Asked, config: BaseConfig) -> Iterator[dict[str, Any]]:
     """For each row its label and the score of it, or of several all whose score is above a half; and every score."""
-    logits_BL = _logits(model, batch)
-    names = [model.config.id2label[number] for number in range(logits_BL.shape[1])]
+    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     several = model.config.problem_type == "multi_label_classification"
-    scores_BL = logits_BL.sigmoid() if several else logits_BL.softmax(1)
-    return [_said_of(dict(zip(names, scores, strict=True)), several) for scores in scores_BL.tolist()]
+    for batch in asked.batches:
+        logits_BL = _logits(model, batch)
+        scores_BL = logits_BL.sigmoid() if several else logits_BL.softmax(1)
+        for scores in scores_BL.tolist():
+            yield _said_of(dict(zip(names, scores, strict=True)), several)
 
 
 def _said_of(scores: dict[str, float], several: bool) -> dict[str, Any]:
@@ -247,6 +250,23 @@ def _said_of(scores: dict[str, float], several: bool) -> dict[str, Any]:
 def _question(example: LabelledText) -> dict[str, Any]:
     pair = {} if example.pair is None else {"text_pair": example.pair}
     return {"text": example.text, **pair}
+
+
+# -------------------------------------------------------------------------------------------------------- proving
+
+
+def _inputs(row: LabelledRow) -> dict[str, list[int]]:
+    types = {} if row.token_type_ids is None else {"token_type_ids": row.token_type_ids}
+    return {"input_ids": row.input_ids, **types}
+
+
+def _right(row: LabelledRow) -> list[int]:
+    """The number of the label; of several no single one is right."""
+    return [row.label if isinstance(row.label, int) else IGNORED]
+
+
+def _built_in(texts: Sequence[str]) -> list[LabelledText]:
+    return [LabelledText(text, None, (), False, "a built-in text") for text in texts]
 
 
 # -------------------------------------------------------------------------------------------------------- audit
@@ -282,5 +302,6 @@ TASK = Task(
     ),
     _collator,
     Answering(labelled_texts.read_unlabelled, encode_unlabelled, _answer, _question),
+    Proving(_inputs, _right, _built_in),
     _weights,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from qlora_kit import data, scoring
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.data.columns import SHAPES, TARGETS, examples_from
 from qlora_kit.task_models import GENERATION
-from qlora_kit.tasks.task import Batch, Judge, Reader, Scores, Source, Task
+from qlora_kit.tasks.task import Asked, Batch, Judge, Reader, Scores, Source, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,8 +42,8 @@ def _collator(tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConf
     return data.Collator(tokenizer.pad_token_id, max_tokens=seq_len)
 
 
-def _score(model: Any, batches: Iterable[Batch], config: BaseConfig) -> Scores:
-    loss = scoring.mean_loss(model, batches)
+def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
+    loss = scoring.mean_loss(model, asked.batches)
     return Scores({"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens})
 
 
