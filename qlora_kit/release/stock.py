@@ -28,12 +28,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
 )
 
-GENERATION = "text-generation"
+GENERATION, TEXT2TEXT = "text-generation", "text2text-generation"
 NEW_TOKENS = 32  # of the greedy answer
 POLL_S = 0.05
 
@@ -50,6 +51,7 @@ class Kind:
 KINDS = {  # by task
     GENERATION: Kind(AutoModelForCausalLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
     "text-classification": Kind(AutoModelForSequenceClassification, lambda outputs: outputs.logits),
+    TEXT2TEXT: Kind(AutoModelForSeq2SeqLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
 }
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from qlora_kit.config import BaseConfig, flag
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
-from qlora_kit.task_models import GENERATION, task_of
-from qlora_kit.tasks import text_classification, text_generation
+from qlora_kit.task_models import GENERATION, TEXT2TEXT, can_do, task_of
+from qlora_kit.tasks import text2text_generation, text_classification, text_generation
 from qlora_kit.tasks.task import Answering, Asked, Judge, Proving, Scores, Source, Task
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
 
 TASKS: tuple[Task, ...] = (  # the first one is taken that fits the columns of the data
     text_classification.TASK,
+    text2text_generation.TASK,
     text_generation.TASK,
 )
 
@@ -45,12 +46,14 @@ def choose(
 ) -> Task:
     """The task of `config`, or where it is unset the one that the columns fit, or else that of the model's kind.
 
-    Columns mapped by hand count by what they are mapped to.
+    Columns mapped by hand count by what they are mapped to. A prompt and its completion are a source and its target to
+    a model that has an encoder and a decoder.
     """
     if config.task is not None:
         return task_named(config.task)
     there = set(columns) or {column for record in records for column in record.values}
-    fitting = next((task for task in TASKS if task.reader.fits(there)), None)
+    decodes = architecture is None or can_do(TEXT2TEXT, architecture)
+    fitting = next((task for task in TASKS if task.reader.fits(there) and (decodes or task.name != TEXT2TEXT)), None)
     return fitting or task_named(None if architecture is None else task_of(None, architecture))
 
 
