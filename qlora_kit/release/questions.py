@@ -13,7 +13,7 @@ from qlora_kit import base, data, tasks
 from qlora_kit.config import RunConfig
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
-from qlora_kit.task_models import GENERATION, task_of
+from qlora_kit.task_models import GENERATION, TASK_MODELS, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +36,8 @@ class Questions:
     """Rows with what is supervised in them (−100 where nothing is), a prompt, and where they are from.
 
     A row is what the model is called with: lists of numbers by the names of its arguments. Its `labels` have one place
-    more than its logits have rows: the first one, for a text's first token, is never looked at. Only text generation
-    has a prompt; `names` are those of the labels of a task that has some.
+    more than its logits have rows: the first one, for a text's first token, is never looked at. Only a task that
+    writes has a prompt (of an encoder its source); `names` are those of the labels of a task that has some.
 
     `probe` is a text with its token ids and the chat template, which the release's own tokenizer must give too.
     """
@@ -77,7 +77,8 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     if task != GENERATION:
         rows, labels, source = _of_task(config, tasks.task_named(task), data_use, token_budget, tokenizer, seq_len)
         names = [architecture.id2label[number] for number in range(architecture.num_labels)]
-        return Questions(rows, labels, [], None, source, probe, task, names)
+        prompt = rows[0]["input_ids"] if TASK_MODELS[task].decodes else []
+        return Questions(rows, labels, prompt, tokenizer.eos_token_id, source, probe, task, names)
     if data_use == "none":
         return _built_in(tokenizer, token_budget, seq_len, probe)
     try:
@@ -130,7 +131,7 @@ def _of_task(
     if not rows:
         rows = task.answering.encode(task.proving.built_in(BUILT_IN), tokenizer, seq_len, config.base).rows
     inputs = [task.proving.inputs(row) for row in rows]
-    totals = accumulate(len(row["input_ids"]) for row in inputs)
+    totals = accumulate(max(map(len, row.values())) for row in inputs)
     count = sum(total <= token_budget for total in totals) or 1
     return inputs[:count], [[IGNORED, *task.proving.answers(row)] for row in rows[:count]], source
 

@@ -293,7 +293,7 @@ def _check_keys(found: Mapping[str, Any], first: int | None) -> None:
 
 def _words(asked: Questions, tokenizer: Any) -> Callable[[list[int]], str]:
     """What turns an answer's tokens, or the numbers of labels, into text."""
-    if asked.task == GENERATION:
+    if asked.prompt:
         return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
     return lambda numbers: ", ".join(asked.names[number] for number in numbers)
 
