@@ -48,6 +48,11 @@ class TaskModel:
         """Whether the task puts a head of its own on the base, which then trains in full."""
         return self.loss is not None and not self.decodes
 
+    @property
+    def writes(self) -> bool:
+        """Whether its answers are texts, token by token, with the model's own head."""
+        return not self.has_new_head
+
 
 def classification_loss(
     logits_BL: torch.Tensor, labels: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None

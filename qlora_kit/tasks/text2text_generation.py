@@ -74,6 +74,26 @@ class PairSet:
     def __getitem__(self, index: int) -> PairRow:
         return self.rows[index]
 
+    @property
+    def length_lines(self) -> list[tuple[str, str]]:
+        """How long sources and targets are, and how many of each are cut, for the audit."""
+        most = self.rows[0].max_tokens
+        sources = length_line([row.full_tokens for row in self.rows])
+        targets = length_line([row.full_target_tokens for row in self.rows])
+        return [
+            ("tokens of a source: min / median / p95 / max", sources),
+            ("tokens of a target: min / median / p95 / max", targets),
+            (f"sources truncated to {most} tokens", str(sum(row.truncated for row in self.rows))),
+            (f"targets truncated to {most} tokens", str(sum(row.target_truncated for row in self.rows))),
+        ]
+
+
+def length_line(lengths: Sequence[int]) -> str:
+    """The least, the median, the 95th percentile and the most of some lengths."""
+    report = audit_lengths(lengths, [], [], max(lengths), empty=0, duplicates=0)
+    found = (report.length_min, report.length_median, report.length_p95, report.length_max)
+    return " / ".join(f"{length:g}" for length in found)
+
 
 def _resolve(config: BaseConfig, examples: Sequence[SourceTarget], setting: str) -> BaseConfig:
     return replace(config, task=TEXT2TEXT)
