@@ -184,7 +184,7 @@ def transformers_class(task: str) -> Any:
 def reading_part(model: Any) -> Any:
     """What the inputs of `model` (which may be PEFT's) go through first: of an encoder and a decoder the encoder.
 
-    Its embedding is the one that is called; T5 and BART have another object for the same weight, `shared`, which is not.
+    Its embedding is the one that is called; T5 and BART have another module with the same weight, which is not.
     """
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     return own.get_encoder() if own.config.is_encoder_decoder else own

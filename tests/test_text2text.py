@@ -38,7 +38,7 @@ class Workshop:
 
     def config(self, kind, bits=4, out="run", **groups):
         base = {"model": str(self.base(kind)), "bits": bits, "device": "cpu", **groups.pop("base", {})}
-        optim = {"max_steps": 9, "lr": 2e-2, "schedule": "constant", "warmup": 0.0, "batch_size": 8}
+        optim = {"max_steps": 6, "lr": 5e-3, "schedule": "constant", "warmup": 0.0, "batch_size": 8}
         return RunConfig(
             base=BaseConfig(**base),
             adapter=AdapterConfig(r=4, **groups.pop("adapter", {})),
@@ -73,7 +73,7 @@ def test_a_run_learns_and_leaves_its_figures(workshop, kind):
     record = json.loads((folder / "run.json").read_text())
     own = record["settings"]["base"]
     assert (own["task"], own["source_prefix"]) == ("text2text-generation", PREFIX)
-    assert [line["step"] for line in metrics_of(folder)] == [3, 6, 9]
+    assert [line["step"] for line in metrics_of(folder)] == [3, 6]
     assert metrics_of(folder)[-1]["eval_loss"] < metrics_of(folder)[0]["eval_loss"]
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["metrics"]["loss"] == min(line["eval_loss"] for line in metrics_of(folder))
@@ -99,8 +99,7 @@ def test_a_resumed_run_is_the_same_run(workshop):
     whole = workshop.config("t5-gated", out="whole", evaluation={"keep_best": False, "keep_checkpoints": 9})
     train(whole, QUIET)
     shutil.copytree(workshop.root / "whole", workshop.root / "part")
-    for step in (6, 9):
-        shutil.rmtree(workshop.root / "part" / "checkpoints" / f"checkpoint-{step}")
+    shutil.rmtree(workshop.root / "part" / "checkpoints" / "checkpoint-6")
     again = dataclasses.replace(whole, out=str(workshop.root / "again"), resume=str(workshop.root / "part"))
     train(again, QUIET)
     one, other = (
