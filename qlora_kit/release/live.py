@@ -134,8 +134,9 @@ def _all_in_fp32(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
     for module in model.modules():
-        if hasattr(module, "create_weight"):
-            module.weight.data = module.create_weight()
+        compute = getattr(module, "create_weight", None)
+        if compute is not None:
+            module.weight.data = compute()
     return model
 
 

@@ -52,9 +52,15 @@ def choose(
     if config.task is not None:
         return task_named(config.task)
     there = set(columns) or {column for record in records for column in record.values}
-    decodes = architecture is None or can_do(TEXT2TEXT, architecture)
-    fitting = next((task for task in TASKS if task.reader.fits(there) and (decodes or task.name != TEXT2TEXT)), None)
+    fitting = next((task for task in _candidates(architecture) if task.reader.fits(there)), None)
     return fitting or task_named(None if architecture is None else task_of(None, architecture))
+
+
+def _candidates(architecture: PretrainedConfig | None) -> list[Task]:
+    """The tasks in the order in which columns are tried; where the model is not known text to text comes last."""
+    if architecture is None:
+        return sorted(TASKS, key=lambda task: task.name == TEXT2TEXT)
+    return [task for task in TASKS if task.name != TEXT2TEXT or can_do(TEXT2TEXT, architecture)]
 
 
 def metric_of(task: Task, metric: str | None) -> tuple[str, bool]:

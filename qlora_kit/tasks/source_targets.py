@@ -165,8 +165,9 @@ def _of_columns(source: str, target: str | None) -> Read:
 
 def _of_languages(records: list[Record], answered: bool) -> Read:
     """From the first language of the first record to its second; all records must have them."""
-    first = next((r.values[TRANSLATION] for r in records if isinstance(r.values.get(TRANSLATION), dict)), {})
-    languages = list(first)
+    languages: list[str] = next(
+        (list(r.values[TRANSLATION]) for r in records if isinstance(r.values.get(TRANSLATION), dict)), []
+    )
 
     def read_one(record: Record) -> SourceTarget:
         texts = record.values.get(TRANSLATION)
