@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from qlora_kit.config import OptimConfig
+from qlora_kit.task_models import reading_part
 
 Result = TypeVar("Result")
 STRIDE = 2.5  # a step of PGD times their number, in units of ε: enough to reach the border from anywhere (Madry et al.)
@@ -40,7 +41,7 @@ class Adversary:
         self.is_on = False
         self.delta_BTD: torch.Tensor | None = None
         self.seen_BTD: torch.Tensor | None = None
-        model.get_input_embeddings().register_forward_hook(self._move)
+        reading_part(model).get_input_embeddings().register_forward_hook(self._move)
 
     def _move(self, module: Any, args: Any, embedded_BTD: torch.Tensor) -> torch.Tensor:
         if not (self.is_on and module.training and torch.is_grad_enabled()):

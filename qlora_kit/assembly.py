@@ -13,7 +13,7 @@ from qlora_kit import adapters, base
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean.apply import make_lean
-from qlora_kit.task_models import TASK_MODELS, task_of
+from qlora_kit.task_models import TASK_MODELS, reading_part, task_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
         raise UserError.of("--full", True, rule, "Use --bits 32, or adapters.")
     model: Any = base.load_base(config.base, device, config.seed, architecture)
     task = task_of(config.base.task, model.config)
-    if TASK_MODELS[task].has_new_head:
+    if TASK_MODELS[task].loss is not None:
         put_loss_on(model, TASK_MODELS[task])
     if device.type != "meta":  # a plan draws nothing, and leaves the caller's random state alone
         set_seed(config.seed)
@@ -62,7 +62,7 @@ def _regularize(model: Any, config: RunConfig) -> None:
     if config.optim.neftune is not None:
         from transformers.integrations.neftune import activate_neftune  # Jain et al., arXiv 2310.05914
 
-        activate_neftune(model, config.optim.neftune)
+        activate_neftune(reading_part(model), config.optim.neftune)
     model.adversary = None
     if config.optim.adversarial is not None:
         from qlora_kit.adversarial import Adversary

@@ -268,19 +268,18 @@ def load_base(
     else:
         model = _load_pretrained(architecture, config, device, dtype, seed)
     _keep_weights_plain(model)
-    if TASK_MODELS[task].has_new_head:
-        _finish_head(model, config)
+    if TASK_MODELS[task].has_new_head and not config.full:
+        from qlora_kit import new_head
+
+        new_head.keep_in_fp32(model, new_head.head_names(model))
     model.requires_grad_(config.full)
-    model.config.use_cache = False  # no cache in training; generation asks for its own
+    _forget_cache(model)
     return model
 
 
-def _finish_head(model: PreTrainedModel, config: BaseConfig) -> None:
-    """Keep the new head in fp32, unless every weight trains; and no cache anywhere, for nothing is generated."""
-    from qlora_kit import new_head
-
-    if not config.full:
-        new_head.keep_in_fp32(model, new_head.head_names(model))
+def _forget_cache(model: PreTrainedModel) -> None:
+    """No cache in training; generation asks for its own."""
+    model.config.use_cache = False
     for module in model.modules():  # the decoder of an encoder and a decoder has a configuration of its own
         if hasattr(module, "config"):
             module.config.use_cache = False
@@ -472,7 +471,7 @@ def _replace_linear_layers(
     if settings is None:
         return
     # as transformers' own loading chooses: what is to be left the settings say, else transformers
-    left = [*heads, *(model._keep_in_fp32_modules or ())] if heads else get_keys_to_not_convert(model)
+    left = [*(heads or get_keys_to_not_convert(model)), *(model._keep_in_fp32_modules or ())]
     replace_with_bnb_linear(model, left, settings)
     model.is_quantized, model.quantization_method = True, settings.quant_method
     model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_kit.task_models import GENERATION, TASK_MODELS
 
+POINTS = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}  # of 100
 NO_SHARES = ("loss", "perplexity", "tokens", "examples")  # figures of an evaluation that are no shares
 
 
@@ -103,4 +104,5 @@ def _results(record: Mapping[str, Any]) -> str:
 
 def figures(metrics: Mapping[str, float]) -> list[str]:
     """The figures of a task beside the loss, in words; texts have none."""
-    return [f"{name} {value:.1%}" for name, value in metrics.items() if name not in NO_SHARES]
+    shown = {name: value for name, value in metrics.items() if name not in NO_SHARES}
+    return [f"{POINTS[k]} {v:.1f}" if k in POINTS else f"{k} {v:.1%}" for k, v in shown.items()]

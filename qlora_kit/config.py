@@ -23,7 +23,7 @@ import yaml
 from qlora_kit.errors import Fault, UserError
 
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
-Tasks = ("text-generation", "text-classification", "question-answering")
+Tasks = ("text-generation", "text-classification", "question-answering", "text2text-generation")
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
 Init = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # as they are written
@@ -155,6 +155,9 @@ class BaseConfig(_Checked):
         Rule("must be different names, at least one", lambda v: len(v) > 0 and all(v) and len(set(v)) == len(v)),
     )
     multi_label: bool | None = setting(None, "an example may have several labels; unset: where the data has any such")
+    source_prefix: str | None = setting(
+        None, "text before each source of text2text-generation, with its space at the end: 'summarize: '"
+    )
 
     def extra_faults(self) -> Iterator[Fault]:
         if self.labels is not None and len(self.labels) < 2 and not self.multi_label:

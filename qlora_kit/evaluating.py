@@ -18,6 +18,7 @@ from qlora_kit.config import DEFAULT_ASKED, BaseConfig, RunConfig
 from qlora_kit.errors import UserError, said_of
 from qlora_kit.progress import counted
 from qlora_kit.reopening import FinishedRun
+from qlora_kit.task_models import GENERATION
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +147,9 @@ def evaluate_model(config: RunConfig, source: str, as_saved: bool, console: Cons
     """
     device = base.resolve_device(config.base.device)
     opened = reopening.open_model(config.base, device, as_saved)
+    if opened.task != GENERATION:
+        rule = f"is for {opened.task}, which is not evaluated by itself"
+        raise UserError.of("--model", config.base.model, rule, "Use `qlora-kit predict`.")
     seq_len = data.resolve_seq_len(config.data.seq_len, opened.tokenizer, opened.positions)
     material = _read(config, source, opened.tokenizer, seq_len)
     with console.status(f"loading {config.base.model}"):

@@ -137,6 +137,8 @@ def _check_settings(config: RunConfig, task: Task) -> None:
     only = {"pack": config.data.pack, "exact_match": config.evaluation.exact_match}
     if config.optim.class_weights != "none" and task.weights is None:
         faults.add(_out_of_place("class_weights", config.optim.class_weights, task))
+    if config.base.source_prefix is not None and not task.model.decodes:
+        faults.add(_out_of_place("source_prefix", config.base.source_prefix, task))
     if task.name != GENERATION:
         for name, value in only.items():
             if value:

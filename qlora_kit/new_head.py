@@ -76,7 +76,7 @@ class TaskLoss(nn.Module):
 
     def forward(self, outputs: Any, attention_mask: torch.Tensor | None, labels: torch.Tensor, n_items: Any) -> Any:
         """The summed loss over `n_items`, by default the labels of the batch."""
-        assert self.task.loss is not None, "only tasks with a new head"
+        assert self.task.loss is not None, "only tasks with a loss of ours"
         logits = self.task.logits(outputs, attention_mask)
         n_items = (labels != -100).sum() if n_items is None else n_items
         weights = None if self.weights is None else self.weights.to(logits.device)
@@ -91,16 +91,21 @@ def put_loss_on(model: Any, task: TaskModel) -> None:
     """
     model.task_loss = TaskLoss(task)
     model.accepts_loss_kwargs = True  # the Trainer then gives the number of items
-    model.forward = MethodType(_with_loss(type(model).forward), model)
+    model.forward = MethodType(_with_loss(type(model).forward, task.decodes), model)
 
 
-def _with_loss(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The `forward` of a model, without its own loss; it keeps the signature, which PEFT and the Trainer look at."""
+def _with_loss(stock: Callable[..., Any], decodes: bool) -> Callable[..., Any]:
+    """The `forward` of a model, without its own loss; it keeps the signature, which PEFT and the Trainer look at.
+
+    Where it `decodes`, the decoder is given what the labels are before it says them, as the model itself shifts them.
+    """
 
     @functools.wraps(stock)
     def forward(
         self: Any, *args: Any, labels: torch.Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
+        if decodes and labels is not None and kwargs.get("decoder_input_ids") is None:
+            kwargs["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = stock(self, *args, **kwargs)
         if labels is not None:
             outputs["loss"] = self.task_loss(outputs, kwargs.get("attention_mask"), labels, num_items_in_batch)

@@ -248,6 +248,8 @@ def open_model(config: BaseConfig, device: torch.device, as_saved: bool) -> Open
     with model_errors("--model"):
         architecture = base.load_model_config(config)
     config = dataclasses.replace(config, task=task_of(config.task, architecture))
+    if TASK_MODELS[config.task or GENERATION].decodes and config.source_prefix is None:
+        config = dataclasses.replace(config, source_prefix=getattr(architecture, "prefix", None))  # as `merge` writes
     _check_has_head(config, architecture)
     tokenizer = data.prepare_tokenizer(base.load_tokenizer(config), config.task == GENERATION)
     title = f"{config.model}, as saved" if as_saved else f"{config.model} at {config.bits} bits"

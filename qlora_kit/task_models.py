@@ -23,6 +23,7 @@ Logits = Callable[[Any, "torch.Tensor | None"], "torch.Tensor"]
 """(outputs of a model, its attention mask (B, T) or None) → what the loss is over."""
 
 GENERATION, CLASSIFICATION, QUESTION_ANSWERING = "text-generation", "text-classification", "question-answering"
+TEXT2TEXT = "text2text-generation"
 
 
 def _label_a_token(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
@@ -63,17 +64,28 @@ class TaskModel:
     mapping: str  # in transformers' `modeling_auto`: the model types that have such a class
     endings: tuple[str, ...]  # of the names of such classes, by which a config.json says what it was saved for
     peft_type: str
-    loss: Loss | None = None  # on the logits of a new head; None: the model keeps its own head, and its loss
+    loss: Loss | None = None  # ours, on the logits; None: the model's own
     label_shape: Callable[[int, int, int, bool], tuple[int, ...]] = _label_a_token
     # of a batch's labels, from its rows and tokens, the number of labels, and whether a row may have several
     logits: Logits = _own_logits  # of its outputs, for `loss`
     over_tokens: bool = False  # whether a row's tokens are what is chosen among, so that padding must not be
     num_labels: int | None = None  # of the head, where the data does not decide
+    decodes: bool = False  # an encoder and a decoder: the labels are what the decoder is to say, with the model's head
 
     @property
     def has_new_head(self) -> bool:
         """Whether the task puts a head of its own on the base, which then trains in full."""
-        return self.loss is not None
+        return self.loss is not None and not self.decodes
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the choices of its head are labels, which the data names."""
+        return self.has_new_head and self.num_labels is None
+
+    @property
+    def writes(self) -> bool:
+        """Whether its answers are texts, token by token, with the model's own head."""
+        return not self.has_new_head
 
 
 def classification_loss(
@@ -108,6 +120,20 @@ def span_loss(
     return scaled
 
 
+def sequence_loss(
+    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None
+) -> torch.Tensor:
+    """The summed cross-entropy of the tokens that a decoder is to say over `n_items`, in fp32; labels of −100 are none.
+
+    transformers' own losses of encoder-decoders are means over a batch, whatever batches it is accumulated with.
+    """
+    from torch.nn import functional
+
+    summed = functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="sum")
+    scaled: torch.Tensor = summed / n_items
+    return scaled
+
+
 TASK_MODELS: dict[str, TaskModel] = {
     GENERATION: TaskModel(
         "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"
@@ -131,6 +157,14 @@ TASK_MODELS: dict[str, TaskModel] = {
         over_tokens=True,
         num_labels=2,
     ),
+    TEXT2TEXT: TaskModel(
+        "AutoModelForSeq2SeqLM",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        ("ForConditionalGeneration", "MTModel"),
+        "SEQ_2_SEQ_LM",
+        sequence_loss,
+        decodes=True,
+    ),
 }
 
 
@@ -142,6 +176,8 @@ def task_of(task: str | None, architecture: PretrainedConfig) -> str:
     for name, own in TASK_MODELS.items():
         if own.has_new_head and any(kind.endswith(own.endings) for kind in saved_as):
             return name
+    if can_do(TEXT2TEXT, architecture):
+        return TEXT2TEXT
     return CLASSIFICATION if reads_both_ways(architecture) else GENERATION
 
 
@@ -149,8 +185,11 @@ def can_do(task: str, architecture: PretrainedConfig) -> bool:
     """Whether transformers has a class for `task` of this kind of model."""
     from transformers.models.auto import modeling_auto
 
-    known = architecture.model_type in getattr(modeling_auto, TASK_MODELS[task].mapping)
-    return known and not (task == GENERATION and reads_both_ways(architecture))
+    if architecture.model_type not in getattr(modeling_auto, TASK_MODELS[task].mapping):
+        return False
+    if TASK_MODELS[task].decodes:  # models that hear are in the same table, and some of them have no encoder of texts
+        return bool(architecture.is_encoder_decoder)
+    return not (task == GENERATION and reads_both_ways(architecture))
 
 
 def serves_any_task(model_type: str) -> bool:
@@ -196,3 +235,12 @@ def transformers_class(task: str) -> Any:
     import transformers
 
     return getattr(transformers, TASK_MODELS[task].auto_class)
+
+
+def reading_part(model: Any) -> Any:
+    """What the inputs of `model` (which may be PEFT's) go through first: of an encoder and a decoder the encoder.
+
+    Its embedding is the one that is called; T5 and BART have another module with the same weight, which is not.
+    """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return own.get_encoder() if own.config.is_encoder_decoder else own

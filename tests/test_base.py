@@ -226,7 +226,7 @@ def test_damaged_folders_are_one_clear_error(tmp_path, damage):
 
 def test_a_model_that_generates_no_text_is_refused(tmp_path):
     folder = save_tiny(tmp_path, "llama")
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(UserError, match="generates no text"):
         load(folder, 4)
 

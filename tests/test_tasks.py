@@ -42,6 +42,14 @@ def test_a_task_follows_one_of_its_metrics(task):
         ({"x": "a", "y": 1}, "gpt2", {"text": "x", "label": "y"}, "text-classification"),
         ({"x": "a"}, "bert", None, "text-classification"),  # by its kind; the message then names these columns
         ({"x": "a"}, "gpt2", None, "text-generation"),
+        ({"x": "a"}, "t5", None, "text2text-generation"),
+        ({"document": "a", "summary": "b"}, "t5", None, "text2text-generation"),
+        ({"prompt": "a", "completion": "b"}, "t5", None, "text2text-generation"),
+        ({"prompt": "a", "completion": "b"}, "bart", None, "text2text-generation"),
+        ({"text": "a"}, "bart", None, "text-generation"),
+        ({"text": "a", "label": 1}, "t5", None, "text-classification"),
+        ({"text": "a", "summary": "b"}, "gpt2", None, "text-generation"),
+        ({"x": "a", "y": "b"}, "t5", {"source": "x", "target": "y"}, "text2text-generation"),
     ],
 )
 def test_the_task_is_taken_from_columns_and_kind(row, kind, columns, expected):
@@ -59,15 +67,35 @@ def test_a_model_is_for_what_it_was_saved_for():
     assert task_of(None, saved) == "text-classification"
     assert task_of("text-generation", saved) == "text-generation"
     assert task_of(None, architecture("electra")) == "text-classification"
+    assert task_of(None, architecture("t5")) == "text2text-generation"
+    saved = architecture("bart")
+    assert task_of(None, saved) == "text2text-generation"
+    saved.architectures = ["BartForSequenceClassification"]
+    assert task_of(None, saved) == "text-classification"
 
 
 @pytest.mark.parametrize(
-    ("kind", "generates", "classifies"),
-    [("gpt2", True, True), ("bert", False, True), ("t5", False, True), ("bart", True, True), ("roberta", False, True)],
+    ("row", "expected"),
+    [({"prompt": "a", "completion": "b"}, "text-generation"), ({"source": "a", "target": "b"}, "text2text-generation")],
 )
-def test_what_kinds_of_models_can_do(kind, generates, classifies):
+def test_where_the_model_is_not_known_the_columns_say_it(row, expected):
+    assert choose(BaseConfig(), [Record("a.jsonl", "a.jsonl:1", row)], {}, None).name == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "generates", "classifies", "decodes"),
+    [
+        ("gpt2", True, True, False),
+        ("bert", False, True, False),
+        ("t5", False, True, True),
+        ("bart", True, True, True),
+        ("roberta", False, True, False),
+    ],
+)
+def test_what_kinds_of_models_can_do(kind, generates, classifies, decodes):
     found = architecture(kind)
-    assert (can_do("text-generation", found), can_do("text-classification", found)) == (generates, classifies)
+    able = [can_do(task, found) for task in ("text-generation", "text-classification", "text2text-generation")]
+    assert able == [generates, classifies, decodes]
 
 
 def test_a_bert_that_was_made_a_decoder_may_write():

@@ -50,7 +50,7 @@ def run(
     def check_task(config: RunConfig, opened: Opened) -> None:
         if opened.task != GENERATION:
             setting, value = ("--run", run) if run else ("--model", config.base.model)
-            rule = f"was trained for {opened.task}, and writes no text"
+            rule = f"was trained for {opened.task}, not to go on with a prompt"
             raise UserError.of(setting, value, rule, "Use `qlora-kit predict`.")
 
     config, opened = open_chosen(given, run, base, "seed", check_task, say)

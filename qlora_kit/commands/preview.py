@@ -88,7 +88,11 @@ def _preview_answers(
                 title = f"Example {row} ({encoded.origin}): {len(encoded.input_ids)} tokens{cut}{window}"
                 console.print(Text(title, style="bold"), soft_wrap=True)
                 text = Text("".join(f"{_shown(token, tokenizer)}|" for token in encoded.input_ids), style="dim")
-                console.print(text.append(f" «{task.reader.answer(examples[row - 1])}»", style="not dim bold green"))
+                if task.model.decodes:
+                    answer = "".join(f"«{_shown(token, tokenizer)}»" for token in encoded.labels)
+                else:
+                    answer = f"«{task.reader.answer(examples[row - 1])}»"
+                console.print(text.append(f" {answer}", style="not dim bold green"))
                 console.print()
     sets = {"--data": examples}
     if config.data.held_out_source is not None:
@@ -97,17 +101,24 @@ def _preview_answers(
         sets["--eval-data"] = task.reader.read(of_eval, config.base)
     for setting, members in sets.items():
         encoded = task.answering.encode(members, tokenizer, seq_len, config.base)
-        report = encoded.report
-        table = _table(setting)
-        lengths = (report.length_min, report.length_median, report.length_p95, report.length_max)
+        report, table = encoded.report, _table(setting)
         table.add_row("examples", str(report.examples))
-        table.add_row("tokens: min / median / p95 / max", " / ".join(f"{length:g}" for length in lengths))
-        table.add_row(f"truncated to {seq_len} tokens", str(report.truncated))
+        for name, value in getattr(encoded, "length_lines", _length_lines(report, seq_len)):
+            table.add_row(name, value)
         table.add_row("empty texts", str(report.empty))
         table.add_row("duplicates", str(report.duplicates))
         for name, value in [*task.reader.audit_rows(encoded), *task.reader.audit(members, examples)]:
             table.add_row(Text(name), Text(value))
         console.print(table)
+
+
+def _length_lines(report: AuditReport, seq_len: int) -> list[tuple[str, str]]:
+    """How long the rows are; an encoded set whose rows have several lengths says it itself (`length_lines`)."""
+    lengths = (report.length_min, report.length_median, report.length_p95, report.length_max)
+    return [
+        ("tokens: min / median / p95 / max", " / ".join(f"{length:g}" for length in lengths)),
+        (f"truncated to {seq_len} tokens", str(report.truncated)),
+    ]
 
 
 def _check_rows(rows: Sequence[int], count: int) -> None:
@@ -178,12 +189,10 @@ def _table(setting: str) -> Table:
 
 
 def _audit_lines(report: AuditReport, seq_len: int) -> list[tuple[str, str]]:
-    lengths = (report.length_min, report.length_median, report.length_p95, report.length_max)
     share = report.supervised_tokens / report.input_tokens
     return [
         ("examples", f"{report.examples}"),
-        ("tokens: min / median / p95 / max", " / ".join(f"{length:g}" for length in lengths)),
-        (f"truncated to {seq_len} tokens", f"{report.truncated}"),
+        *_length_lines(report, seq_len),
         ("empty answers", f"{report.empty}"),
         ("nothing supervised (dropped)", f"{report.unsupervised}"),
         ("duplicates", f"{report.duplicates}"),

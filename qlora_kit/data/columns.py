@@ -163,6 +163,7 @@ SHAPES = (  # the first one that fits is taken: a data set with both an answer a
     Shape(("question", "response"), ("system",), _read_pair),
     TEXT,
 )
+PAIRED = tuple(shape for shape in SHAPES if shape.read is _read_pair)  # a prompt with its completion
 
 
 def prompts_from(records: list[Record], columns: Mapping[str, str], source: str, setting: str) -> list[Example]:
@@ -185,9 +186,8 @@ def _answer_column(records: list[Record], columns: Mapping[str, str]) -> str | N
         return columns.get("completion", "completion") if "prompt" in columns else None
     there = {column for record in records for column in record.values}
     whole = next((shape for shape in SHAPES if set(shape.required) <= there), None)
-    pairs = [shape for shape in SHAPES if shape.read is _read_pair]
-    found = whole or next((shape for shape in pairs if shape.required[0] in there), None)
-    return found.required[1] if found is not None and found in pairs else None
+    found = whole or next((shape for shape in PAIRED if shape.required[0] in there), None)
+    return found.required[1] if found is not None and found in PAIRED else None
 
 
 def _without(record: Record, answers: str | None) -> Record:

@@ -150,18 +150,24 @@ def _stand_ins() -> dict[Any, Any]:
 
 
 class _CpuChoices(TorchFunctionMode):
-    """Takes on `meta` the attention that torch takes on a CPU: fused without dropout, one segment at a time."""
+    """Takes on `meta` the attention that torch takes on a CPU: fused where it can be, one segment at a time."""
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention and not kwargs.get("dropout_p"):
+        if func is torch.nn.functional.scaled_dot_product_attention and _is_fused(kwargs):
             return _attention(*args, **kwargs)
         if func is varlen.attend_at_once:
             with self:
                 return varlen.attend_one_by_one(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _is_fused(options: Mapping[str, Any]) -> bool:
+    """Not with dropout, nor where the mask gets a gradient, which a checkpointed T5 asks for."""
+    mask = options.get("attn_mask")
+    return not options.get("dropout_p") and not (mask is not None and mask.requires_grad)
 
 
 def _attention(

@@ -20,7 +20,7 @@ def with_task(config: BaseConfig, adapters: Sequence[Adapter]) -> BaseConfig:
     if config.task is not None:
         return config
     kinds = {str(adapter.settings.get("task_type")) for adapter in adapters}
-    named = next((name for name, own in TASK_MODELS.items() if own.has_new_head and own.peft_type in kinds), None)
+    named = next((name for name, own in TASK_MODELS.items() if own.loss is not None and own.peft_type in kinds), None)
     if named is None:
         return config
     file = adapters[0].folder / runs.LABELS_FILE
@@ -61,11 +61,18 @@ def with_heads(checkpoint: Checkpoint, adapters: Sequence[Adapter], heads: Seque
 
 
 def config_fields(config: BaseConfig) -> Mapping[str, Any]:
-    """What `config.json` says beside what the base's said: the class, the labels, and what is padding."""
+    """What `config.json` says beside what the base's said: the class, the labels, and what is padding.
+
+    Of text to text it is the class and the prefix of the sources, under the name that transformers has for that.
+    """
     import torch
 
     architecture = base.load_model_config(config)
     task = task_of(config.task, architecture)
+    if TASK_MODELS[task].decodes:
+        has_prefix = config.source_prefix is not None or hasattr(architecture, "prefix")
+        prefix = {"prefix": config.source_prefix or ""} if has_prefix else {}
+        return {"architectures": [class_name(task, architecture)], **prefix}
     if task == GENERATION or not TASK_MODELS[task].has_new_head:
         return {}
     base.set_padding(architecture, config, torch.device("cpu"))

@@ -125,11 +125,18 @@ def widen(model: Any) -> Any:
 
 
 def _all_in_fp32(model: nn.Module) -> nn.Module:
-    """Cast every floating parameter and buffer, one at a time."""
+    """Cast every floating parameter and buffer, one at a time.
+
+    Sines as positions (Marian's, Pegasus') are in no file: whoever loads a model computes them, in the dtype of that.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
     for buffer in model.buffers():
         buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
+    for module in model.modules():
+        compute = getattr(module, "create_weight", None)
+        if compute is not None:
+            module.weight.data = compute()
     return model
 
 

@@ -72,7 +72,8 @@ def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) 
     weights = {weight.name: weight for weight in _weights(model, dtype)}
     file_names, converted, unknown = _match_names(model, set(weights), checkpoint.entries)
     tied = _tied(model)
-    _check_complete(config, weights, file_names, converted, tied, checkpoint)
+    needed = {name: weight for name, weight in weights.items() if not _may_lack(model, name)}
+    _check_complete(config, weights, needed, file_names, converted, tied, checkpoint)
     modules = {name.rpartition(".")[0]: name for name in weights if name.endswith(".weight")}
     return Layout(weights, file_names, converted, unknown, tied, modules, _vocabulary(model))
 
@@ -162,15 +163,21 @@ def _tied(model: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
+def _may_lack(model: Any, name: str) -> bool:
+    """Whether files need not hold the weight `name`: transformers computes it, or it is zero (sines as positions)."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+
+
 def _check_complete(
     config: BaseConfig,
     weights: Mapping[str, Weight],
+    needed: Iterable[str],
     file_names: Mapping[str, str],
     converted: frozenset[str],
     tied: tuple[tuple[str, ...], ...],
     checkpoint: Checkpoint,
 ) -> None:
-    """Check that the files hold every weight in its shape. Raises `UserError`.
+    """Check that the files hold every weight that is `needed`, and all in their shapes. Raises `UserError`.
 
     Where loading converts tensors, those that it makes of them cannot be told from missing ones by their names; the
     model's own loading then has the last word, in the proof.
@@ -178,7 +185,7 @@ def _check_complete(
     stand_ins = {name: group for group in tied for name in group}
     absent = [
         name
-        for name in weights
+        for name in needed
         if name not in file_names and not any(other in file_names for other in stand_ins.get(name, ()))
     ]
     faults = []

@@ -36,8 +36,8 @@ class Questions:
     """Rows with what is supervised in them (−100 where nothing is), a prompt, and where they are from.
 
     A row is what the model is called with: lists of numbers by the names of its arguments. Its `labels` have one place
-    more than its logits have rows: the first one, for a text's first token, is never looked at. Only text generation
-    has a prompt; `names` are those of the labels of a task that has some.
+    more than its logits have rows: the first one, for a text's first token, is never looked at. Only a task that
+    writes has a prompt (of an encoder its source); `names` are those of the labels of a task that has some.
 
     `probe` is a text with its token ids and the chat template, which the release's own tokenizer must give too.
     """
@@ -76,9 +76,10 @@ def ask(config: RunConfig, data_use: str, token_budget: int) -> Questions:
     seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, positions)
     if task != GENERATION:
         rows, labels, source = _of_task(config, tasks.task_named(task), data_use, token_budget, tokenizer, seq_len)
-        has_labels = TASK_MODELS[task].num_labels is None
+        has_labels = TASK_MODELS[task].has_labels
         names = [architecture.id2label[number] for number in range(architecture.num_labels)] if has_labels else []
-        return Questions(rows, labels, [], None, source, probe, task, names)
+        prompt = rows[0]["input_ids"] if TASK_MODELS[task].decodes else []
+        return Questions(rows, labels, prompt, tokenizer.eos_token_id, source, probe, task, names)
     if data_use == "none":
         return _built_in(tokenizer, token_budget, seq_len, probe)
     try:
@@ -131,7 +132,7 @@ def _of_task(
     if not rows:
         rows = task.answering.encode(task.proving.built_in(BUILT_IN), tokenizer, seq_len, config.base).rows
     inputs = [task.proving.inputs(row) for row in rows]
-    totals = accumulate(len(row["input_ids"]) for row in inputs)
+    totals = accumulate(max(map(len, row.values())) for row in inputs)
     count = sum(total <= token_budget for total in totals) or 1
     return inputs[:count], [[IGNORED, *task.proving.answers(row)] for row in rows[:count]], source
 

@@ -20,7 +20,7 @@ from qlora_kit.release.place import REPORT_FILE
 from qlora_kit.release.proof import TensorProof, summary
 from qlora_kit.release.request import Request, RunRecord
 from qlora_kit.release.verify import ModelProof
-from qlora_kit.task_models import GENERATION, QUESTION_ANSWERING
+from qlora_kit.task_models import QUESTION_ANSWERING, TASK_MODELS
 from qlora_kit.trained_base import TrainedBase
 
 MAX_TARGETS = 12  # names of layers on the card; full names of every layer would be too many
@@ -218,12 +218,13 @@ def _how_to_load(task: str) -> list[str]:
             'model = AutoModelForQuestionAnswering.from_pretrained("this folder", dtype="auto")',
             'tokenizer = AutoTokenizer.from_pretrained("this folder")',
         ]
-    if task != GENERATION:
+    if not TASK_MODELS[task].writes:
         return ["from transformers import pipeline", "", f'classify = pipeline("{task}", model="this folder")']
+    kind = TASK_MODELS[task].auto_class
     return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind}, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")',
+        f'model = {kind}.from_pretrained("this folder", dtype="auto")',
         'tokenizer = AutoTokenizer.from_pretrained("this folder")',
     ]
 
@@ -318,7 +319,7 @@ def proof_lines(report: Report) -> list[str]:
 
 def _model_lines(model: Mapping[str, Any]) -> list[str]:
     exact, answer = model["exact"], model["answer"]
-    if model["task"] == GENERATION:
+    if TASK_MODELS[model["task"]].writes:
         unit, each, answers, greedy = "token", "a token", "next tokens", "the greedy answer"
     elif model["task"] == QUESTION_ANSWERING:
         unit, each, answers, greedy = "place", "a place", "likeliest places", "the list of likeliest places"
@@ -334,7 +335,7 @@ def _model_lines(model: Mapping[str, Any]) -> list[str]:
         f"KL {_small(exact['kl'])} nats {each}, {exact['agreement']:.2%} of {answers} the same{_losses(exact)}",
     ]
     if answer["same"]:
-        lines.append(f"{greedy} is the same text" if model["task"] == GENERATION else f"{greedy} is the same")
+        lines.append(f"{greedy} is the same" + (" text" if TASK_MODELS[model["task"]].writes else ""))
     else:
         lines.append(
             f"{greedy} parts at {unit} {answer['parted_at']}, where the first two choices are "

@@ -29,12 +29,13 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
 )
 
-GENERATION = "text-generation"
+GENERATION, TEXT2TEXT = "text-generation", "text2text-generation"
 NEW_TOKENS = 32  # of the greedy answer
 POLL_S = 0.05
 
@@ -54,6 +55,7 @@ KINDS = {  # by task
     "question-answering": Kind(
         AutoModelForQuestionAnswering, lambda outputs: torch.cat([outputs.start_logits, outputs.end_logits])
     ),
+    TEXT2TEXT: Kind(AutoModelForSeq2SeqLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
 }
 
 
@@ -72,7 +74,7 @@ def row_logits(model: Any, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def answer(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """The most likely answer to the prompt, or the likeliest choice in each row of the logits; see `greedy`."""
-    if asked["task"] == GENERATION:
+    if asked["task"] in (GENERATION, TEXT2TEXT):
         return greedy(model, asked["prompt"], asked["end"])
     logits = [own for of_row in row_logits(model, asked).values() for own in of_row]
     best = [own.topk(min(2, len(own))).values for own in logits]
@@ -81,10 +83,14 @@ def answer(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def greedy(model: Any, prompt: list[int], end: int | None) -> dict[str, Any]:
-    """The most likely answer to `prompt`: its tokens, and by how much each one's logit leads the next."""
+    """The most likely answer to `prompt`: its tokens, and by how much each one's logit leads the next.
+
+    To an encoder and a decoder the prompt is the source.
+    """
     settings = GenerationConfig(
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
+        num_beams=1,
         use_cache=True,
         eos_token_id=end,
         pad_token_id=end if end is not None else 0,
@@ -98,7 +104,7 @@ def greedy(model: Any, prompt: list[int], end: int | None) -> dict[str, Any]:
     for logits in answer.logits:
         best = logits[0].float().topk(2).values
         leads.append(float(best[0] - best[1]))
-    return {"tokens": answer.sequences[0, len(prompt) :].tolist(), "leads": leads}
+    return {"tokens": answer.sequences[0, -len(leads) :].tolist(), "leads": leads}
 
 
 def load(folder: Path, with_code: bool, task: str) -> tuple[Any, dict[str, list[str]]]:

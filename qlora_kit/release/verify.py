@@ -293,7 +293,7 @@ def _check_keys(found: Mapping[str, Any], first: int | None) -> None:
 
 def _words(asked: Questions, tokenizer: Any) -> Callable[[list[int]], str]:
     """What turns an answer's tokens, the numbers of labels, or places, into text."""
-    if asked.task == GENERATION:
+    if asked.prompt:
         return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
     if not asked.names:  # places in a row
         return lambda numbers: ", ".join(map(str, numbers))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from qlora_kit.config import BaseConfig, flag
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
-from qlora_kit.task_models import GENERATION, task_of
-from qlora_kit.tasks import question_answering, text_classification, text_generation
+from qlora_kit.task_models import GENERATION, TEXT2TEXT, can_do, task_of
+from qlora_kit.tasks import question_answering, text2text_generation, text_classification, text_generation
 from qlora_kit.tasks.task import Answering, Asked, Judge, Proving, Scores, Source, Task
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
 TASKS: tuple[Task, ...] = (  # the first one is taken that fits the columns of the data
     question_answering.TASK,
     text_classification.TASK,
+    text2text_generation.TASK,
     text_generation.TASK,
 )
 
@@ -46,13 +47,21 @@ def choose(
 ) -> Task:
     """The task of `config`, or where it is unset the one that the columns fit, or else that of the model's kind.
 
-    Columns mapped by hand count by what they are mapped to.
+    Columns mapped by hand count by what they are mapped to. A prompt and its completion are a source and its target to
+    a model that has an encoder and a decoder.
     """
     if config.task is not None:
         return task_named(config.task)
     there = set(columns) or {column for record in records for column in record.values}
-    fitting = next((task for task in TASKS if task.reader.fits(there)), None)
+    fitting = next((task for task in _candidates(architecture) if task.reader.fits(there)), None)
     return fitting or task_named(None if architecture is None else task_of(None, architecture))
+
+
+def _candidates(architecture: PretrainedConfig | None) -> list[Task]:
+    """The tasks in the order in which columns are tried; where the model is not known text to text comes last."""
+    if architecture is None:
+        return sorted(TASKS, key=lambda task: task.name == TEXT2TEXT)
+    return [task for task in TASKS if task.name != TEXT2TEXT or can_do(TEXT2TEXT, architecture)]
 
 
 def metric_of(task: Task, metric: str | None) -> tuple[str, bool]:
