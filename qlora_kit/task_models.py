@@ -19,6 +19,7 @@ Loss = Callable[["torch.Tensor", "torch.Tensor", Any, "torch.Tensor | None"], "t
 """(logits, labels, items that the sum is divided by, weights of the labels or None) → an fp32 scalar."""
 
 GENERATION, CLASSIFICATION = "text-generation", "text-classification"
+TAGGING = "token-classification"
 
 
 def _label_a_token(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
@@ -68,6 +69,16 @@ def classification_loss(
     return scaled
 
 
+def tagging_loss(
+    logits_BTL: torch.Tensor, labels_BT: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None
+) -> torch.Tensor:
+    """The summed cross-entropy of the tokens with a label (−100: none) over `n_items`, in fp32.
+
+    Each token's loss counts times the weight of its label.
+    """
+    return classification_loss(logits_BTL.flatten(0, 1), labels_BT.flatten(), n_items, weights_L)
+
+
 TASK_MODELS: dict[str, TaskModel] = {
     GENERATION: TaskModel(
         "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"
@@ -79,6 +90,13 @@ TASK_MODELS: dict[str, TaskModel] = {
         "SEQ_CLS",
         classification_loss,
         _label_a_row,
+    ),
+    TAGGING: TaskModel(
+        "AutoModelForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        ("ForTokenClassification",),
+        "TOKEN_CLS",
+        tagging_loss,
     ),
 }
 

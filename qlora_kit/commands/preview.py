@@ -81,20 +81,23 @@ def _preview_answers(
     console.print(f"{task.name}: the tokens that the model reads, and the answer that it learns.\n")
     for row in rows:
         if row <= len(examples):
-            encoded = task.answering.encode([examples[row - 1]], tokenizer, seq_len, config.base).rows[0]
-            cut = f", cut from {encoded.full_tokens}" if encoded.truncated else ""
-            title = f"Example {row} ({encoded.origin}): {len(encoded.input_ids)} tokens{cut}"
-            console.print(Text(title, style="bold"), soft_wrap=True)
-            text = Text("".join(f"{_shown(token, tokenizer)}|" for token in encoded.input_ids), style="dim")
-            console.print(text.append(f" «{task.reader.answer(examples[row - 1])}»", style="not dim bold green"))
-            console.print()
+            encoded_rows = task.answering.encode([examples[row - 1]], tokenizer, seq_len, config.base).rows
+            for number, encoded in enumerate(encoded_rows, start=1):
+                cut = f", cut from {encoded.full_tokens}" if encoded.truncated else ""
+                window = f", window {number} of {len(encoded_rows)}" if len(encoded_rows) > 1 else ""
+                title = f"Example {row} ({encoded.origin}): {len(encoded.input_ids)} tokens{cut}{window}"
+                console.print(Text(title, style="bold"), soft_wrap=True)
+                text = Text("".join(f"{_shown(token, tokenizer)}|" for token in encoded.input_ids), style="dim")
+                console.print(text.append(f" «{task.reader.answer(examples[row - 1])}»", style="not dim bold green"))
+                console.print()
     sets = {"--data": examples}
     if config.data.held_out_source is not None:
         held_out = read_rows(config.data.held_out_source, config.data.columns, "--eval-data")
         of_eval = tasks.Source(held_out, config.data.held_out_source, config.data.columns, "--eval-data")
         sets["--eval-data"] = task.reader.read(of_eval, config.base)
     for setting, members in sets.items():
-        report = task.answering.encode(members, tokenizer, seq_len, config.base).report
+        encoded = task.answering.encode(members, tokenizer, seq_len, config.base)
+        report = encoded.report
         table = _table(setting)
         lengths = (report.length_min, report.length_median, report.length_p95, report.length_max)
         table.add_row("examples", str(report.examples))
@@ -102,7 +105,7 @@ def _preview_answers(
         table.add_row(f"truncated to {seq_len} tokens", str(report.truncated))
         table.add_row("empty texts", str(report.empty))
         table.add_row("duplicates", str(report.duplicates))
-        for name, value in task.reader.audit(members, examples):
+        for name, value in [*task.reader.audit_rows(encoded), *task.reader.audit(members, examples)]:
             table.add_row(Text(name), Text(value))
         console.print(table)
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -50,6 +51,7 @@ class Kind:
 KINDS = {  # by task
     GENERATION: Kind(AutoModelForCausalLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
     "text-classification": Kind(AutoModelForSequenceClassification, lambda outputs: outputs.logits),
+    "token-classification": Kind(AutoModelForTokenClassification, lambda outputs: outputs.logits[0]),
 }
 
 

@@ -9,7 +9,7 @@ from qlora_kit.config import BaseConfig, flag
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
 from qlora_kit.task_models import GENERATION, task_of
-from qlora_kit.tasks import text_classification, text_generation
+from qlora_kit.tasks import text_classification, text_generation, token_classification
 from qlora_kit.tasks.task import Answering, Asked, Judge, Proving, Scores, Source, Task
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 TASKS: tuple[Task, ...] = (  # the first one is taken that fits the columns of the data
+    token_classification.TASK,
     text_classification.TASK,
     text_generation.TASK,
 )

@@ -68,6 +68,7 @@ class Reader:
     encode: Callable[[RunConfig, Sequence[Any], PreTrainedTokenizerBase, int, str], Any]
     audit: Callable[[Sequence[Any], Sequence[Any]], list[tuple[str, str]]]  # lines on examples, beside training ones
     answer: Callable[[Any], str]  # of an example, in words
+    audit_rows: Callable[[Any], list[tuple[str, str]]] = lambda encoded: []  # lines on an encoded set
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.data.audit import AuditReport, audit_lengths
@@ -140,19 +140,36 @@ def _row(
     return LabelledRow(ids, encoded.get("token_type_ids"), label, full_tokens > seq_len, example.origin, full_tokens)
 
 
+class Row(Protocol):
+    """What `RowCollator` asks of a row."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Its tokens."""
+
+    @property
+    def token_type_ids(self) -> list[int] | None:
+        """First or second text, for models that ask."""
+
+    @property
+    def label(self) -> int | list[int] | tuple[int, ...] | None:
+        """A number or several, 0 or 1 for each label, or None where it is to be found."""
+
+
 class RowCollator:
     """Pads rows on the right to a common length, and masks the padding.
 
     Called with rows it returns `input_ids`, `attention_mask` (0 in the padding), `token_type_ids` where the tokenizer
-    gives them, each int64 (B, T), and `labels` where the rows have some: int64 (B,), or with several to a row float32
-    (B, L). T is the longest row, rounded up to a multiple of 8 but never above `max_tokens`.
+    gives them, each int64 (B, T), and `labels` where the rows have some: int64 (B,), for tuples of numbers int64
+    (B, 2), or with several to a row float32 (B, L). T is the longest row, rounded up to a multiple of 8 but never above
+    `max_tokens`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         self._pad_token_id, self._pad_type_id = tokenizer.pad_token_id, tokenizer.pad_token_type_id
         self._max_tokens = max_tokens
 
-    def __call__(self, rows: Sequence[LabelledRow]) -> Batch:
+    def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch of `rows`."""
         import torch
 
