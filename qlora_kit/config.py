@@ -23,7 +23,13 @@ import yaml
 from qlora_kit.errors import Fault, UserError
 
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
-Tasks = ("text-generation", "text-classification", "question-answering", "text2text-generation")
+Tasks = (
+    "text-generation",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "text2text-generation",
+)
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
 Init = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # as they are written

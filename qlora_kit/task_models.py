@@ -22,8 +22,8 @@ Loss = Callable[["torch.Tensor", "torch.Tensor", Any, "torch.Tensor | None"], "t
 Logits = Callable[[Any, "torch.Tensor | None"], "torch.Tensor"]
 """(outputs of a model, its attention mask (B, T) or None) → what the loss is over."""
 
-GENERATION, CLASSIFICATION, QUESTION_ANSWERING = "text-generation", "text-classification", "question-answering"
-TEXT2TEXT = "text2text-generation"
+GENERATION, CLASSIFICATION, TAGGING = "text-generation", "text-classification", "token-classification"
+QUESTION_ANSWERING, TEXT2TEXT = "question-answering", "text2text-generation"
 
 
 def _label_a_token(rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
@@ -109,6 +109,16 @@ def classification_loss(
     return scaled
 
 
+def tagging_loss(
+    logits_BTL: torch.Tensor, labels_BT: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None
+) -> torch.Tensor:
+    """The summed cross-entropy of the tokens with a label (−100: none) over `n_items`, in fp32.
+
+    Each token's loss counts times the weight of its label.
+    """
+    return classification_loss(logits_BTL.flatten(0, 1), labels_BT.flatten(), n_items, weights_L)
+
+
 def span_loss(
     logits_B2T: torch.Tensor, labels_B2: torch.Tensor, n_items: Any, weights: torch.Tensor | None
 ) -> torch.Tensor:
@@ -145,6 +155,13 @@ TASK_MODELS: dict[str, TaskModel] = {
         "SEQ_CLS",
         classification_loss,
         _label_a_row,
+    ),
+    TAGGING: TaskModel(
+        "AutoModelForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        ("ForTokenClassification",),
+        "TOKEN_CLS",
+        tagging_loss,
     ),
     QUESTION_ANSWERING: TaskModel(
         "AutoModelForQuestionAnswering",

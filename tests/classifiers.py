@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,27 @@ ROWS = [
 ]  # twice as many with the one label
 PAIRS = [{"sentence1": f"a{i}", "sentence2": f"a{i}" if i % 2 else "b", "label": i % 2} for i in range(12)]
 SEVERAL = [{"text": f"{i}", "label": [name for name, n in (("two", 2), ("three", 3)) if i % n == 0]} for i in range(12)]
+
+_NAMES = (("Ann", "B-person"), ("Bo", "B-person"), ("Oslo", "B-place"), ("Rome", "B-place"))
+SENTENCES = [  # every entity of a person has a second word
+    {
+        "tokens": ["hi", name, *(["Lee"] if tag == "B-person" else []), "!"][: 4 - i % 2],
+        "tags": ["O", tag, *(["I-person"] if tag == "B-person" else []), "O"][: 4 - i % 2],
+    }
+    for i, (name, tag) in enumerate(_NAMES * 6)
+]
+
+
+def save_conll(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write sentences as a CoNLL file; those without tags as a word a line."""
+    sentences = [
+        "".join(
+            f"{word}\t{tag}\n" if tag else f"{word}\n" for word, tag in zip_longest(row["tokens"], row.get("tags", ()))
+        )
+        for row in rows
+    ]
+    file.write_text("\n".join(sentences), encoding="utf-8")
+    return file
 
 
 def save_rows(file: Path, rows: list[dict[str, Any]]) -> Path:

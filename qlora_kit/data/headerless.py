@@ -23,7 +23,10 @@ def with_all_rows(records: list[Record], columns: Mapping[str, str]) -> list[Rec
     found: list[Record] = []
     for file, group in groupby(records, key=lambda record: record.file):
         in_file = list(group)
-        names = _names(in_file, columns) if Path(file).suffix.lower() in SEPARATED else None
+        is_separated = Path(file).suffix.lower() in SEPARATED and all(
+            type(v) is str for v in in_file[0].values.values()
+        )
+        names = _names(in_file, columns) if is_separated else None
         found += in_file if names is None else _renamed(file, in_file, names)
     return found
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit import demo
+from qlora_kit.data import conll
 from qlora_kit.data.problems import Problems
 from qlora_kit.errors import UserError
 
@@ -26,7 +27,8 @@ HUB_TIMEOUT_S = 5.0
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 TRAIN_WORDS = ("train", "training")
 HELD_OUT_WORDS = (("validation", "valid", "val", "dev", "eval"), ("test",))  # the first group that occurs is taken
-FORMS = "'demo', a file (jsonl json csv tsv parquet txt), a folder of them, or a hub data set (owner/name)"
+FORMS = "'demo', a file (jsonl json csv tsv parquet txt conll), a folder of them, or a hub data set (owner/name)"
+WORDS, TAGS = "tokens", "tags"  # the columns that a CoNLL file gives
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def read_records(source: str, setting: str = "--data") -> list[Record]:
         files = _files_of_folder(path, source, setting, held_out)
         records = [record for file in files for record in _read_file(file, problems)]
     elif path.is_file():
-        if path.suffix.lower() not in READERS:
+        if path.suffix.lower() not in READERS and not _is_conll(path):
             raise UserError.of(
                 setting, source, f"is not of a kind that can be read ({_suffixes()})", "Convert the file."
             )
@@ -107,7 +109,21 @@ def _read_file(path: Path, problems: Problems) -> Iterator[Record]:
     except OSError as error:
         problems.add(str(path), f"cannot be read ({error.strerror})")
         return
-    yield from READERS[path.suffix.lower()](path, data, problems)
+    suffix = path.suffix.lower()
+    reader = READERS.get(suffix, _read_conll)
+    if suffix in MAYBE_CONLL and conll.looks_like_conll(data.decode("utf-8-sig", errors="replace")):
+        reader = _read_conll
+    yield from reader(path, data, problems)
+
+
+def _is_conll(path: Path) -> bool:
+    """Whether the content of a file, whatever it is called, is words with tags."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(CONLL_BEGINNING)
+    except OSError:
+        return False
+    return b"\0" not in beginning and conll.looks_like_conll(beginning.decode("utf-8-sig", errors="replace"))
 
 
 def _decode(path: Path, data: bytes, problems: Problems) -> str:
@@ -248,6 +264,13 @@ def _read_txt(path: Path, data: bytes, problems: Problems) -> Iterator[Record]:
         yield Record(str(path), f"{path}:{number}", {"text": line})
 
 
+def _read_conll(path: Path, data: bytes, problems: Problems) -> Iterator[Record]:
+    """A sentence is a record: its words, and their tags where the file has some."""
+    for sentence in conll.read_sentences(_decode(path, data, problems), str(path), problems):
+        tags = {TAGS: sentence.tags} if sentence.tags else {}
+        yield Record(str(path), f"{path}:{sentence.line}", {WORDS: sentence.words, **tags})
+
+
 READERS: dict[str, Callable[[Path, bytes, Problems], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
@@ -256,7 +279,10 @@ READERS: dict[str, Callable[[Path, bytes, Problems], Iterator[Record]]] = {
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
+    **dict.fromkeys(conll.SUFFIXES, _read_conll),
 }
+MAYBE_CONLL = (".txt", ".tsv")  # by their content
+CONLL_BEGINNING = 1 << 16  # bytes by which a file of another name is recognised
 
 
 # -------------------------------------------------------------------------------------------------------- hub

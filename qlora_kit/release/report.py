@@ -20,7 +20,7 @@ from qlora_kit.release.place import REPORT_FILE
 from qlora_kit.release.proof import TensorProof, summary
 from qlora_kit.release.request import Request, RunRecord
 from qlora_kit.release.verify import ModelProof
-from qlora_kit.task_models import QUESTION_ANSWERING, TASK_MODELS
+from qlora_kit.task_models import GENERATION, QUESTION_ANSWERING, TAGGING, TASK_MODELS
 from qlora_kit.trained_base import TrainedBase
 
 MAX_TARGETS = 12  # names of layers on the card; full names of every layer would be too many
@@ -323,6 +323,8 @@ def _model_lines(model: Mapping[str, Any]) -> list[str]:
         unit, each, answers, greedy = "token", "a token", "next tokens", "the greedy answer"
     elif model["task"] == QUESTION_ANSWERING:
         unit, each, answers, greedy = "place", "a place", "likeliest places", "the list of likeliest places"
+    elif model["task"] == TAGGING:
+        unit, each, answers, greedy = "token", "a token", "tags", "the list of likeliest tags"
     else:
         unit, each, answers, greedy = "example", "an example", "labels", "the list of likeliest labels"
     blocks = "" if model["blocks"] == "all" else f", {model['blocks']} blocks (the whole does not fit into memory)"

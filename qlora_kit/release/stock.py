@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -52,6 +53,7 @@ class Kind:
 KINDS = {  # by task
     GENERATION: Kind(AutoModelForCausalLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
     "text-classification": Kind(AutoModelForSequenceClassification, lambda outputs: outputs.logits),
+    "token-classification": Kind(AutoModelForTokenClassification, lambda outputs: outputs.logits[0]),
     "question-answering": Kind(
         AutoModelForQuestionAnswering, lambda outputs: torch.cat([outputs.start_logits, outputs.end_logits])
     ),

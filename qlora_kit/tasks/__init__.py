@@ -9,7 +9,13 @@ from qlora_kit.config import BaseConfig, flag
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
 from qlora_kit.task_models import GENERATION, TEXT2TEXT, can_do, task_of
-from qlora_kit.tasks import question_answering, text2text_generation, text_classification, text_generation
+from qlora_kit.tasks import (
+    question_answering,
+    text2text_generation,
+    text_classification,
+    text_generation,
+    token_classification,
+)
 from qlora_kit.tasks.task import Answering, Asked, Judge, Proving, Scores, Source, Task
 
 if TYPE_CHECKING:
@@ -30,6 +36,7 @@ __all__ = [
 ]
 
 TASKS: tuple[Task, ...] = (  # the first one is taken that fits the columns of the data
+    token_classification.TASK,
     question_answering.TASK,
     text_classification.TASK,
     text2text_generation.TASK,

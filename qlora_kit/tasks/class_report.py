@@ -86,10 +86,10 @@ def write_report(scores: Scores, folder: Path) -> list[Table]:
     return [table(scores.report["report"])]
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """Precision, recall and F1 class by class."""
+def table(report: Mapping[str, Any], counted: str = "examples") -> Table:
+    """Precision, recall and F1 class by class, and how many of what is `counted` each has."""
     found = Table("", box=None, padding=(0, 3, 0, 0), pad_edge=False)
-    for heading in ("precision", "recall", "F1", "examples"):
+    for heading in ("precision", "recall", "F1", counted):
         found.add_column(heading, justify="right")
     for name, own in report.items():
         if isinstance(own, Mapping):
