@@ -85,7 +85,9 @@ def _check_blocks(blocks: frozenset[int], layers: Iterable[str]) -> None:
     there = {block_of(name) for name in layers}
     if not blocks <= there:
         rule = "names blocks that the model has not"
-        raise UserError.of("--layers", _ranges(blocks - there), rule, f"This model has: {_ranges(there)}.")
+        raise UserError.of(
+            "--layers", _ranges(blocks), f"{rule}: {_ranges(blocks - there)}", f"It has {_ranges(there)}."
+        )
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -243,8 +243,10 @@ class AdapterConfig(_Checked):
         if self.init in ("orthogonal", "pissa", "olora", "loftq") and self.adapter_dtype == "bf16":
             rule = f"would lose the steps of --init {self.init}, whose factors begin at full size, in rounding"
             yield Fault("--adapter-dtype", "bf16", rule, "Add --adapter-dtype fp32.")
-        if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
-            yield Fault("--init", self.init, "needs even ranks", "Use an even --r and --rank-pattern.")
+        if self.init == "orthogonal":
+            for name, r in (("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())):
+                if r % 2:
+                    yield Fault(flag(name), r, "is odd, and --init orthogonal needs even ranks", "Use an even one.")
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,14 @@ class OptimConfig(_Checked):
     rank_penalty: float | None = setting(
         None, "penalty on the rank of the change: this times the sum of its singular values", above(0)
     )
+
+    def extra_faults(self) -> Iterator[Fault]:
+        of = {"adversarial_epsilon": ("fgm", "pgd"), "adversarial_steps": ("pgd",)}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in of and value != f.default and self.adversarial not in of[f.name]:
+                rule = f"is a setting of --adversarial {' and '.join(of[f.name])}"
+                yield Fault(flag(f.name), value, rule, f"Add --adversarial {of[f.name][0]}, or drop it.")
 
 
 @dataclass(frozen=True)
@@ -449,7 +459,7 @@ class SearchConfig(_Checked):
     trials: int | None = setting(None, f"combinations that tpe tries; unset: {DEFAULT_TRIALS}", at_least(1))
     prune: str = setting(
         "auto",
-        "stop a combination when its mean so far is worse than the others' median: auto (with tpe) | on | off",
+        "stop a combination when its best mean so far is worse than the others' median: auto (with tpe) | on | off",
         one_of("auto", "on", "off"),
     )
     keep_runs: bool = setting(False, "keep the adapter and the checkpoints of every fold")

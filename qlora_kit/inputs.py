@@ -69,7 +69,9 @@ def read_inputs(config: RunConfig, given: Examples | None = None) -> Inputs:
     if material is not None:
         faults.collect(lambda: _check_settings(material.config, material.task))
     if tokenizer is not None:
-        generates = material is None or material.task.name == GENERATION
+        generates = (
+            material is not None and material.task.name == GENERATION
+        )  # else it is not known what is asked of it
         faults.collect(lambda: data.prepare_tokenizer(tokenizer, generates))
     seq_len = None
     if architecture is not None and tokenizer is not None:

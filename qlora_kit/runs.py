@@ -27,6 +27,10 @@ from qlora_kit.errors import UserError
 RUN_FILE, METRICS_FILE, CARD_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "README.md", "checkpoints"
 LABELS_FILE = "labels.json"  # beside the weights of a model that tells labels apart
 PARTIAL = ".partial"
+OF_THE_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
 LIBRARIES = ("qlora_kit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
@@ -144,6 +148,13 @@ def check_writable(folder: Path) -> None:
         raise unwritable(str(folder), OSError(errno.EACCES, f"{parent} is not a folder that you may write to"))
 
 
+def check_file(file: Path) -> None:
+    """Check that `file` can be written, and is no folder. Raises `UserError`."""
+    if file.is_dir():
+        raise UserError.of("--out", str(file), "is a folder", "Give the name of a file.")
+    check_writable(file)
+
+
 def unwritable(out: str, error: OSError) -> UserError:
     """What to tell a user whose output folder cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -153,11 +164,11 @@ def unwritable(out: str, error: OSError) -> UserError:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a `UserError`."""
+    """Turn a full or read-only disk, and a place where nothing can be, into a `UserError`."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+        if error.errno in OF_THE_DISK:
             raise unwritable(str(out), error) from error
         raise
     except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report the same

@@ -128,18 +128,26 @@ def check_settings(config: RunConfig, examples: Examples | None = None) -> None:
     if has_eval and evaluation.keep_best and eval_steps and (save_steps or 0) % eval_steps:
         rule = f"must be a multiple of --eval-steps {eval_steps}, so that the best can be kept"
         faults.append(Fault("--save-steps", save_steps, rule, "Change one of them, or add --no-keep-best."))
-    for name in ("lora_plus", "rank_penalty"):
-        if (given := getattr(config.optim, name)) is not None and config.base.full:
-            rule = "is for adapters, and --full trains every weight"
-            faults.append(Fault(flag(name), given, rule, "Drop one of the two."))
-    if config.optim.lora_plus is not None and config.adapter.variant == "lora-xs":
-        rule = "needs both factors to train, and with --variant lora-xs only a core between them does"
-        faults.append(Fault("--lora-plus", config.optim.lora_plus, rule, "Drop one of the two."))
+    faults += _faults_of_adapters(config)
     for library in config.report_to:
         if importlib.util.find_spec(library) is None:
             faults.append(Fault("--report-to", library, "is not installed", f"pip install 'qlora_kit[{library}]'"))
     if faults:
         raise UserError(faults)
+
+
+def _faults_of_adapters(config: RunConfig) -> Iterator[Fault]:
+    """The rules that join how factors are made with how they are trained."""
+    optim, adapter = config.optim, config.adapter
+    for name in ("lora_plus", "rank_penalty"):
+        if (given := getattr(optim, name)) is not None and config.base.full:
+            yield Fault(flag(name), given, "is for adapters, and --full trains every weight", "Drop one of the two.")
+    if optim.lora_plus is not None and adapter.variant == "lora-xs":
+        rule = "needs both factors to train, and with --variant lora-xs only a core between them does"
+        yield Fault("--lora-plus", optim.lora_plus, rule, "Drop one of the two.")
+    if optim.rank_penalty is not None and adapter.dora:
+        rule = "is on the change that the factors make, and with --dora they make only its direction"
+        yield Fault("--rank-penalty", optim.rank_penalty, rule, "Drop one of the two.")
 
 
 def _settings_before(point: runs.ResumePoint) -> RunConfig:

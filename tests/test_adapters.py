@@ -171,9 +171,9 @@ def test_blocks_that_are_no_numbers_are_refused(text):
 
 def test_blocks_that_the_model_has_not_are_named(tmp_path):
     model = base(save_tiny(tmp_path, "llama"))
-    with pytest.raises(UserError, match="--layers = '2-4,9': names blocks that the model has not") as caught:
+    with pytest.raises(UserError, match="--layers = '1-4,9': names blocks that the model has not: 2-4,9") as caught:
         inject(model, AdapterConfig(layers="1-4,9"))
-    assert caught.value.faults[0].remedy == "This model has: 0-1."
+    assert caught.value.faults[0].remedy == "It has 0-1."
     with pytest.raises(UserError, match=r"--targets = 'layers.0.mlp.up_proj': is in none of the blocks 1"):
         inject(model, AdapterConfig(layers="1", targets=("layers.0.mlp.up_proj",)))
 

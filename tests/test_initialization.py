@@ -321,7 +321,10 @@ def test_eva_needs_more_tokens_than_directions(folders):
     ("settings", "message"),
     [
         ({"init": "pissa"}, "--adapter-dtype = 'bf16': would lose the steps of --init pissa"),
-        ({"init": "orthogonal", "r": 3, "adapter_dtype": "fp32"}, "--init = 'orthogonal': needs even ranks"),
+        (
+            {"init": "orthogonal", "r": 3, "adapter_dtype": "fp32"},
+            "--r = 3: is odd, and --init orthogonal needs even ranks",
+        ),
         ({"init": "eva", "variant": "lora-xs"}, "--init = 'eva': is for factors that train"),
         ({"init": "olora", "dora": True, "adapter_dtype": "fp32"}, "--dora = True: cannot go with --init olora"),
         ({"variant": "lora-xs", "dora": True}, "--dora = True: cannot go with --variant lora-xs"),
@@ -341,7 +344,9 @@ def test_a_rank_beyond_the_layer_is_refused(folders, method):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize(
-    "method", [{"init": init} for init in ("orthogonal", "pissa", "olora", "loftq")] + [{"variant": "lora-xs"}], ids=str
+    "method",
+    [{"init": init} for init in ("gaussian", "orthogonal", "pissa", "olora", "loftq")] + [{"variant": "lora-xs"}],
+    ids=str,
 )
 def test_releases_are_what_the_live_model_computes(folders, tmp_path, family, method):
     pattern = {"c_proj": 2} if family == "gpt2" else {"o_proj": 2}

@@ -76,7 +76,7 @@ def test_labels_come_from_the_data_or_are_given():
         (("a", "a"), {}, "has only the label 'a'"),
         (("a", "c"), {"labels": ("a", "b")}, "has the label 'c', which is not among a, b"),
         ((["a", "b"], "a", "b"), {"multi_label": False}, "has 2 labels, and --multi-label is off"),
-        (([], []), {}, "has no label in any example"),
+        (([], []), {}, "has no label in any of its 2 examples"),
     ],
 )
 def test_what_cannot_be_learned(labels, settings, words):

@@ -37,7 +37,7 @@ def run(given: Mapping[str, Any], run: str | None = None, base: str | None = Non
     config, opened = open_chosen(of_model, run, base, "columns", lambda *_: None, say)
     out = Path(given["out"]) if "out" in given else None
     if out is not None:
-        runs.check_writable(out)
+        runs.check_file(out)
     columns = RunConfig.from_flat({"columns": given["columns"]}).data.columns if "columns" in given else {}
     questions = read_questions(opened, given["data"], columns, config.data.seq_len)
     with memory_errors(config.base.device):

@@ -77,7 +77,6 @@ def _preview_answers(
     from qlora_kit import tasks
 
     assert task.answering is not None, "only text generation has none"
-    config = replace(config, base=task.reader.resolve(config.base, examples, "--data"))
     console.print(f"{task.name}: the tokens that the model reads, and the answer that it learns.\n")
     for row in rows:
         if row <= len(examples):
@@ -110,6 +109,7 @@ def _preview_answers(
         for name, value in [*task.reader.audit_rows(encoded), *task.reader.audit(members, examples)]:
             table.add_row(Text(name), Text(value))
         console.print(table)
+    task.reader.resolve(config.base, examples, "--data")  # after all that can be seen: what training would refuse
 
 
 def _length_lines(report: AuditReport, seq_len: int) -> list[tuple[str, str]]:

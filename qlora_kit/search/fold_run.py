@@ -47,7 +47,10 @@ def _train(config: RunConfig, examples: Examples, folder: Path) -> None:
     from qlora_kit.training import train
 
     is_planned = config.preflight and base.resolve_device(config.base.device).type == "cuda"  # elsewhere it is a record
-    here = dataclasses.replace(config, out=str(folder), overwrite=True, preflight=is_planned)
+    scored_at_its_end = dataclasses.replace(config.evaluation, keep_best=False)  # the fold that scores must not choose
+    here = dataclasses.replace(
+        config, evaluation=scored_at_its_end, out=str(folder), overwrite=True, preflight=is_planned
+    )
     _forget_last_run()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

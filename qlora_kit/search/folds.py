@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from qlora_kit import data
+from qlora_kit.config import flag
 from qlora_kit.errors import UserError
 from qlora_kit.inputs import Examples
 
@@ -85,7 +86,6 @@ def _check_fold(fold: Examples, number: int, n_folds: int, counts: Counter[str])
         if len(found) == 1:
             rarest, count = counts.most_common()[-1]
             rule = f"leaves the {part} part of fold {number} with one class only, {found.pop()!r}"
-            remedy = (
-                f"The rarest class, {rarest!r}, has {count} of the examples: give at most so many folds, or more of it."
-            )
+            fewer = f"give at most so many {flag('folds')}, or " if count > 1 else "give "
+            remedy = f"The rarest class, {rarest!r}, has {count} of the examples: {fewer}more of it."
             raise UserError.of("--folds", n_folds, rule, remedy)

@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_kit import base, quiet, runs, tasks
-from qlora_kit.config import GROUPS, PER_CALL, RunConfig, SearchConfig
+from qlora_kit import base, hub, quiet, runs, tasks
+from qlora_kit.config import GROUPS, PER_CALL, RunConfig, SearchConfig, flag
 from qlora_kit.errors import Fault, Faults, UserError
 from qlora_kit.inputs import Examples, read_inputs, read_material
 from qlora_kit.progress import counted, say_line
@@ -26,7 +26,7 @@ from qlora_kit.search.folds import make_folds
 from qlora_kit.search.planning import PlannedMemory, plan_memory, read_budget
 from qlora_kit.search.result import SearchResult
 from qlora_kit.search.space import Space, label_of
-from qlora_kit.search.store import DATA, Claim, Store, opened
+from qlora_kit.search.store import BASE, DATA, Claim, Store, opened
 from qlora_kit.training import check_settings
 
 FREE = (*PER_CALL, "device", "preflight", "report_to")  # settings that may be others when a search goes on
@@ -70,7 +70,8 @@ def search(space: Space, settings: SearchConfig, console: Console) -> SearchResu
             return plan_memory(space, settings.budget, longest_row, device_type, lambda n: say(f"planning: {n} plans"))
 
     job = _Job(space, settings, folds, console)
-    described = _described(space, settings, examples)
+    with console.status("hashing the base"):
+        described = _described(space, settings, examples)
     with (
         runs.disk_errors(folder),
         opened(folder, space, settings, described, plan) as store,
@@ -101,8 +102,15 @@ def _check(space: Space, settings: SearchConfig, folder: Path, device_type: str)
 
 
 def _check_request(config: RunConfig) -> None:
+    faults = []
     if config.resume is not None:
-        raise UserError.of("--resume", config.resume, "is not for a search", "Drop it: the same command goes on.")
+        faults.append(Fault("--resume", config.resume, "is not for a search", "Drop it: the same command goes on."))
+    stops = config.evaluation.early_stopping
+    if stops is not None:
+        rule = "would stop each run where the very fold that scores it is best"
+        faults.append(Fault("--early-stopping", stops, rule, "Drop it; search --epochs or --max-steps instead."))
+    if faults:
+        raise UserError(faults)
 
 
 def _resolved(space: Space, settings: SearchConfig) -> tuple[Space, SearchConfig, list[Any]]:
@@ -130,7 +138,15 @@ def _described(space: Space, settings: SearchConfig, examples: Sequence[Any]) ->
     flat |= {name: list(values) for name, values in space.values.items()}
     kept = {name: value for name, value in flat.items() if name not in FREE}
     own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_OF_SEARCH}
-    return {**kept, **own, DATA: _digest(examples)}
+    return {**kept, **own, DATA: _digest(examples), BASE: _identity(space.config)}
+
+
+def _identity(config: RunConfig) -> str:
+    """A hash of the base's weights; of one on the hub, whose weights may not be here yet, its commit."""
+    source = base.model_source(config.base)
+    if config.base.weights == "random" or Path(source).is_dir():
+        return base.hash_base(config.base, config.seed)
+    return hub.fetch_model_file(source, "config.json", config.base.revision).parent.name
 
 
 def _digest(examples: Sequence[Any]) -> str:
@@ -167,6 +183,8 @@ def _say_beginning(store: Store, n_examples: int, job: _Job) -> int:
         f"{n_open} combinations to try, each in {settings.folds} folds of {n_examples:,} examples; "
         f"{settings.metric} decides, {direction} is better",
     )
+    if job.space.config.data.eval_data is not None:
+        say_line(job.say, "--eval-data scores no fold: it is for the run with what is chosen")
     return n_open
 
 
@@ -201,7 +219,7 @@ def _run_folds(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None
         tick(1)
         _say_fold(claim, values, job)
         if store.report(claim, values) and fold < len(job.folds):
-            return f"stopped after {fold} folds, worse than the median of the others"
+            return f"stopped after {fold} folds, its best mean worse than the median of the others"
     return None
 
 
@@ -212,12 +230,20 @@ def _say_fold(claim: Claim, values: Sequence[float], job: _Job) -> None:
 
 
 def _value_of(store: Store, claim: Claim, fold: int, job: _Job) -> float:
-    """The metric of a fold, trained unless it is recorded. Raises `EndedEarlyError`, and `UserError`."""
+    """The metric of a fold, trained unless it is recorded. Raises `EndedEarlyError`, and `UserError`.
+
+    What is wrong with a value that is searched ends its combination alone.
+    """
     results = claim.results(fold)
     if results is None:
         config = job.space.config_of(claim.point)
         folder = store.folder_of(claim.point) / f"fold-{fold}"
-        record = run_fold(config, job.folds[fold - 1], folder, job.search.keep_runs)
+        try:
+            record = run_fold(config, job.folds[fold - 1], folder, job.search.keep_runs)
+        except UserError as error:
+            if any(fault.setting not in map(flag, claim.point) for fault in error.faults):
+                raise
+            raise EndedEarlyError("; ".join(f"{fault.setting} {fault.rule}" for fault in error.faults)) from None
         results = record["results"]
         value = metric_of(results, job.search.metric)
         assert value is not None, "the metric was checked"

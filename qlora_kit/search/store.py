@@ -35,11 +35,12 @@ STUDY = "search"
 BUSY_S = 60.0  # how long SQLite waits for another process's reading or writing
 PRUNE_AFTER = 3  # finished combinations before any is stopped early
 PRUNE_FROM_FOLD = 2  # one fold says too little
+RANDOM_SHARE = 4  # of the combinations that TPE is to try it draws one in so many at random, before it is led
 DRAWS = 20  # of TPE, before the first combination that it did not try is taken
 
 POINT, REASON, TRAINABLE = "point", "reason", "trainable"  # what a trial has beside Optuna's own
 SETTINGS, DEVICE_BYTES = "settings", "device_bytes"  # what the study has
-DATA = "examples"  # among its settings: the digest of the examples
+DATA, BASE = "examples", "weights"  # among its settings: the digests of the examples, and of the base
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,9 @@ class Store:
         """One of `untried` by TPE, from what is finished; the same again for the same history."""
         import optuna
 
-        sampler = optuna.samplers.TPESampler(seed=(self._space.config.seed + len(trials)) % 2**32)
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=max(2, self._wanted // RANDOM_SHARE), seed=(self._space.config.seed + len(trials)) % 2**32
+        )
         study = optuna.create_study(direction=self._study.direction, sampler=sampler)
         study.add_trials([trial for trial in trials if trial.state.is_finished() and trial.intermediate_values])
         distributions = self._distributions()
@@ -322,9 +325,11 @@ def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], differing: se
     remedy = "Leave it as it was, give another --out, or begin anew with --overwrite."
     faults = [
         Fault(flag(name), now.get(name), f"was {stored.get(name)!r} when this search began", remedy)
-        for name in sorted(differing - {DATA})
+        for name in sorted(differing - {DATA, BASE})
     ]
     if DATA in differing and not faults:
         faults.append(Fault("--data", now["data"], "has changed since this search began", remedy))
+    if BASE in differing and not faults:
+        faults.append(Fault("--model", now["model"], "has other weights than when this search began", remedy))
     if faults:
         raise UserError(faults)

@@ -62,7 +62,9 @@ def _name(value: object, may_be_empty: bool = False) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, (int, float)):
+    if isinstance(value, float):
+        raise LabelError(f"is {value:g}: a number that names a class is a whole one")
+    if isinstance(value, int):
         return str(value)
     if not isinstance(value, str):
         raise LabelError(f"must be a name or a number, not {'null' if value is None else type(value).__name__}")
@@ -96,11 +98,13 @@ def resolve_labels(config: BaseConfig, examples: Sequence[Labelled], setting: st
     several = any(example.listed for example in examples) if config.multi_label is None else config.multi_label
     counts = Counter(label for example in examples for label in example.labels)
     if not counts:
-        rule = "has no label in any example"
-        raise UserError.of(setting, f"{len(examples)} examples", rule, "Give examples that have labels.")
+        rule = f"has no label in any of its {len(examples)} examples"
+        raise UserError.of(setting, _file_of(examples), rule, "Give examples that have labels.")
     if not several and len(counts) < 2:
-        rule = f"has only the label {next(iter(counts))!r}, so that there is nothing to tell apart"
-        raise UserError.of(setting, f"{len(examples)} examples", rule, "Give examples of at least two labels.")
+        rule = (
+            f"has only the label {next(iter(counts))!r} in its {len(examples)} examples: there is nothing to tell apart"
+        )
+        raise UserError.of(setting, _file_of(examples), rule, "Give examples of at least two labels.")
     resolved = replace(config, labels=config.labels or in_order(counts), multi_label=several)
     check_labels(resolved, examples, setting)
     return resolved
@@ -113,7 +117,7 @@ def check_labels(config: BaseConfig, examples: Sequence[Labelled], setting: str)
     """
     known = config.labels or ()
     remedy = f"Name all of them with {flag('labels')}, or mend the data."
-    problems = Problems(setting, "labels", remedy)
+    problems = Problems(setting, _file_of(examples), remedy)
     for example in examples:
         strange = [label for label in example.labels if label not in known]
         if strange:
@@ -121,6 +125,11 @@ def check_labels(config: BaseConfig, examples: Sequence[Labelled], setting: str)
         elif not config.multi_label and len(example.labels) != 1:
             problems.add(example.origin, f"has {len(example.labels)} labels, and --multi-label is off")
     problems.raise_if_any()
+
+
+def _file_of(examples: Sequence[Labelled]) -> str:
+    """The file of the first example, without the line."""
+    return examples[0].origin.rpartition(":")[0] or examples[0].origin
 
 
 def shown(labels: Sequence[str]) -> str:
