@@ -215,4 +215,4 @@ def test_preview_audits_tags(workshop, tmp_path, capsys):
     assert "hi/O Ann/B-person Lee/I-person !/O" in shown
     assert "entities person │ 12 (50.0%)" in shown
     assert "B-ship (1)" in shown
-    assert "entities cut off or cut short │ 12" in shown
+    assert "entities cut off or cut short │ 6" in shown
