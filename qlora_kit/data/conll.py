@@ -16,6 +16,7 @@ SUFFIXES = (".conll", ".bio", ".iob", ".iob2", ".bioes")
 DOCUMENT = "-DOCSTART-"
 TAG = re.compile(r"O|[BIESUL]-\S+")
 LOOKED_AT = 200  # words by which a file is recognised
+LEAST_TAGGED = 0.9  # of them have a tag
 BLANK = " \t\r"  # other white space, such as that without a break, may be a word
 
 
@@ -29,10 +30,11 @@ class Sentence:
 
 
 def looks_like_conll(text: str) -> bool:
-    """Whether each line has a word and a tag (O, B-person, …) in as many columns as the others."""
-    lines = [line for line in text[: 100 * LOOKED_AT].split("\n") if _is_word(line)][:LOOKED_AT]
-    rows = [_columns(line, "\t" in lines[0]) for line in lines[:-1] or lines]  # the last one may be cut
-    return bool(rows) and all(len(row) == len(rows[0]) > 1 and TAG.fullmatch(row[-1]) for row in rows)
+    """Whether nearly every line has a word and a tag (O, B-person, …); the others are for `read_sentences` to name."""
+    lines = [line for line in text.split("\n") if _is_word(line)][:LOOKED_AT]
+    rows = [_columns(line, "\t" in lines[0]) for line in lines]
+    tagged = sum(len(row) > 1 and TAG.fullmatch(row[-1]) is not None for row in rows)
+    return bool(rows) and tagged >= LEAST_TAGGED * len(rows)
 
 
 def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentence]:

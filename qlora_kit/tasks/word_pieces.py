@@ -7,13 +7,17 @@ as GPT-2's takes a word without the space before it for another word; transforme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Encoding = dict[str, Any]
+"""What a tokenizer gives, with `special_tokens_mask` (1 for tokens that it added), and where not cut `firsts`."""
+Encode = Callable[[dict[str, Any]], Encoding]  # from the options that say where to cut
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,38 @@ def split(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int
 
     A token that reaches over several words belongs to the first of them.
     """
-    encoded = _encoded(words, tokenizer, None)
-    full_tokens, whole = len(encoded["input_ids"]), encoded["firsts"]
+    encode = _of_text(words, tokenizer) if tokenizer.is_fast else _word_by_word(words, tokenizer)
+    encoded = encode({})
+    firsts: list[int | None] = encoded["firsts"]
+    full_tokens, lost = len(encoded["input_ids"]), 0
     if full_tokens > seq_len:
-        encoded = _encoded(words, tokenizer, seq_len)
-    firsts = encoded["firsts"]
-    lost = sum(before is not None and after is None for before, after in zip(whole, firsts, strict=True))
+        whole, encoded = encoded, encode({"truncation": True, "max_length": seq_len})
+        places = _kept_places(whole, encoded, tokenizer.truncation_side)
+        kept = [None if first is None else places.get(first) for first in firsts]
+        lost = kept.count(None) - firsts.count(None)
+        firsts = kept
     ids: list[int] = encoded["input_ids"]
     if not ids:  # no words, and a tokenizer that adds nothing: the model must still see something
         ids = [tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
     return Pieces(ids, encoded.get("token_type_ids"), firsts, full_tokens, lost)
 
 
-def _encoded(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int | None) -> dict[str, Any]:
-    cut: dict[str, Any] = {} if seq_len is None else {"truncation": True, "max_length": seq_len}
-    if tokenizer.is_fast:
-        encoded = dict(tokenizer(" ".join(words), return_offsets_mapping=True, verbose=False, **cut))
-        return {**encoded, "firsts": _firsts(words, encoded["offset_mapping"])}
-    return _encoded_word_by_word(words, tokenizer, cut)
+def _kept_places(whole: Encoding, cut: Encoding, side: str) -> dict[int, int]:
+    """Where the tokens of the words in `whole` stand in `cut`, which lacks some on the `side`."""
+    before, after = ([n for n, is_added in enumerate(e["special_tokens_mask"]) if not is_added] for e in (whole, cut))
+    before = before[len(before) - len(after) :] if side == "left" else before[: len(after)]
+    return dict(zip(before, after, strict=True))
+
+
+def _of_text(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """By a tokenizer that says where in a text its tokens stand."""
+    text = " ".join(words)
+
+    def encode(cut: dict[str, Any]) -> Encoding:
+        found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False, **cut)
+        return {**found, "firsts": _firsts(words, found["offset_mapping"])}
+
+    return encode
 
 
 def _firsts(words: Sequence[str], spans: Sequence[tuple[int, int]]) -> list[int | None]:
@@ -68,10 +86,8 @@ def _firsts(words: Sequence[str], spans: Sequence[tuple[int, int]]) -> list[int 
     return firsts
 
 
-def _encoded_word_by_word(
-    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, cut: dict[str, Any]
-) -> dict[str, Any]:
-    """The same by a tokenizer in Python, which does not say where its tokens stand in the text."""
+def _word_by_word(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """By a tokenizer in Python, which does not say it: the tokens of each word, with the space before it."""
     ids: list[int] = []
     starts: list[int | None] = []
     for number, word in enumerate(words):
@@ -79,13 +95,13 @@ def _encoded_word_by_word(
         before = _space(tokenizer, own) if number else 0
         starts.append(len(ids) + before if len(own) > before else None)
         ids += own
-    encoded = dict(tokenizer.prepare_for_model(ids, return_special_tokens_mask=True, verbose=False, **cut))
-    places = [place for place, special in enumerate(encoded["special_tokens_mask"]) if not special]
-    shift = len(ids) - len(places) if tokenizer.truncation_side == "left" else 0
-    firsts = [
-        places[start - shift] if start is not None and 0 <= start - shift < len(places) else None for start in starts
-    ]
-    return {**encoded, "firsts": firsts}
+
+    def encode(cut: dict[str, Any]) -> Encoding:
+        found = tokenizer.prepare_for_model(list(ids), return_special_tokens_mask=True, verbose=False, **cut)
+        leading = found["special_tokens_mask"].index(0) if ids and not cut else 0
+        return {**found, "firsts": [None if start is None else start + leading for start in starts]}
+
+    return encode
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
