@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from classifiers import CLS_ID, SEP_ID, encoder_tokenizer
@@ -52,7 +54,7 @@ def test_windows_cover_everything_and_share_the_overlap(tokens, room, overlap):
     found = starts(tokens, room, overlap)
     covered = {token for start in found for token in range(start, min(start + room, tokens))}
     assert covered == set(range(tokens))
-    assert all(b == a + room - overlap for a, b in zip(found, found[1:], strict=False))
+    assert all(b == a + room - overlap for a, b in itertools.pairwise(found))
     assert len(found) == 1 or found[-2] + room < tokens  # the last one is needed
     for first in range(tokens):  # an answer of as many tokens as are shared
         last = min(first + max(overlap, 1), tokens) - 1
@@ -183,5 +185,5 @@ def test_a_slow_tokenizer_is_refused():
     class Slow:
         is_fast, name_or_path = False, "theirs"
 
-    with pytest.raises(UserError, match="--tokenizer = 'theirs'.*does not tell which characters its tokens are"):
+    with pytest.raises(UserError, match=r"--tokenizer = 'theirs'.*does not tell which characters its tokens are"):
         rows_of([asked("a")], Slow(), 24, labelled=True)
