@@ -42,6 +42,15 @@ def test_a_task_follows_one_of_its_metrics(task):
         ({"x": "a", "y": 1}, "gpt2", {"text": "x", "label": "y"}, "text-classification"),
         ({"x": "a"}, "bert", None, "text-classification"),  # by its kind; the message then names these columns
         ({"x": "a"}, "gpt2", None, "text-generation"),
+        ({"question": "a", "context": "b", "answers": {}}, "gpt2", None, "question-answering"),
+        ({"title": "a", "paragraphs": []}, "bert", None, "question-answering"),
+        (
+            {"q": "a", "c": "b", "a": {}},
+            "bert",
+            {"question": "q", "context": "c", "answers": "a"},
+            "question-answering",
+        ),
+        ({"question": "a", "context": "b"}, "bert", None, "text-classification"),  # as a model of its kind
     ],
 )
 def test_the_task_is_taken_from_columns_and_kind(row, kind, columns, expected):
@@ -58,6 +67,8 @@ def test_a_model_is_for_what_it_was_saved_for():
     saved.architectures = ["GPT2ForSequenceClassification"]
     assert task_of(None, saved) == "text-classification"
     assert task_of("text-generation", saved) == "text-generation"
+    saved.architectures = ["GPT2ForQuestionAnswering"]
+    assert task_of(None, saved) == "question-answering"
     assert task_of(None, architecture("electra")) == "text-classification"
 
 
