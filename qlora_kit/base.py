@@ -369,7 +369,7 @@ def _load_pretrained(
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
-            key_mapping=base_renaming(transformers_class(task)._model_mapping.get(type(architecture), None)),
+            key_mapping=base_renaming(task, architecture),
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
@@ -388,19 +388,19 @@ def _load_pretrained(
     return model
 
 
-def base_renaming(model_class: Any) -> dict[str, str] | None:
-    """The name of the base in files of such models → the one it has in `model_class`, where that is another; or None.
+def base_renaming(task: str, architecture: PretrainedConfig) -> dict[str, str] | None:
+    """The name of the base in files of such models → the one it has in the class for `task`, where that is another.
 
     transformers calls the base "transformer" in its classes of Llama, Qwen and others for question answering, and
     "model" in all others of them, and loads the one into the other only when it is told.
     """
     from transformers import AutoModel
 
-    plain = None if model_class is None else AutoModel._model_mapping.get(model_class.config_class, None)
-    usual = getattr(plain, "base_model_prefix", None)
-    if not usual or usual == model_class.base_model_prefix:
+    if not TASK_MODELS[task].has_new_head:
         return None
-    return {rf"^{usual}\.": f"{model_class.base_model_prefix}."}
+    classes = (own._model_mapping.get(type(architecture), None) for own in (AutoModel, transformers_class(task)))
+    usual, here = (getattr(own, "base_model_prefix", None) for own in classes)
+    return {rf"^{usual}\.": f"{here}."} if usual and here and usual != here else None
 
 
 def planned_heads(architecture: PretrainedConfig, task: str) -> list[str]:

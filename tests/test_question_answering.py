@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -189,6 +190,22 @@ def test_a_release_in_nf4_passes_its_proof(workshop, in_this_process):
     main(["merge", "--run", str(workshop.run("bert")), "--out", str(out), "--dtype", "fp32", "--format", "nf4"])
     assert type(AutoModelForQuestionAnswering.from_pretrained(out).qa_outputs) is torch.nn.Linear
     assert "AutoModelForQuestionAnswering" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_the_profile_of_real_steps_agrees_with_the_plan_of_them(workshop, kind):
+    config = workshop.config(kind, f"profiled-{kind}", bits=32, profile=True)
+    config = dataclasses.replace(config, optim=OptimConfig(batch_size=4, max_steps=3, gradient_checkpointing=False))
+    profile = json.loads((train(config, QUIET).folder / "profile.json").read_text())
+    assert profile["predicted"]["peak_bytes"] == pytest.approx(profile["peak_bytes"], rel=0.01)
+
+
+def test_a_run_follows_the_metric_it_is_told(workshop):
+    config = workshop.config("gpt2", "followed", steps=4)
+    config = dataclasses.replace(config, evaluation=EvalConfig(eval_steps=2, metric="exact_match"))
+    folder = train(config, QUIET).folder
+    values = [line["eval_exact_match"] for line in lines_of(folder / "metrics.jsonl") if "eval_exact_match" in line]
+    assert json.loads((folder / "evaluation.json").read_text())["metrics"]["exact_match"] == max(values)
 
 
 def fails(capsys, *args):

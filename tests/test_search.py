@@ -259,3 +259,14 @@ def test_classes_are_kept_in_proportion_and_decide_by_the_metric_of_their_task(t
     with pytest.raises(UserError, match="has only the label 'even'"):
         search_of({**flat, "data": str(one_class), "out": str(tmp_path / "y"), "labels": "even,odd"})
     assert not (tmp_path / "y").exists()
+
+
+def test_exact_match_is_a_metric_of_its_own_where_answers_are_found_in_contexts(tiny_runs, tmp_path):
+    answers = [{"text": ["b"], "answer_start": [2]}, {"text": [], "answer_start": []}]
+    rows = [{"question": "?", "context": f"a b {i}", "answers": answers[i % 2]} for i in range(N_EXAMPLES)]
+    flat = settings_of(tiny_runs, tmp_path / "x", data=str(tiny_runs.data(rows, "asked")))
+    result = search_of(flat, metric="exact_match")
+    assert all(0 <= value <= 1 for one in result.tried for value in one.values)
+    record = json.loads((tmp_path / "x" / "runs" / "r=2" / "fold-1" / "run.json").read_text())
+    assert record["settings"]["evaluation"]["metric"] == "exact_match"
+    assert result.tried[0].values[0] == record["results"]["metrics"]["exact_match"]

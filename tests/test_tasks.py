@@ -50,6 +50,15 @@ def test_a_task_follows_one_of_its_metrics(task):
         ({"text": "a", "label": 1}, "t5", None, "text-classification"),
         ({"text": "a", "summary": "b"}, "gpt2", None, "text-generation"),
         ({"x": "a", "y": "b"}, "t5", {"source": "x", "target": "y"}, "text2text-generation"),
+        ({"question": "a", "context": "b", "answers": {}}, "gpt2", None, "question-answering"),
+        ({"title": "a", "paragraphs": []}, "bert", None, "question-answering"),
+        (
+            {"q": "a", "c": "b", "a": {}},
+            "bert",
+            {"question": "q", "context": "c", "answers": "a"},
+            "question-answering",
+        ),
+        ({"question": "a", "context": "b"}, "bert", None, "text-classification"),  # as a model of its kind
     ],
 )
 def test_the_task_is_taken_from_columns_and_kind(row, kind, columns, expected):
@@ -66,6 +75,8 @@ def test_a_model_is_for_what_it_was_saved_for():
     saved.architectures = ["GPT2ForSequenceClassification"]
     assert task_of(None, saved) == "text-classification"
     assert task_of("text-generation", saved) == "text-generation"
+    saved.architectures = ["GPT2ForQuestionAnswering"]
+    assert task_of(None, saved) == "question-answering"
     assert task_of(None, architecture("electra")) == "text-classification"
     assert task_of(None, architecture("t5")) == "text2text-generation"
     saved = architecture("bart")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_windows_cover_everything_and_share_the_overlap(tokens, room, overlap):
     found = starts(tokens, room, overlap)
     covered = {token for start in found for token in range(start, min(start + room, tokens))}
     assert covered == set(range(tokens))
-    assert all(b == a + room - overlap for a, b in pairwise(found))
+    assert all(b == a + room - overlap for a, b in itertools.pairwise(found))
     assert len(found) == 1 or found[-2] + room < tokens  # the last one is needed
     for first in range(tokens):  # an answer of as many tokens as are shared
         last = min(first + max(overlap, 1), tokens) - 1

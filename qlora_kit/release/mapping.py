@@ -17,6 +17,7 @@ from qlora_kit.config import BaseConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.release.factors import REMEDY, SETTING, Adapter, targeted
 from qlora_kit.release.source import FETCH_REMEDY, Checkpoint
+from qlora_kit.task_models import task_of
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,9 @@ def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) 
 
     model = base.load_base(config, torch.device("meta"), dtype=dtype)
     weights = {weight.name: weight for weight in _weights(model, dtype)}
-    file_names, converted, unknown = _match_names(model, set(weights), checkpoint.entries)
+    file_names, converted, unknown = _match_names(
+        model, task_of(config.task, model.config), set(weights), checkpoint.entries
+    )
     tied = _tied(model)
     needed = {name: weight for name, weight in weights.items() if not _may_lack(model, name)}
     _check_complete(config, weights, needed, file_names, converted, tied, checkpoint)
@@ -130,13 +133,13 @@ def _kept_in_fp32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
 
 
 def _match_names(
-    model: Any, known: set[str], files: Iterable[str]
+    model: Any, task: str, known: set[str], files: Iterable[str]
 ) -> tuple[dict[str, str], frozenset[str], frozenset[str]]:
     """Names in the model → names in the files, those that are converted, and those that the model does not use."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    rules = get_model_conversion_mapping(model, key_mapping=base.base_renaming(type(model)))
+    rules = get_model_conversion_mapping(model, key_mapping=base.base_renaming(task, model.config))
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     in_model = dict.fromkeys(known, True)
