@@ -326,6 +326,13 @@ def test_eva_counts_tokens_of_the_source_and_of_the_target_apart(workshop, monke
         assert count == (sources if of_source else targets), name
 
 
+@pytest.mark.parametrize("kind", ["t5", "marian"])
+def test_every_weight_can_train_but_those_that_are_computed(workshop, kind):
+    config = workshop.config(kind, 32, f"full-{kind}", base={"full": True}, optim={"max_steps": 1})
+    folder = train(dataclasses.replace(config, evaluation=EvalConfig()), QUIET).folder
+    assert not any("embed_positions" in name for name in load_file(folder / "model" / "model.safetensors"))
+
+
 def test_loftq_leaves_layers_that_are_not_quantized(workshop):
     config = workshop.config(
         "t5", 4, "loftq", adapter={"init": "loftq", "adapter_dtype": "fp32"}, optim={"max_steps": 1}
