@@ -208,6 +208,18 @@ def test_the_release_gives_the_texts_of_the_run_to_stock_transformers(workshop, 
         assert tokenizer.decode(out[0], skip_special_tokens=True) == line["text"]
 
 
+def test_an_adapter_by_itself_says_its_task(workshop, in_this_process, capsys):
+    """Without the run: PEFT's settings say what kind of model it is for, and the user which prefix it learned with."""
+    adapter, release = workshop.run("bart") / "adapter", workshop.root / "by-adapter"
+    places = ("--adapter", str(adapter), "--base", str(workshop.base("bart")), "--out", str(release))
+    main(["merge", *places, "--source-prefix", PREFIX, "--dtype", "fp32"])
+    assert json.loads((release / "config.json").read_text())["prefix"] == PREFIX
+    of_release = predicted(workshop, capsys, "--model", str(release))
+    assert [line["text"] for line in of_release] == [
+        line["text"] for line in predicted(workshop, capsys, "--run", str(workshop.run("bart")))
+    ]
+
+
 @pytest.mark.parametrize("kind", ["t5-gated", "bart"])
 def test_releases_in_16_bits_and_nf4_pass_their_proof(workshop, in_this_process, kind):
     folder = str(workshop.run(kind))
