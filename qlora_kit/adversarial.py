@@ -24,23 +24,24 @@ Result = TypeVar("Result")
 STRIDE = 2.5  # a step of PGD times their number, in units of ε: enough to reach the border from anywhere (Madry et al.)
 
 
+def passes_of(config: OptimConfig) -> int:
+    """The forward and backward passes over a batch: 1 without an adversary."""
+    return {None: 1, "fgm": 2}.get(config.adversarial, 1 + config.adversarial_steps)
+
+
 class Adversary:
     """Moves what the input embedding of a model gives, in training mode; `step` says when."""
 
     def __init__(self, model: Any, config: OptimConfig) -> None:
         self.model = model
         self.epsilon = config.adversarial_epsilon
-        self.n_steps = config.adversarial_steps if config.adversarial == "pgd" else 1
+        self.n_passes = passes_of(config)
+        self.n_steps = self.n_passes - 1
         self.stride = self.epsilon * STRIDE / self.n_steps if self.n_steps > 1 else self.epsilon
         self.is_on = False
         self.delta_BTD: torch.Tensor | None = None
         self.seen_BTD: torch.Tensor | None = None
         reading_part(model).get_input_embeddings().register_forward_hook(self._move)
-
-    @property
-    def n_passes(self) -> int:
-        """The forward passes over a batch."""
-        return 1 + self.n_steps
 
     def _move(self, module: Any, args: Any, embedded_BTD: torch.Tensor) -> torch.Tensor:
         if not (self.is_on and module.training and torch.is_grad_enabled()):

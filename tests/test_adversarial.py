@@ -7,7 +7,7 @@ import torch
 from lean_cases import LEAN, batch, tiny_peft_model
 
 from qlora_kit.adapters import trainable
-from qlora_kit.adversarial import STRIDE, Adversary
+from qlora_kit.adversarial import STRIDE, Adversary, passes_of
 from qlora_kit.config import OptimConfig
 from qlora_kit.lean.apply import make_lean
 
@@ -33,6 +33,7 @@ def stepped(model, config):
         return len(losses)
 
     assert adversary.step(run) == 1
+    assert len(losses) == passes_of(config)
     assert (adversary.is_on, adversary.delta_BTD, adversary.seen_BTD) == (False, None, None)
     return {name: p.grad for name, p in trainable(model)}, moves, losses
 

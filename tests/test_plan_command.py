@@ -134,6 +134,22 @@ def test_the_baselines_name_their_recipe_and_ratio(tiny, capsys):
     assert json_of(capsys, *tiny, "--no-baselines")["baselines"] == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "passes", "said"),
+    [
+        ([], 1, ""),
+        (["--adversarial", "fgm"], 2, "2 passes over each batch (--adversarial fgm)"),
+        (["--adversarial", "pgd", "--adversarial-steps", "4"], 5, "5 passes over each batch (--adversarial pgd)"),
+        (["--rank-penalty", "1e-3"], 1, "two QR decompositions a step"),
+    ],
+)
+def test_it_says_what_a_regularized_step_takes_of_time(tiny, capsys, flags, passes, said):
+    text = prints(capsys, *tiny, *flags)
+    assert said in text
+    assert ("passes over" in text, "QR" in text) == ("passes" in said, "QR" in said)
+    assert json_of(capsys, *tiny, *flags)["plan"]["passes"] == passes
+
+
 def test_a_saving_below_nothing_is_said_as_such(tiny, capsys):
     wide = ["--r", "64", "--adapter-dtype", "fp32", "--no-gradient-checkpointing", "--bits", "32"]
     out = prints(capsys, *tiny, *wide)

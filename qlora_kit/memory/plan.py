@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import base, shapes
+from qlora_kit.adversarial import passes_of
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.memory import rules
@@ -57,7 +58,8 @@ class MemoryPlan:
     `peak_bytes` predicts `torch.cuda.max_memory_allocated`, reached in `phase` at `operation`; `components` sums to
     it exactly. `extras` come on top and outside that counter (context, fragmentation, paged states). `series` has a
     point for every phase, and every block in it, in the order of the run: the second step, after what the first
-    showed. `phases` is the peak of each phase over all steps.
+    showed. `phases` is the peak of each phase over all steps. A step takes `passes` forward and backward passes over
+    each batch.
     """
 
     peak_bytes: int
@@ -76,6 +78,7 @@ class MemoryPlan:
     seq_len: int
     optim: str
     attention: str
+    passes: int
     gpu: str | None
 
     @property
@@ -244,6 +247,7 @@ def _plan_of(
         seq_len=recipe.seq_len,
         optim=recipe.optim,
         attention=record.attention,
+        passes=passes_of(config.optim),
         gpu=None if gpu is None else gpu.name,
     )
 

