@@ -273,8 +273,15 @@ def load_base(
 
         new_head.keep_in_fp32(model, new_head.head_names(model))
     model.requires_grad_(config.full)
+    for module in computed_modules(model):
+        module.requires_grad_(False)
     _forget_cache(model)
     return model
+
+
+def computed_modules(model: nn.Module) -> list[Any]:
+    """The modules whose weight transformers computes, and leaves out of the files: sines as positions (Marian's)."""
+    return [module for module in model.modules() if hasattr(module, "create_weight")]
 
 
 def _forget_cache(model: PreTrainedModel) -> None:

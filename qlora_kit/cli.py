@@ -146,11 +146,12 @@ PREDICT_SETTINGS = {
     "revision": "",
     "bits": "load --model in 4 | 8 | 16 | 32 bits; unset: as it was saved",
     "tokenizer": "",
-    "data": "the examples: a file, folder or data set, in the forms of training; labels are not looked at",
+    "data": "the examples: a file, folder or data set, in the forms of training; answers are not looked at",
     "columns": "",
     "out": "file of the predictions, a line of JSON each; unset: standard output",
     "batch_size": "examples in a forward pass (default: 4, or the run's)",
     "seq_len": "tokens an example may have; unset: the run's",
+    "source_prefix": "text before each source for --model; unset: what its config.json says",
     "device": "",
     "trust_remote_code": "",
 }
@@ -198,6 +199,7 @@ MERGE_SETTINGS = {
     "double_quant": "",
     "revision": "",
     "tokenizer": "tokenizer of the release; unset: the adapter's, else the base's",
+    "source_prefix": "text before each source that --adapter was trained with; unset: the run's",
     "trust_remote_code": "",
 }
 SEARCH_FLAGS = {
@@ -232,7 +234,7 @@ COMMANDS = {
         GENERATE_SETTINGS,
     ),
     "predict": Command(
-        "labels with their scores, from the model of a finished run or from a release",
+        "labels with their scores, or texts, from the model of a finished run or from a release",
         "predict:run",
         PREDICT_FLAGS,
         PREDICT_SETTINGS,

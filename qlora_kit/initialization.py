@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import AdapterConfig
 from qlora_kit.dense import dense_weight
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.task_models import reading_part
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,8 @@ def _begin(layer: Any, config: AdapterConfig, original: Any) -> Factors:
     if config.variant == "lora-xs":
         return lora_xs(weight_NK, r)
     if config.init == "loftq":
+        if not type(layer.base_layer).__module__.startswith("bitsandbytes."):  # T5's `wo`: nothing to make up for
+            return layer.lora_B[NAME].weight.data, layer.lora_A[NAME].weight.data
         return loftq(dense_weight(original).to(weight_NK.device).float(), weight_NK, r, scale)
     method: Callable[..., Factors] = {"orthogonal": orthogonal, "pissa": pissa, "olora": olora}[config.init]
     return method(weight_NK, r, scale)
@@ -190,8 +193,10 @@ def start_from_data(model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
     import torch
 
     layers = lora_layers(model)
-    watch = _InputWatch(max(layer.r[NAME] for layer in layers.values()))
+    watch = _InputWatch(max(layer.r[NAME] for layer in layers.values()), bool(model.config.is_encoder_decoder))
     handles = [layer.register_forward_pre_hook(watch.hook(name)) for name, layer in layers.items()]
+    if model.config.is_encoder_decoder:
+        handles.append(reading_part(model).register_forward_hook(watch.encoded))
     try:
         with torch.no_grad():
             for batch in batches:
@@ -237,10 +242,14 @@ class _Directions:
 
 
 class _InputWatch:
-    """Follows the inputs of layers by name; those of layers that are given the same tensor once."""
+    """Follows the inputs of layers by name; those of layers that are given the same tensor once.
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    What counts is what is supervised or, where that is no token that is read, what is no padding: of a source and a
+    target, each in its own half of the model.
+    """
+
+    def __init__(self, rank: int, has_encoder: bool) -> None:
+        self.rank, self.has_encoder = rank, has_encoder
         self.found: dict[str, _Directions] = {}
         self.last: tuple[torch.Tensor, _Directions] | None = None
         self.batch = 0
@@ -248,10 +257,16 @@ class _InputWatch:
     def begin(self, batch: Mapping[str, Any]) -> None:
         """What runs from now on is `batch`."""
         labels, mask = batch["labels"], batch.get("attention_mask")
-        is_by_token = labels.shape == batch["input_ids"].shape
-        self.counts = labels != -100 if is_by_token else None if mask is None else mask.bool()
+        is_by_token = labels.dim() == 2 and not labels.is_floating_point()
+        self.supervised = labels != -100 if is_by_token else None
+        self.shown = None if mask is None else mask.bool()
+        self.hidden = None
         self.batch += 1
         self.last = None
+
+    def encoded(self, module: Any, args: Any, output: Any) -> None:
+        """A hook for an encoder: what is not what it gave is of the target from now on."""
+        self.hidden = output[0]
 
     def hook(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
         """A hook for the layer `name`."""
@@ -271,8 +286,10 @@ class _InputWatch:
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """The inputs that count, (M, K); all of them where `x` is a part of the batch."""
-        if self.counts is not None and x.shape[:-1] == self.counts.shape:
-            return x[self.counts]
+        of_source = self.has_encoder and (self.hidden is None or x is self.hidden)
+        counts = self.shown if of_source or self.supervised is None else self.supervised
+        if counts is not None and x.shape[:-1] == counts.shape:
+            return x[counts]
         return x.reshape(-1, x.shape[-1])
 
     @property

@@ -208,6 +208,18 @@ def test_the_release_gives_the_texts_of_the_run_to_stock_transformers(workshop, 
         assert tokenizer.decode(out[0], skip_special_tokens=True) == line["text"]
 
 
+def test_an_adapter_by_itself_says_its_task(workshop, in_this_process, capsys):
+    """Without the run: PEFT's settings say what kind of model it is for, and the user which prefix it learned with."""
+    adapter, release = workshop.run("bart") / "adapter", workshop.root / "by-adapter"
+    places = ("--adapter", str(adapter), "--base", str(workshop.base("bart")), "--out", str(release))
+    main(["merge", *places, "--source-prefix", PREFIX, "--dtype", "fp32"])
+    assert json.loads((release / "config.json").read_text())["prefix"] == PREFIX
+    of_release = predicted(workshop, capsys, "--model", str(release))
+    assert [line["text"] for line in of_release] == [
+        line["text"] for line in predicted(workshop, capsys, "--run", str(workshop.run("bart")))
+    ]
+
+
 @pytest.mark.parametrize("kind", ["t5-gated", "bart"])
 def test_releases_in_16_bits_and_nf4_pass_their_proof(workshop, in_this_process, kind):
     folder = str(workshop.run(kind))
@@ -298,3 +310,43 @@ def test_random_weights_quantize_the_layers_that_files_do(workshop):
         names.append({name for name, module in model.named_modules() if "Linear4bit" in type(module).__name__})
     assert names[0] == names[1]
     assert not any(name.endswith("wo") for name in names[0])
+
+
+def test_eva_counts_tokens_of_the_source_and_of_the_target_apart(workshop, monkeypatch):
+    """Both are padded to the same length here, so that a mask of the one would fit the other."""
+    from qlora_kit import initialization
+
+    seen = {}
+    add = initialization._Directions.add
+    monkeypatch.setattr(
+        initialization._Directions, "add", lambda self, rows: (seen.setdefault(id(self), len(rows)), add(self, rows))[1]
+    )
+    found = {}
+    directions_of = initialization._InputWatch.directions_of
+    monkeypatch.setattr(
+        initialization._InputWatch,
+        "directions_of",
+        lambda self, name: (found.setdefault(name, seen[id(self.found[name])]), directions_of(self, name))[1],
+    )
+    rows = [{"source": "s" * 3, "target": "t" * (1 + i)} for i in range(4)]
+    data = str(save_rows(workshop.root / "eva.jsonl", rows))
+    config = workshop.config("bart", 32, "eva", adapter={"init": "eva"}, optim={"max_steps": 1})
+    train(dataclasses.replace(config, data=DataConfig(data=data, seq_len=32), evaluation=EvalConfig()), QUIET)
+    sources, targets = 4 * 5, sum(3 + i for i in range(4))
+    for name, count in found.items():
+        of_source = ".encoder." in name or "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
+        assert count == (sources if of_source else targets), name
+
+
+@pytest.mark.parametrize("kind", ["t5", "marian"])
+def test_every_weight_can_train_but_those_that_are_computed(workshop, kind):
+    config = workshop.config(kind, 32, f"full-{kind}", base={"full": True}, optim={"max_steps": 1})
+    folder = train(dataclasses.replace(config, evaluation=EvalConfig()), QUIET).folder
+    assert not any("embed_positions" in name for name in load_file(folder / "model" / "model.safetensors"))
+
+
+def test_loftq_leaves_layers_that_are_not_quantized(workshop):
+    config = workshop.config(
+        "t5", 4, "loftq", adapter={"init": "loftq", "adapter_dtype": "fp32"}, optim={"max_steps": 1}
+    )
+    train(dataclasses.replace(config, evaluation=EvalConfig()), QUIET)

@@ -18,7 +18,7 @@ from qlora_kit.commands.opening import open_chosen
 from qlora_kit.config import RunConfig, flag
 from qlora_kit.errors import Fault, UserError
 
-OF_A_RUN = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
+OF_A_RUN = ("model", "revision", "bits", "tokenizer", "source_prefix")  # what a run has of its own
 
 
 def run(given: Mapping[str, Any], run: str | None = None, base: str | None = None) -> None:

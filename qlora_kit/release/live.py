@@ -133,10 +133,8 @@ def _all_in_fp32(model: nn.Module) -> nn.Module:
         parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
     for buffer in model.buffers():
         buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
-    for module in model.modules():
-        compute = getattr(module, "create_weight", None)
-        if compute is not None:
-            module.weight.data = compute()
+    for module in base.computed_modules(model):
+        module.weight.data = module.create_weight()
     return model
 
 
