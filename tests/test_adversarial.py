@@ -9,6 +9,7 @@ from lean_cases import LEAN, batch, tiny_peft_model
 from qlora_kit.adapters import trainable
 from qlora_kit.adversarial import STRIDE, Adversary, passes_of
 from qlora_kit.config import OptimConfig
+from qlora_kit.errors import UserError
 from qlora_kit.lean.apply import make_lean
 
 INPUTS = batch(rows=3, tokens=11)
@@ -17,7 +18,8 @@ ROUNDING = 1e-9  # of fp64, many times over
 
 
 def settings(kind, epsilon=0.5, steps=3):
-    return OptimConfig(adversarial=kind, adversarial_epsilon=epsilon, adversarial_steps=steps)
+    of_pgd = {"adversarial_steps": steps} if kind == "pgd" else {}
+    return OptimConfig(adversarial=kind, adversarial_epsilon=epsilon, **of_pgd)
 
 
 def stepped(model, config):
@@ -136,3 +138,15 @@ def test_what_fails_in_a_step_leaves_the_adversary_off_and_all_that_trained_trai
         adversary.step(run)
     assert not adversary.is_on
     assert [name for name, _ in trainable(model)] == before
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"adversarial_epsilon": 2.0}, "--adversarial-epsilon = 2.0: is a setting of --adversarial fgm and pgd"),
+        ({"adversarial": "fgm", "adversarial_steps": 5}, "--adversarial-steps = 5: is a setting of --adversarial pgd"),
+    ],
+)
+def test_settings_of_what_is_off_are_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        OptimConfig(**given)

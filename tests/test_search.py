@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from classifiers import save_base
 from refusals import fails
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from search_cases import N_EXAMPLES, ROWS, light_collections, note_trainings, search_of, settings_of, trainings
 
 from qlora_kit import RunConfig, SearchConfig, UserError, train
@@ -122,6 +124,35 @@ def test_other_examples_than_at_the_beginning_are_refused(tiny_runs, tmp_path):
     data.write_text("\n".join(json.dumps(row) for row in [*ROWS[1:], ROWS[0]]))
     with pytest.raises(UserError, match="has changed since"):
         search_of(flat)
+
+
+def test_another_base_than_at_the_beginning_is_refused(tiny_runs, tmp_path):
+    model = shutil.copytree(tiny_runs.base("gpt2"), tmp_path / "model")
+    flat = settings_of(tiny_runs, tmp_path / "x", model=str(model))
+    search_of(flat)
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"--model = .*model': has other weights than when this search began"):
+        search_of(flat)
+
+
+def test_a_run_of_a_fold_is_scored_as_it_ends_for_nothing_may_choose_by_the_fold(tiny_runs, tmp_path):
+    search_of(settings_of(tiny_runs, tmp_path / "x", max_steps=2, eval_steps=1))
+    fold = tmp_path / "x" / "runs" / "r=2" / "fold-1"
+    losses = [line["eval_loss"] for line in map(json.loads, (fold / "metrics.jsonl").open()) if "eval_loss" in line]
+    assert len(losses) == 2
+    assert results_of(tmp_path / "x")['{"r": 2}'][0] == losses[-1]
+    assert json.loads((fold / "run.json").read_text())["settings"]["evaluation"]["keep_best"] is False
+
+
+def test_a_value_that_the_model_cannot_have_ends_its_combination_alone(tiny_runs, tmp_path):
+    say = io.StringIO()
+    flat = settings_of(tiny_runs, tmp_path / "x", r="2,128", init="pissa")
+    result = search_of(flat, say)
+    assert result.chosen.point == {"r": 2}
+    assert "--r is more than" in next(one.state for one in result.tried if one.rank == 128)
+    assert "r = 128: --r is more than" in say.getvalue()
+    assert (tmp_path / "x" / "best.yaml").is_file()
 
 
 def test_overwrite_begins_anew_and_nothing_else_is_ever_replaced(tiny_runs, tmp_path, monkeypatch):

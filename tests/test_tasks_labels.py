@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,6 @@ def resolved(*labels, **settings):
         (" yes ", None, ("yes",), False),
         (1, None, ("1",), False),
         (1.0, None, ("1",), False),
-        (0.5, None, ("0.5",), False),
         (True, None, ("true",), False),
         (["a", 2], None, ("a", "2"), True),
         (["a", "a"], None, ("a",), True),
@@ -51,7 +51,7 @@ def test_values_of_a_column(value, several, names, listed):
     assert (found.names, found.listed) == (names, listed)
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", {"a": 1}, ["a", None], [""]])
+@pytest.mark.parametrize("value", [None, "", "  ", {"a": 1}, ["a", None], [""], 0.5, math.nan, math.inf])
 def test_what_is_no_label(value):
     with pytest.raises(LabelError):
         read_labels(value, None)
