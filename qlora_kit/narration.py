@@ -10,7 +10,7 @@ from rich.table import Table
 from qlora_kit import cards
 from qlora_kit.config import VARIANTS, BaseConfig, RunConfig
 from qlora_kit.progress import human_bytes
-from qlora_kit.task_models import GENERATION
+from qlora_kit.task_models import GENERATION, QUESTION_ANSWERING
 from qlora_kit.tasks.labels import shown
 
 if TYPE_CHECKING:
@@ -55,12 +55,14 @@ def overview(record: Mapping[str, Any]) -> list[str]:
     settings, count, examples = record["settings"], record["parameters"], record["examples"]
     adapter = settings["adapter"]
     kind = "every weight" if settings["base"]["full"] else f"{VARIANTS[adapter['variant']]} r = {adapter['r']}"
+    in_rows = settings["data"]["pack"] or settings["base"]["task"] == QUESTION_ANSWERING
+    unit = "rows" if in_rows else "examples"  # several examples to a row, or windows
     base_count = count["total"] - (0 if settings["base"]["full"] else count["trainable"])
     lines = [
         f"{settings['base']['model']}: {base_count:,} parameters at {settings['base']['bits']} bits; "
         f"training {kind}, {count['trainable']:,} ({count['trainable'] / base_count:.2%} of them), "
         f"with {record['resolved']['optim']}",
-        f"data: {examples['train']:,} {'rows' if settings['data']['pack'] else 'examples'} to train on, "
+        f"data: {examples['train']:,} {unit} to train on, "
         f"{examples['evaluation']:,} held out, at most {record['resolved']['seq_len']} tokens each",
     ]
     if record["truncated"] or record["dropped"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 from qlora_kit import assembly
 from qlora_kit.adapters import load_adapter, save_adapter, trainable
-from qlora_kit.base import load_base
+from qlora_kit.base import load_base, load_model_config
 from qlora_kit.config import AdapterConfig, BaseConfig, LeanConfig, OptimConfig, RunConfig
+from qlora_kit.errors import UserError
 from qlora_kit.lean import mask
 from qlora_kit.memory.plan import plan
 from qlora_kit.new_head import head_names, put_loss_on
@@ -93,6 +95,13 @@ def test_a_model_saved_for_other_labels_gets_two_outputs(bases, tmp_path):
     tokenizer_of("bert").save_pretrained(tmp_path)
     model = load_base(settings(tmp_path), CPU)
     assert model.qa_outputs.weight.shape == (2, 64)
+
+
+def test_a_model_that_cannot_do_the_task_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "marian", "vocab_size": 320}))
+    config = dataclasses.replace(settings(tmp_path), weights="random")
+    with pytest.raises(UserError, match="a marian model has no head for question-answering"):
+        load_model_config(config)
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
