@@ -232,7 +232,10 @@ def check_can_do(task: str, architecture: PretrainedConfig, model: str) -> None:
     if can_do(task, architecture):
         return
     able = [name for name in TASK_MODELS if can_do(name, architecture)]
-    what = "generates no text" if task == GENERATION else f"has no head for {task} in transformers"
+    if TASK_MODELS[task].decodes:
+        what = f"has no encoder with a decoder, as {task} needs"
+    else:
+        what = "generates no text" if task == GENERATION else f"has no head for {task} in transformers"
     remedy = (
         f"It can do: --task {' | '.join(able)}." if able else "Give another model, such as a causal language model."
     )

@@ -214,6 +214,7 @@ def test_an_adapter_by_itself_says_its_task(workshop, in_this_process, capsys):
     places = ("--adapter", str(adapter), "--base", str(workshop.base("bart")), "--out", str(release))
     main(["merge", *places, "--source-prefix", PREFIX, "--dtype", "fp32"])
     assert json.loads((release / "config.json").read_text())["prefix"] == PREFIX
+    assert f"--source-prefix '{PREFIX}'" in json.loads((release / "merge_report.json").read_text())["command"]
     of_release = predicted(workshop, capsys, "--model", str(release))
     assert [line["text"] for line in of_release] == [
         line["text"] for line in predicted(workshop, capsys, "--run", str(workshop.run("bart")))
@@ -263,12 +264,15 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
 
     save_classifier(bert, "bert")
     args = ("train", "--model", bert, "--out", str(tmp_path / "run"), "--task", "text2text-generation")
-    assert "a bert model has no head for text2text-generation" in fails(capsys, *args, *good)
+    assert "a bert model has no encoder with a decoder" in fails(capsys, *args, *good)
     labelled = str(save_rows(tmp_path / "labelled.jsonl", LABELLED))
     args = ("train", "--model", bert, "--out", str(tmp_path / "run"), "--data", labelled, "--source-prefix", "go: ")
     assert "has no meaning for --task text-classification" in fails(capsys, *args)
     assert not (tmp_path / "run").exists()
     run = str(workshop.run("t5"))
+    args = ("--run", run, "--source-prefix", "go: ")
+    assert "which has its own" in fails(capsys, "merge", *args, "--out", str(tmp_path / "release"))
+    assert "which has its own" in fails(capsys, "predict", *args, "--data", workshop.data)
     assert "Use `qlora-kit predict`" in fails(capsys, "generate", "--run", run, "--prompt", "a")
     assert "evaluation.json" in fails(capsys, "eval", "--run", run)
     assert "Use `qlora-kit predict`" in fails(capsys, "eval", "--model", model, "--data", workshop.data)

@@ -97,6 +97,9 @@ def _run_settings(given: Mapping[str, Any], run: str, adapters: Sequence[str], b
     if adapters:
         remedy = f"To merge both, give --adapter {run.rstrip('/')}/adapter --adapter {adapters[0]} --base MODEL."
         raise UserError.of("--adapter", adapters[0], "cannot go with --run, whose own adapter is merged", remedy)
+    if "source_prefix" in given:
+        rule = "cannot go with --run, which has its own"
+        raise UserError.of("--source-prefix", given["source_prefix"], rule, "Drop it.")
     config = find_run(run, given, base).config
     if "tokenizer" in given:
         return config

@@ -146,6 +146,7 @@ def command_of(request: Request, records: Sequence[RunRecord]) -> str:
             words += ["--adapter", given if weight == 1.0 else f"{given}:{weight!r}"]
         words += ["--base", own.model, *_given("--revision", own.revision), "--bits", str(own.bits)]
         words += ["--quant-type", own.quant_type, "--double-quant" if own.double_quant else "--no-double-quant"]
+        words += _given("--source-prefix", own.source_prefix)
     words += ["--into", request.into, "--dtype", request.dtype, "--format", request.format, "--out", request.out]
     words += _given("--tokenizer", own.tokenizer)
     if request.data is not None:
