@@ -396,7 +396,8 @@ class EvalConfig(_Checked):
         None, "answer so many held-out prompts before and after, and count exact matches", at_least(1)
     )
     metric: str | None = setting(
-        None, "what the best checkpoint and --early-stopping follow; unset: the loss of texts, the F1 of classes"
+        None,
+        "what the best checkpoint and --early-stopping follow; unset: the loss of texts, the F1 of classes or entities",
     )
     early_stopping: int | None = setting(None, "stop after so many evaluations without a better metric", at_least(1))
     keep_best: bool = setting(True, "end with the adapter of the best evaluation, not the last")

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 
+import pyarrow.parquet
 import pytest
 import torch
 from classifiers import SENTENCES, save_base, save_conll, save_rows, tokenizer_of
@@ -95,6 +96,27 @@ def test_other_models_and_bits(workshop, kind, bits):
     assert head.dtype == torch.float32
     resolved = dataclasses.replace(config.base, labels=tuple(LABELS))
     assert {"forward", "loss", "backward"} <= set(plan(dataclasses.replace(config, base=resolved)).phases)
+
+
+def test_the_profile_of_real_steps_agrees_with_the_plan_of_them(workshop):
+    config = dataclasses.replace(workshop.config("gpt2", 32, out="profiled", max_steps=3), profile=True)
+    profile = json.loads((train(config, QUIET).folder / "profile.json").read_text())
+    assert profile["predicted"]["peak_bytes"] == pytest.approx(profile["peak_bytes"], rel=0.01)
+
+
+def test_numbers_with_their_names_and_weights_by_frequency(workshop):
+    names = ("O", "B-place", "B-person", "I-person")
+    rows = [{"tokens": row["tokens"], "ner_tags": [names.index(tag) for tag in row["tags"]]} for row in SENTENCES]
+    data = workshop.root / "numbers.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    config = workshop.config("bert", 32, out="numbers", max_steps=1, class_weights="balanced")
+    config = dataclasses.replace(
+        config,
+        base=dataclasses.replace(config.base, labels=names),
+        data=dataclasses.replace(config.data, data=str(data), eval_data=None, eval_fraction=0.25),
+    )
+    folder = train(config, QUIET).folder
+    assert json.loads((folder / "adapter" / "labels.json").read_text())["labels"] == list(names)
 
 
 def test_accumulated_batches_are_one_batch(workshop):
