@@ -193,6 +193,8 @@ def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, b
 
 def _in_own_process(script: str, contender: str, seed: int) -> dict[str, Any]:
     command = [sys.executable, script, *sys.argv[1:], "--contender", contender, "--seed", str(seed)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # threads that wait leave a shared machine to others
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     row: dict[str, Any] = {"seed": seed, **json.loads(done.stdout.splitlines()[-1])}
+    print(f"{contender}: {row}", flush=True)
     return row

@@ -194,6 +194,46 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
+def tasks() -> str:
+    """What the tasks reach beside the stock libraries, and what regularizing brings; as far as it is measured."""
+    lines = []
+    for name, what, figure in (("sst2", "SST-2", "accuracy"), ("wnut17", "WNUT-17", "f1")):
+        if (RESULTS / f"{name}_cpu.json").is_file():
+            lines += _contest(read(f"{name}_cpu"), what, figure)
+    if (RESULTS / "regularizers_cpu.json").is_file():
+        lines += ["", *_regularized(read("regularizers_cpu"))]
+    return "\n".join(lines)
+
+
+def _contest(result: dict[str, Any], what: str, figure: str) -> list[str]:
+    """A contest of `common.run_contest` in words."""
+    settings, means = result["settings"], result["means"]
+    steps = f"{settings['max_steps']} steps of" if settings["max_steps"] else "one epoch in batches of"
+    each = {name: ", ".join(f"{row[figure]:.2%}" for row in rows) for name, rows in result["rows"].items()}
+    said = figure.replace("f1", "F1 of whole entities")
+    return [
+        f"{what} (dev file), a MiniLM encoder at {settings['bits']} bits, r = {settings['r']}, {steps} "
+        f"{settings['batch_size']}, {len(settings['seeds'])} seeds: {said} {means['ours']:.2%} ({each['ours']}); stock "
+        f"PEFT and Trainer at equal settings {means['stock']:.2%} ({each['stock']}).",
+        f"Measured on {place(result)}.",
+    ]
+
+
+def _regularized(result: dict[str, Any]) -> list[str]:
+    settings = result["settings"]
+    lines = ["| | accuracy | beside plain | processor's time |", "|---|--:|--:|--:|"]
+    for way, found in result["ways"].items():
+        gain = "" if way == "plain" else f"{found['gain']:+.2%} ± {found['gain_error']:.2%}"
+        lines.append(f"| {way} | {found['accuracy']:.2%} | {gain} | {found['cpu_ratio']:.2f} × |")
+    lines += [
+        "",
+        f"SST-2 with {settings['examples']:,} examples, {settings['epochs']:g} epochs, {len(settings['seeds'])} seeds "
+        "(± is the standard error over them).",
+        f"Measured on {place(result)}.",
+    ]
+    return lines
+
+
 def draw_plan(file: Path) -> None:
     """The plan that the README shows, as `qlora-kit plan --plot` draws it."""
     from qlora_kit.quiet import quiet_libraries
@@ -242,6 +282,7 @@ BLOCKS = {
     "step": step,
     "fit": fits,
     "merge": merges,
+    "tasks": tasks,
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -112,7 +113,8 @@ def main() -> None:
 
 def _in_own_process(way: str, seed: int) -> dict[str, Any]:
     command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--seed", str(seed)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # threads that wait leave a shared machine to others
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     row: dict[str, Any] = {"seed": seed, **json.loads(done.stdout.splitlines()[-1])}
     return row
 
