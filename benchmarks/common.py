@@ -177,7 +177,8 @@ def stock_logits(args: argparse.Namespace, model: Any, collate: Any, train: Any,
 def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, bound: float) -> int:
     """Run both contenders with every seed, each in a process of its own, and compare the means of `figure`.
 
-    Writes the result `name`; gives 1 where ours is below the stock libraries' by more than `bound`, else 0.
+    Writes the result `name`; gives 1 where ours is below the stock libraries' by more than `bound`, or where nothing
+    was learned, so that nothing is compared, else 0.
     """
     encoder_folder()
     seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -188,6 +189,9 @@ def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, b
     file = write_result(name, {"settings": settings, "rows": rows, "means": means, "bound": bound})
     print(f"{figure}: stock {means['stock']:.2%}, ours {means['ours']:.2%}, over {len(seeds)} seeds")
     print(f"on {device_name()} at {commit()}, written to {file.name}")
+    if not means["stock"]:
+        print("nothing was learned: give more --max-steps, or a higher --lr")
+        return 1
     return 0 if means["ours"] >= means["stock"] - bound else 1
 
 
