@@ -139,7 +139,8 @@ def test_another_base_than_at_the_beginning_is_refused(tiny_runs, tmp_path):
 def test_a_run_of_a_fold_is_scored_as_it_ends_for_nothing_may_choose_by_the_fold(tiny_runs, tmp_path):
     search_of(settings_of(tiny_runs, tmp_path / "x", max_steps=2, eval_steps=1))
     fold = tmp_path / "x" / "runs" / "r=2" / "fold-1"
-    losses = [line["eval_loss"] for line in map(json.loads, (fold / "metrics.jsonl").open()) if "eval_loss" in line]
+    notes = map(json.loads, (fold / "metrics.jsonl").read_text().splitlines())
+    losses = [line["eval_loss"] for line in notes if "eval_loss" in line]
     assert len(losses) == 2
     assert results_of(tmp_path / "x")['{"r": 2}'][0] == losses[-1]
     assert json.loads((fold / "run.json").read_text())["settings"]["evaluation"]["keep_best"] is False
