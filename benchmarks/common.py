@@ -182,7 +182,7 @@ def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, b
     """
     encoder_folder()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    rows = {own: [_in_own_process(script, own, seed) for seed in seeds] for own in ("stock", "ours")}
+    rows = {own: [row_of_own_process(script, "--contender", own, seed) for seed in seeds] for own in ("stock", "ours")}
     means = {own: sum(row[figure] for row in found) / len(found) for own, found in rows.items()}
     settings = {k: v for k, v in vars(args).items() if k not in ("contender", "seed", "seeds")}
     settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds}
@@ -195,10 +195,11 @@ def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, b
     return 0 if means["ours"] >= means["stock"] - bound else 1
 
 
-def _in_own_process(script: str, contender: str, seed: int) -> dict[str, Any]:
-    command = [sys.executable, script, *sys.argv[1:], "--contender", contender, "--seed", str(seed)]
+def row_of_own_process(script: str, option: str, value: str, seed: int) -> dict[str, Any]:
+    """The row that `script` prints as its last line, as JSON, where it is started anew with `option` and `seed`."""
+    command = [sys.executable, script, *sys.argv[1:], option, value, "--seed", str(seed)]
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # threads that wait leave a shared machine to others
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     row: dict[str, Any] = {"seed": seed, **json.loads(done.stdout.splitlines()[-1])}
-    print(f"{contender}: {row}", flush=True)
+    print(f"{value}: {row}", flush=True)
     return row

@@ -68,7 +68,7 @@ def save_base(folder: Path, kind: str) -> None:
 def save_pairs(file: Path, count: int, seed: int, translates: bool) -> Path:
     """Write `count` sentences of 4 to 7 words: of either language to be repeated, or to be said in the made one."""
     draw = random.Random(seed)  # noqa: S311  # not a secret
-    meaning = random.Random(0).sample(range(WORDS), WORDS)  # noqa: S311
+    meaning = random.Random(0).sample(range(WORDS), WORDS)  # noqa: S311  # not a secret
     lines = []
     for number in range(count):
         sentence = sorted(draw.sample(range(WORDS), draw.randint(4, 7)))

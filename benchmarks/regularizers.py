@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import commit, device_name, write_result
-from sst2 import PACKAGE, accuracy, encoder_folder, trained_answers
+from common import PACKAGE, commit, device_name, encoder_folder, row_of_own_process, write_result
+from sst2 import accuracy, trained_answers
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -97,8 +95,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in seeds:  # the ways in turn
         for way, own in rows.items():
-            own.append(_in_own_process(way, seed))
-            print(f"seed {seed}, {way}: {own[-1]['accuracy']:.2%}", flush=True)
+            own.append(row_of_own_process(__file__, "--way", way, seed))
     ways = {way: summary(own, rows["plain"]) for way, own in rows.items()}
     settings = {k: v for k, v in vars(args).items() if k not in ("way", "seed", "seeds")}
     settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds, "ways": WAYS}
@@ -109,14 +106,6 @@ def main() -> None:
             f"{found['cpu_ratio']:.2f} × the processor's time"
         )
     print(f"on {device_name()} at {commit()}, written to {file.name}")
-
-
-def _in_own_process(way: str, seed: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--seed", str(seed)]
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # threads that wait leave a shared machine to others
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    row: dict[str, Any] = {"seed": seed, **json.loads(done.stdout.splitlines()[-1])}
-    return row
 
 
 if __name__ == "__main__":

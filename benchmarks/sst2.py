@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    PACKAGE,
     contest_parser,
     encoder_folder,
     our_answers,
@@ -33,8 +32,6 @@ from common import (
 
 if TYPE_CHECKING:
     from qlora_kit import RunConfig
-
-__all__ = ["PACKAGE", "accuracy", "encoder_folder", "trained_answers"]
 
 BOUND = 0.005  # of accuracy, that ours may be below the stock libraries' on the mean of the seeds
 

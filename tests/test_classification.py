@@ -25,7 +25,6 @@ from qlora_kit import (
     train,
 )
 from qlora_kit.cli import main
-from qlora_kit.release import live, stock, verify
 
 QUIET = Console(file=io.StringIO())
 
@@ -161,20 +160,6 @@ def test_predictions_are_those_of_stock_peft(workshop, kind, capsys):
     main(["predict", "--run", str(folder), "--data", str(asked), "--batch-size", "1"])
     one_by_one = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["label"] for line in one_by_one] == [line["label"] for line in lines]
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Both sides of a proof answer here, where the libraries are imported already."""
-
-    def run(sides: verify.Sides) -> None:
-        live.main(sides.job)
-        for into, release in sides.releases.items():
-            (sides.folder / into).mkdir()
-            task = sides.job.config["base"]["task"]
-            stock.main(release, sides.folder / live.ROWS_FILE, sides.folder / into, task=task)
-
-    monkeypatch.setattr(verify.Sides, "run", run)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

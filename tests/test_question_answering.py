@@ -15,7 +15,6 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from qlora_kit import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, train
 from qlora_kit.cli import main
-from qlora_kit.release import live, stock, verify
 from qlora_kit.tasks.squad_metrics import squad_metrics
 
 QUIET = Console(file=io.StringIO())
@@ -140,20 +139,6 @@ def test_predictions_are_the_scored_ones_whatever_the_batch(workshop, kind, caps
     main(["predict", "--run", str(folder), "--data", workshop.held_out, "--batch-size", "1"])
     one_by_one = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["answer"] for line in one_by_one] == [line["answer"] for line in lines]
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Both sides of a proof answer here, where the libraries are imported already."""
-
-    def run(sides: verify.Sides) -> None:
-        live.main(sides.job)
-        for into, release in sides.releases.items():
-            (sides.folder / into).mkdir()
-            task = sides.job.config["base"]["task"]
-            stock.main(release, sides.folder / live.ROWS_FILE, sides.folder / into, task=task)
-
-    monkeypatch.setattr(verify.Sides, "run", run)
 
 
 def plain_answer(model, tokenizer, row, joint):

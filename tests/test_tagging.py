@@ -17,7 +17,6 @@ from transformers import AutoModelForTokenClassification, pipeline
 from qlora_kit import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, train
 from qlora_kit.cli import main
 from qlora_kit.memory.plan import plan
-from qlora_kit.release import live, stock, verify
 from qlora_kit.tasks.word_pieces import split
 
 QUIET = Console(file=io.StringIO())
@@ -150,20 +149,6 @@ def test_predictions_name_tags_and_entities(workshop, tmp_path, capsys):
     main(["predict", "--run", str(folder), "--data", str(texts), "--batch-size", "1"])
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["tags"] for line in again] == [line["tags"] for line in found]
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Both sides of a proof answer here, where the libraries are imported already."""
-
-    def run(sides: verify.Sides) -> None:
-        live.main(sides.job)
-        for into, release in sides.releases.items():
-            (sides.folder / into).mkdir()
-            task = sides.job.config["base"]["task"]
-            stock.main(release, sides.folder / live.ROWS_FILE, sides.folder / into, task=task)
-
-    monkeypatch.setattr(verify.Sides, "run", run)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

@@ -19,7 +19,6 @@ from qlora_kit.assembly import build_model
 from qlora_kit.cli import main
 from qlora_kit.inputs import make_collator, read_inputs
 from qlora_kit.memory.plan import plan
-from qlora_kit.release import live, stock, verify
 
 QUIET = Console(file=io.StringIO())
 PREFIX = "do: "
@@ -165,20 +164,6 @@ def test_what_moves_embeddings_moves_those_of_the_encoder(workshop, settings):
     )
     assert train(config, QUIET).metrics["loss"] != pytest.approx(plain.metrics["loss"], rel=1e-4)
     shutil.rmtree(workshop.root / "plain")
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Both sides of a proof answer here, where the libraries are imported already."""
-
-    def run(sides: verify.Sides) -> None:
-        live.main(sides.job)
-        for into, release in sides.releases.items():
-            (sides.folder / into).mkdir()
-            task = sides.job.config["base"]["task"]
-            stock.main(release, sides.folder / live.ROWS_FILE, sides.folder / into, task=task)
-
-    monkeypatch.setattr(verify.Sides, "run", run)
 
 
 def predicted(workshop, capsys, *args):

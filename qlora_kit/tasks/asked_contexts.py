@@ -11,7 +11,8 @@ from qlora_kit.config import BaseConfig
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import UserError
+from qlora_kit.tasks.mapped_columns import check_targets, check_there
 from qlora_kit.tasks.task import Source
 
 REQUIRED = ("question", "context", "answers")
@@ -60,7 +61,7 @@ def read_unlabelled(source: Source) -> list[AskedContext]:
 
 
 def _read(source: Source, labelled: bool) -> list[AskedContext]:
-    _check_targets(source)
+    check_targets(source.columns, TARGETS, "question=NAME,context=NAME,answers=NAME")
     problems = Problems(source.setting, source.name, "Mend or remove it.")
     examples = []
     for file, group in groupby(_flat(source.records, problems), key=lambda record: record.file):
@@ -112,29 +113,12 @@ def _objects(
 # ------------------------------------------------------------------------------------------------------- columns
 
 
-def _check_targets(source: Source) -> None:
-    faults = [
-        Fault(
-            "--columns",
-            f"{target}={column}",
-            f"maps {target!r}, which is none of {', '.join(TARGETS)}",
-            "For example --columns question=NAME,context=NAME,answers=NAME.",
-        )
-        for target, column in source.columns.items()
-        if target not in TARGETS
-    ]
-    if faults:
-        raise UserError(faults)
-
-
 def _columns(there: Set[str], source: Source, file: str, labelled: bool) -> dict[str, str]:
     """The column of each part of an example in a file that has the columns `there`. Raises `UserError`."""
     names = {target: source.columns.get(target, target) for target in TARGETS}
     needed = REQUIRED if labelled else REQUIRED[:2]
-    lacking = [target for target in source.columns if names[target] not in there and (labelled or target != "answers")]
-    if lacking:
-        rule, remedy = f"names a column that {file} does not have", f"Its columns are {', '.join(sorted(there))}."
-        raise UserError(Fault("--columns", f"{target}={names[target]}", rule, remedy) for target in lacking)
+    by_hand = {target: column for target, column in source.columns.items() if labelled or target != "answers"}
+    check_there(by_hand, there, file)
     absent = [target for target in needed if names[target] not in there]
     if absent == ["answers"] and "is_impossible" in there:
         absent = []  # a file of questions without an answer

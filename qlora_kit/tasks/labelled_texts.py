@@ -10,8 +10,9 @@ from qlora_kit.config import BaseConfig
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import UserError
 from qlora_kit.tasks.labels import LabelError, read_labels
+from qlora_kit.tasks.mapped_columns import check_targets, check_there
 from qlora_kit.tasks.task import Source
 
 TARGETS = ("text", "pair", "label", "head", "tail")
@@ -69,7 +70,7 @@ def read_unlabelled(source: Source) -> list[LabelledText]:
 
 
 def _read(source: Source, several: bool | None, labelled: bool) -> list[LabelledText]:
-    _check_targets(source)
+    check_targets(source.columns, TARGETS, "text=NAME,label=NAME")
     problems = Problems(source.setting, source.name, "Mend or remove it.")
     examples = []
     for file, group in groupby(source.records, key=lambda record: record.file):
@@ -85,30 +86,12 @@ def _read(source: Source, several: bool | None, labelled: bool) -> list[Labelled
     return examples
 
 
-def _check_targets(source: Source) -> None:
-    faults = [
-        Fault(
-            "--columns",
-            f"{target}={column}",
-            f"maps {target!r}, which is none of {', '.join(TARGETS)}",
-            "For example --columns text=NAME,label=NAME.",
-        )
-        for target, column in source.columns.items()
-        if target not in TARGETS
-    ]
-    if faults:
-        raise UserError(faults)
-
-
 def _columns(there: Set[str], source: Source, file: str, labelled: bool) -> _Columns:
     """Where the parts stand in a file that has the columns `there`. Raises `UserError`."""
     by_hand = source.columns
-    lacking = [f"{target}={column}" for target, column in by_hand.items() if column not in there and target != "label"]
+    check_there({target: column for target, column in by_hand.items() if target != "label"}, there, file)
     text, pair = _text_columns(there, by_hand)
     label = by_hand.get("label") or next((name for name in LABELS if name in there), None)
-    if lacking:
-        rule, remedy = f"names a column that {file} does not have", f"Its columns are {', '.join(sorted(there))}."
-        raise UserError(Fault("--columns", given, rule, remedy) for given in lacking)
     if text is None or (labelled and (label is None or label not in there)):
         what = "no column of texts" if text is None else "no column of labels"
         rule = f"has {what} among {', '.join(repr(name[:40]) for name in sorted(there))}"

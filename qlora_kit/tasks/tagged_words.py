@@ -11,9 +11,10 @@ from qlora_kit.config import BaseConfig, flag
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import UserError
 from qlora_kit.task_models import TAGGING
 from qlora_kit.tasks.labels import in_order, shown
+from qlora_kit.tasks.mapped_columns import check_targets, check_there
 from qlora_kit.tasks.task import Source
 
 TARGETS = ("tokens", "tags", "text")
@@ -51,7 +52,7 @@ def read_untagged(source: Source) -> list[TaggedWords]:
 
 
 def _read(source: Source, labels: Sequence[str] | None, tagged: bool) -> list[TaggedWords]:
-    _check_targets(source)
+    check_targets(source.columns, TARGETS, "tokens=NAME,tags=NAME")
     problems = Problems(source.setting, source.name, "Mend or remove it.")
     examples = []
     for file, group in groupby(source.records, key=lambda record: record.file):
@@ -69,28 +70,13 @@ def _read(source: Source, labels: Sequence[str] | None, tagged: bool) -> list[Ta
     return examples
 
 
-def _check_targets(source: Source) -> None:
-    rule, remedy = f"is none of {', '.join(TARGETS)}", "For example --columns tokens=NAME,tags=NAME."
-    faults = [
-        Fault("--columns", f"{target}={column}", f"maps {target!r}, which {rule}", remedy)
-        for target, column in source.columns.items()
-        if target not in TARGETS
-    ]
-    if faults:
-        raise UserError(faults)
-
-
 def _columns(there: Set[str], source: Source, file: str, tagged: bool) -> tuple[str | None, str, str | None]:
     """Where the words, the tags, and a text in the place of words stand in a file with the columns `there`.
 
     Raises `UserError`.
     """
     by_hand = source.columns
-    needed = [target for target in by_hand if tagged or target != "tags"]
-    lacking = [f"{target}={by_hand[target]}" for target in needed if by_hand[target] not in there]
-    if lacking:
-        rule, remedy = f"names a column that {file} does not have", f"Its columns are {', '.join(sorted(there))}."
-        raise UserError(Fault("--columns", given, rule, remedy) for given in lacking)
+    check_there({target: column for target, column in by_hand.items() if tagged or target != "tags"}, there, file)
     words = by_hand.get("tokens") or next((name for name in WORDS if name in there), None)
     tags = by_hand.get("tags") or next((name for name in TAGS if name in there), None)
     text = by_hand.get("text", "text")
