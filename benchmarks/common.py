@@ -79,6 +79,7 @@ def contest_parser(description: str | None, files: str, **defaults: Any) -> argp
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-steps", type=int, default=None, help="unset: one epoch")
+    parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps, for both")
     parser.add_argument("--adapter-dtype", default="bf16")
     parser.add_argument("--contender", choices=["ours", "stock"], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=42, help=argparse.SUPPRESS)
@@ -95,7 +96,12 @@ def our_settings(args: argparse.Namespace, train_file: str, out: Path) -> Any:
         adapter=AdapterConfig(r=args.r, adapter_dtype=args.adapter_dtype),
         data=DataConfig(data=str(args.data / train_file), seq_len=args.seq_len),
         optim=OptimConfig(
-            optim="adamw", lr=args.lr, batch_size=args.batch_size, max_steps=args.max_steps, warmup=0.0, epochs=1
+            optim="adamw",
+            lr=args.lr,
+            batch_size=args.batch_size,
+            max_steps=args.max_steps,
+            warmup=args.warmup,
+            epochs=1,
         ),
         evaluation=EvalConfig(keep_checkpoints=1),
         seed=args.seed,
@@ -161,6 +167,7 @@ def stock_logits(args: argparse.Namespace, model: Any, collate: Any, train: Any,
         num_train_epochs=1,
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
+        warmup_steps=args.warmup,  # below 1 it is a share
         optim="adamw_torch",
         seed=args.seed,
         use_cpu=not torch.cuda.is_available(),

@@ -31,6 +31,7 @@ from qlora_kit.progress import TrainingProgress
 from qlora_kit.rank_penalty import add_gradients
 from qlora_kit.runs import RunFolder, append_metrics
 from qlora_kit.scoring import undisturbed
+from qlora_kit.split_adamw import SplitAdamW
 from qlora_kit.tasks import Asked, Scores, Task
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ Sampler = Callable[[], dict[str, str]]  # gives one generated answer: prompt, ex
 OPTIMIZERS = {  # ours → transformers'
     "paged_adamw_8bit": "paged_adamw_8bit",
     "paged_adamw_32bit": "paged_adamw_32bit",
-    "adamw": "adamw_torch_fused",  # no temporaries, and fp32 arithmetic whatever the dtype
+    "adamw": "adamw_torch_fused",  # for bf16 factors: `SplitAdamW`
     "adamw_8bit": "adamw_8bit",
     "lion_8bit": "lion_8bit",
     "sgd": "sgd",
@@ -123,7 +124,19 @@ def make_optimizer(model: Any, config: RunConfig, optim: str) -> torch.optim.Opt
 def _optimizer_of(model: Any, arguments: TrainingArguments) -> torch.optim.Optimizer:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     groups = flat.parameter_groups(model, arguments.weight_decay, arguments.learning_rate)
+    if kind is torch.optim.AdamW and trains_split(model):
+        kind = SplitAdamW
+        del options["fused"]
     return flat.connect(model, kind(groups, **options))
+
+
+def trains_split(model: Any) -> bool:
+    """Whether `adamw` holds what trains to fp32, as it does bf16 factors; a whole model in bf16 stays at 8 bytes."""
+    return _is_adapter(model) and any(p.dtype == torch.bfloat16 for _, p in adapters.trainable(model))
+
+
+def _is_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config")
 
 
 class AdapterTrainer(Trainer):
@@ -156,9 +169,8 @@ class AdapterTrainer(Trainer):
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of the settings; over the flat buffers, where the factors lie in some, and with LoRA+."""
-        own = flat.flat_factors(self.model) is not None or flat.fast_names(self.model)
-        if self.optimizer is None and own:
+        """The optimizer of the settings; that of factors is over the flat buffers, where they lie in some."""
+        if self.optimizer is None and _is_adapter(self.model):
             self.optimizer = _optimizer_of(self.model, self.args)
         return super().create_optimizer(model)
 
@@ -196,13 +208,13 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None, "the run always says where"
-        if self._is_adapter:
+        if _is_adapter(self.model):
             adapters.save_adapter(self.model, Path(output_dir), self.has_learned)
         else:
             self.model.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._is_adapter:
+        if not _is_adapter(self.model):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         try:
             adapters.load_factors(self.model, Path(resume_from_checkpoint))
@@ -224,7 +236,7 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None, "called only with a best checkpoint"
-        if self._is_adapter:
+        if _is_adapter(self.model):
             adapters.load_factors(self.model, Path(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
@@ -238,10 +250,6 @@ class AdapterTrainer(Trainer):
         """Warm up for whole steps only: rounding up would give a short run no learning at all."""
         self.args.warmup_steps = int(self.warmup * num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
-
-    @property
-    def _is_adapter(self) -> bool:
-        return hasattr(self.model, "peft_config")
 
 
 class RunCallback(TrainerCallback):

@@ -19,6 +19,8 @@ from qlora_kit.memory import kernels
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import Event, MemoryTracker, overall_peak
 from qlora_kit.memory.watch import watch
+from qlora_kit.split_adamw import SplitAdamW
+from qlora_kit.trainer import trains_split
 
 CPU = torch.device("cpu")
 BATCH, TOKENS = 4, 96
@@ -85,7 +87,8 @@ def cpu_optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
     groups = flat.parameter_groups(model, config.optim.weight_decay, 1e-3)
     optim = config.optim.optim
     if optim == "adamw":
-        return flat.connect(model, torch.optim.AdamW(groups, lr=1e-3, fused=True))
+        adamw = SplitAdamW(groups, lr=1e-3) if trains_split(model) else torch.optim.AdamW(groups, lr=1e-3, fused=True)
+        return flat.connect(model, adamw)
     kind = bnb.optim.Lion if optim.startswith("lion") else bnb.optim.AdamW
     bits = 8 if "8bit" in optim else 32
     return flat.connect(model, kind(groups, lr=1e-3, optim_bits=bits, is_paged=optim.startswith("paged")))

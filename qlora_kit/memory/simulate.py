@@ -24,8 +24,9 @@ from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.track import Event, MemoryTracker
 from qlora_kit.memory.watch import watch
 from qlora_kit.rank_penalty import add_gradients
+from qlora_kit.split_adamw import SplitAdamW
 from qlora_kit.task_models import TASK_MODELS, task_of
-from qlora_kit.trainer import resolve_optim
+from qlora_kit.trainer import resolve_optim, trains_split
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -219,7 +220,8 @@ def make_optimizer(
     """
     groups = flat.parameter_groups(model, config.optim.weight_decay, config.optim.lr)
     if optim == "adamw":
-        return flat.connect(model, MetaFusedAdamW(groups, lr=config.optim.lr))
+        adamw = SplitAdamW if trains_split(model) else MetaFusedAdamW
+        return flat.connect(model, adamw(groups, lr=config.optim.lr))
     if optim == "sgd":
         return flat.connect(model, torch.optim.SGD(groups, lr=config.optim.lr, foreach=True))  # as torch on CUDA
     import bitsandbytes as bnb
