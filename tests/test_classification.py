@@ -115,15 +115,23 @@ def test_a_resumed_run_is_the_same_run(workshop):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_metric_decides_which_checkpoint_is_kept(workshop):
-    chosen = {}
-    for metric in ("loss", "accuracy"):
-        config = workshop.config("bert", out=f"by-{metric}", evaluation={"metric": metric, "eval_steps": 2})
-        folder = train(config, QUIET).folder
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        values = [line[f"eval_{metric}"] for line in lines if "eval_loss" in line]
-        chosen[metric] = record_of(folder)["results"]["metrics"][metric]
-        assert chosen[metric] == (min(values) if metric == "loss" else max(values))
+def test_the_best_checkpoint_by_the_metric_is_kept(workshop):
+    """Held-out labels that say the opposite: what learns gets worse, and the first evaluation was the best."""
+    opposite = [{**row, "label": {"yes": "no", "no": "yes"}[row["label"]]} for row in ROWS]
+    config = workshop.config(
+        "bert", out="by-loss", evaluation={"metric": "loss", "eval_steps": 3, "keep_checkpoints": 9}
+    )
+    held_out = str(save_rows(workshop.root / "opposite.jsonl", opposite))
+    folder = train(dataclasses.replace(config, data=dataclasses.replace(config.data, eval_data=held_out)), QUIET).folder
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(losses, key=losses.get)
+    assert best < max(losses) == 9
+    assert record_of(folder)["results"]["metrics"]["loss"] == losses[best]
+    kept = load_file(folder / "adapter" / "adapter_model.safetensors")
+    for step in losses:
+        own = load_file(folder / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors")
+        assert all(torch.equal(kept[name], own[name]) for name in kept) == (step == best)
 
 
 def test_class_weights_are_the_inverse_of_the_frequency(workshop, monkeypatch):
@@ -169,6 +177,36 @@ def test_a_release_in_nf4_passes_its_proof(workshop, in_this_process, kind):
     model = AutoModelForSequenceClassification.from_pretrained(out)
     head = model.classifier if kind == "bert" else model.score
     assert type(head) is torch.nn.Linear
+
+
+METHODS = [
+    *({"init": init} for init in ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")),
+    {"variant": "lora-xs"},
+    *({"adversarial": kind} for kind in ("fgm", "pgd")),
+    {"neftune": 5.0},
+    {"rank_penalty": 1e-2},
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_way_to_train_leaves_a_release_that_passes_its_proof(workshop, in_this_process, tmp_path, method):
+    """With a head that trains in full beside the factors."""
+    config = workshop.config("bert", out=str(tmp_path / "run"), optim={"max_steps": 3}, evaluation={"eval_steps": 3})
+    own = {"adapter_dtype": "fp32", **method} if {"init", "variant"} & set(method) else {}
+    regularized = {} if own else method
+    config = dataclasses.replace(
+        config,
+        adapter=dataclasses.replace(config.adapter, **own),
+        optim=dataclasses.replace(config.optim, **regularized),
+    )
+    folder = train(config, QUIET).folder
+    release = tmp_path / "release"
+    main(["merge", "--run", str(folder), "--out", str(release), "--dtype", "fp32"])
+    report = json.loads((release / "merge_report.json").read_text())
+    assert report["proof"]["model"]["exact"]["agreement"] == 1.0
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    head = AutoModelForSequenceClassification.from_pretrained(release).classifier.weight
+    assert torch.equal(head, saved["base_model.model.classifier.weight"])
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
