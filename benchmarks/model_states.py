@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import write_result
 
-from qlora_kit.config import AdapterConfig, BaseConfig
+from qlora_kit.config import AdapterConfig, BaseConfig, RunConfig
 
 METHODS = {  # name → base settings, adapter dtype, and what a reader is told
     "full": ({"bits": 32, "full": True}, "fp32", "every weight in fp32, AdamW"),
     "lora16": ({"bits": 16}, "fp32", "bf16 base, fp32 factors, AdamW"),
-    "lora8": ({"bits": 8}, "bf16", "LLM.int8 base, bf16 factors, AdamW"),
-    "qlora4": ({"bits": 4}, "bf16", "NF4 base with double quantization, bf16 factors, AdamW"),
+    "lora8": ({"bits": 8}, "bf16", "LLM.int8 base, bf16 factors, AdamW with fp32 states"),
+    "qlora4": ({"bits": 4}, "bf16", "NF4 base with double quantization, bf16 factors, AdamW with fp32 states"),
 }
 
 
@@ -34,6 +34,7 @@ def measure(model_name: str, method: str, r: int) -> dict[str, Any]:
 
     from qlora_kit.adapters import inject, trainable
     from qlora_kit.base import count_parameters, load_base
+    from qlora_kit.trainer import make_optimizer
 
     base_settings, adapter_dtype, recipe = METHODS[method]
     config = BaseConfig(model=model_name, weights="random", **base_settings)
@@ -43,7 +44,7 @@ def measure(model_name: str, method: str, r: int) -> dict[str, Any]:
     parameters = [p for _, p in trainable(model)]
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    optimizer = torch.optim.AdamW(parameters, foreach=False)
+    optimizer = make_optimizer(model, RunConfig(), "adamw")
     optimizer.step()
     states = [t for state in optimizer.state.values() for t in state.values()]
     return {

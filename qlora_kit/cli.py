@@ -240,7 +240,7 @@ COMMANDS = {
         PREDICT_SETTINGS,
     ),
     "eval": Command(
-        "loss, perplexity and exact match of base, adapter and release, side by side",
+        "loss, perplexity and exact match of base, adapter and release, side by side; of other tasks their own figures",
         "evaluate:run",
         EVAL_FLAGS,
         EVAL_SETTINGS,

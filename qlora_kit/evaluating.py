@@ -17,8 +17,7 @@ from qlora_kit import base, data, inputs, reopening, scoring
 from qlora_kit.config import DEFAULT_ASKED, BaseConfig, RunConfig
 from qlora_kit.errors import UserError, said_of
 from qlora_kit.progress import counted
-from qlora_kit.reopening import FinishedRun
-from qlora_kit.task_models import GENERATION
+from qlora_kit.reopening import FinishedRun, Opened
 
 if TYPE_CHECKING:
     import torch
@@ -95,29 +94,11 @@ def read_material(run: FinishedRun, source: str | None) -> Material:
 
 
 def _read(config: RunConfig, source: str | None, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Material:
-    if source is not None:
-        config = _holding_out(config, source)
-    with said_of("--data", instead_of="--eval-data"):
-        examples = inputs.held_out_examples(config)
-    if not examples:
-        raise UserError.of("--data", source, "is needed: the run held no data out", "Give --data FILE.")
+    examples, described = inputs.examples_to_score(config, source)
     encoded = inputs.encode(config, examples, tokenizer, seq_len, "--data")
     asked = [example for example in examples if example.prompt is not None or example.messages is not None]
     count = config.evaluation.exact_match or DEFAULT_ASKED
-    return Material(_described(config, source), tokenizer, encoded, asked[:count], seq_len)
-
-
-def _holding_out(config: RunConfig, source: str) -> RunConfig:
-    held_out = dataclasses.replace(config.data, eval_data=source, eval_fraction=0.0)
-    return dataclasses.replace(config, data=held_out)
-
-
-def _described(config: RunConfig, source: str | None) -> str:
-    if source is not None:
-        return source
-    if config.data.eval_fraction:
-        return f"{config.data.data} (the {config.data.eval_fraction:g} of it that the run held out)"
-    return f"{config.data.held_out_source} (held out by the run)"
+    return Material(described, tokenizer, encoded, asked[:count], seq_len)
 
 
 def evaluate(run: FinishedRun, source: str | None, release: str | None, console: Console) -> Evaluation:
@@ -140,16 +121,11 @@ def evaluate(run: FinishedRun, source: str | None, release: str | None, console:
     return Evaluation(material.source, material.seq_len, material.encoded.report, len(material.asked), scores, warning)
 
 
-def evaluate_model(config: RunConfig, source: str, as_saved: bool, console: Console) -> Evaluation:
-    """Score the model that `config` names, alone, on `source`: as its files are if `as_saved`, else in its bits.
+def evaluate_model(config: RunConfig, opened: Opened, source: str, console: Console) -> Evaluation:
+    """Score the model `opened`, the one that `config` names, alone on `source`.
 
     Progress goes to `console`. Raises `UserError`.
     """
-    device = base.resolve_device(config.base.device)
-    opened = reopening.open_model(config.base, device, as_saved)
-    if opened.task != GENERATION:
-        rule = f"is for {opened.task}, which is not evaluated by itself"
-        raise UserError.of("--model", config.base.model, rule, "Use `qlora-kit predict`.")
     seq_len = data.resolve_seq_len(config.data.seq_len, opened.tokenizer, opened.positions)
     material = _read(config, source, opened.tokenizer, seq_len)
     with console.status(f"loading {config.base.model}"):

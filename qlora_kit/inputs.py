@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import base, data, new_head, tasks
 from qlora_kit.config import BaseConfig, RunConfig, flag
-from qlora_kit.errors import Fault, Faults, UserError
+from qlora_kit.errors import Fault, Faults, UserError, said_of
 from qlora_kit.task_models import GENERATION
 from qlora_kit.tasks import Source, Task
 
@@ -187,6 +187,25 @@ def held_out_examples(config: RunConfig) -> list[Any]:
     rows = data.read_rows(config.data.data, config.data.columns)
     examples = task.reader.read(Source(rows, config.data.data, config.data.columns), config.base)
     return data.split_examples(examples, config.data.eval_fraction, config.seed)[1]
+
+
+def examples_to_score(config: RunConfig, source: str | None) -> tuple[list[Any], str]:
+    """The examples in `source`, or without one those that a run of `config` held out; and in words what they are.
+
+    Raises `UserError` where there are none, or they cannot be read.
+    """
+    if source is not None:
+        held_out = dataclasses.replace(config.data, eval_data=source, eval_fraction=0.0)
+        config = dataclasses.replace(config, data=held_out)
+    with said_of("--data", instead_of="--eval-data"):
+        examples = held_out_examples(config)
+    if not examples:
+        raise UserError.of("--data", source, "is needed: the run held no data out", "Give --data FILE.")
+    if source is not None:
+        return examples, source
+    if config.data.eval_fraction:
+        return examples, f"{config.data.data} (the {config.data.eval_fraction:g} of it that the run held out)"
+    return examples, f"{config.data.held_out_source} (held out by the run)"
 
 
 def encode(

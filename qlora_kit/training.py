@@ -295,7 +295,9 @@ def _write_report(folder: runs.RunFolder, trainer: AdapterTrainer, inputs: Input
     write = inputs.task.judge.write
     if write is None or inputs.evaluation is None:
         return []
-    return write(final_scores(trainer), folder.working)
+    scores = final_scores(trainer)
+    write(scores, folder.working)
+    return inputs.task.judge.tables(scores)
 
 
 def _start_from_data(config: RunConfig, device: torch.device, model: Any, inputs: Inputs, collator: Any) -> None:

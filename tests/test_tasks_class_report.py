@@ -18,6 +18,7 @@ from qlora_kit.tasks.class_report import (
     class_metrics,
     class_report,
     draw_confusion,
+    tables,
     write_report,
 )
 
@@ -72,7 +73,9 @@ def test_the_report_and_its_picture(tmp_path):
     assert report["report"]["yes"]["recall"] == pytest.approx(2 / 3)
     assert report["report"]["yes"]["support"] == 3
     assert "never" not in report["report"]
-    (table,) = write_report(Scores(class_metrics(labels, answers), report), tmp_path)
+    scores = Scores(class_metrics(labels, answers), report)
+    write_report(scores, tmp_path)
+    (table,) = tables(scores)
     saved = json.loads((tmp_path / REPORT_FILE).read_text())
     assert saved["report"] == report["report"]
     assert saved["metrics"]["accuracy"] == pytest.approx(0.6)

@@ -1,4 +1,4 @@
-"""`qlora-kit eval`: base, adapter and release side by side on the same tokens."""
+"""`qlora-kit eval`: base, adapter and release side by side on the same tokens; of other tasks their own figures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from qlora_kit.errors import Fault, UserError
 
 if TYPE_CHECKING:
     from qlora_kit.evaluating import Evaluation
+    from qlora_kit.judging import Judgement
+    from qlora_kit.reopening import FinishedRun
 
 OF_A_MODEL = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
 WIDTH = 10_000  # columns where the output is no terminal: a line is never broken
@@ -34,31 +36,71 @@ def run(
     """
     _check(given, run, release, base)
     quiet.quiet_libraries()
-    from qlora_kit import evaluating, narration, reopening
+    from qlora_kit import narration, reopening
     from qlora_kit.base import resolve_device
+    from qlora_kit.evaluating import Evaluation
     from qlora_kit.progress import say_line
 
     found = None if run is None else reopening.find_run(run, given, base)
-    if found is not None and not found.generates:
-        rule = f"was trained for {found.config.base.task}, whose figures are in its evaluation.json"
-        raise UserError.of("--run", run, rule, "Use `qlora-kit predict` for other data.")
     config = RunConfig.from_flat(given) if found is None else found.config
     quiet.quiet_progress_bars()
     say = Console(stderr=True, highlight=False)
     for line in narration.opening(config, resolve_device(config.base.device)):
         say_line(say, line)
     with reopening.memory_errors(config.base.device):
-        if found is None:
-            evaluation = evaluating.evaluate_model(config, given["data"], "bits" not in given, say)
-        else:
-            evaluation = evaluating.evaluate(found, given.get("data"), release, say)
+        result = _of_model(config, given, say) if found is None else _of_run(found, given, release, say)
     if json:
-        print(jsonlib.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False))
+        print(jsonlib.dumps(result.to_dict(), indent=2, ensure_ascii=False))
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    for line in _lines(evaluation):
+    if not isinstance(result, Evaluation):
+        _show_judgement(result, console)
+        return
+    for line in _lines(result):
         say_line(console, line)
-    console.print(_table(evaluation))
+    console.print(_table(result))
+
+
+def _of_run(run: FinishedRun, given: Mapping[str, Any], release: str | None, say: Console) -> Evaluation | Judgement:
+    from qlora_kit import evaluating, judging
+
+    if run.generates:
+        return evaluating.evaluate(run, given.get("data"), release, say)
+    _check_exact_match(run.config, run.config.base.task)
+    return judging.judge_run(run, given.get("data"), release, say)
+
+
+def _of_model(config: RunConfig, given: Mapping[str, Any], say: Console) -> Evaluation | Judgement:
+    from qlora_kit import evaluating, judging, reopening
+    from qlora_kit.base import resolve_device
+    from qlora_kit.task_models import GENERATION
+
+    opened = reopening.open_model(config.base, resolve_device(config.base.device), "bits" not in given)
+    if opened.task == GENERATION:
+        return evaluating.evaluate_model(config, opened, given["data"], say)
+    _check_exact_match(config, opened.task)
+    return judging.judge_model(config, opened, given["data"], say)
+
+
+def _check_exact_match(config: RunConfig, task: str | None) -> None:
+    """Raises `UserError` for prompts to be answered by what writes no text."""
+    if config.evaluation.exact_match:
+        rule = f"has no meaning for {task}"
+        raise UserError.of("--exact-match", config.evaluation.exact_match, rule, "Drop --exact-match.")
+
+
+def _show_judgement(judgement: Judgement, console: Console) -> None:
+    from qlora_kit.progress import say_line
+
+    say_line(console, f"data: {judgement.source}, for {judgement.task.name}, at most {judgement.seq_len} tokens each")
+    if judgement.warning is not None:
+        say_line(console, judgement.warning)
+    judge = judgement.task.judge
+    for name, own in judgement.models.items():
+        cut = f"; {own.truncated:,} are cut" if own.truncated else ""
+        say_line(console, f"{name} ({own.model}): {judge.said(own.scores.metrics)}{cut}")
+        for table in judge.tables(own.scores):
+            console.print(table)
 
 
 def _check(given: Mapping[str, Any], run: str | None, release: str | None, base: str | None) -> None:

@@ -77,12 +77,16 @@ def said(metrics: Mapping[str, float]) -> str:
     )
 
 
-def write_report(scores: Scores, folder: Path) -> list[Table]:
-    """Write the report and the picture into `folder`; gives the table to show."""
+def write_report(scores: Scores, folder: Path) -> None:
+    """Write the report and the picture into `folder`."""
     write_json(folder / REPORT_FILE, {"metrics": scores.metrics, **scores.report})
     names, matrix = scores.report["labels"], scores.report["confusion"]
     if len(names) <= MAX_PICTURED:
         write_bytes(folder / PICTURE_FILE, draw_confusion(matrix, names))
+
+
+def tables(scores: Scores) -> list[Table]:
+    """The report class by class."""
     return [table(scores.report["report"])]
 
 

@@ -30,7 +30,6 @@ from qlora_kit.tasks.windows import NO_ANSWER, WindowRow, rows_of
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
 MAX_ANSWER_TOKENS = 30  # of an answer that is given, as in BERT's evaluation
@@ -209,10 +208,9 @@ def _said(metrics: Mapping[str, float]) -> str:
     )
 
 
-def _write(scores: Scores, folder: Path) -> list[Table]:
+def _write(scores: Scores, folder: Path) -> None:
     """Write the figures of the kept model."""
     write_json(folder / REPORT_FILE, {"metrics": scores.metrics})
-    return []
 
 
 # -------------------------------------------------------------------------------------------------------- proving

@@ -81,7 +81,11 @@ def said(metrics: Mapping[str, float]) -> str:
     )
 
 
-def write_report(scores: Scores, folder: Path) -> list[Table]:
-    """Write the report into `folder`; gives the table to show."""
+def write_report(scores: Scores, folder: Path) -> None:
+    """Write the report into `folder`."""
     write_json(folder / REPORT_FILE, {"metrics": scores.metrics, **scores.report})
+
+
+def tables(scores: Scores) -> list[Table]:
+    """The report type by type."""
     return [table(scores.report["report"], "entities")]

@@ -76,14 +76,15 @@ class Judge:
     """How a model is scored, what of it is shown, and what a run may follow.
 
     `metrics` are the figures that `--metric` may name, and whether more is better; `default` is the one it names unset.
-    `write` puts the report of the kept model into a folder, and returns what the end of the run shows.
+    `write` puts the report of a model into a folder; `tables` are what of it is shown.
     """
 
     score: Score
     metrics: Mapping[str, bool]
     default: str
     said: Callable[[Mapping[str, float]], str]
-    write: Callable[[Scores, Path], list[Table]] | None = None
+    write: Callable[[Scores, Path], None] | None = None
+    tables: Callable[[Scores], list[Table]] = lambda scores: []
 
 
 @dataclass(frozen=True)

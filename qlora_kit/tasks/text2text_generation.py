@@ -26,7 +26,6 @@ from qlora_kit.tasks.text_metrics import text_metrics
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
 PAD_MULTIPLE = 8
@@ -279,10 +278,9 @@ def _said(metrics: Mapping[str, float]) -> str:
     )
 
 
-def _write(scores: Scores, folder: Path) -> list[Table]:
+def _write(scores: Scores, folder: Path) -> None:
     """Write the figures and every answer beside what was expected."""
     write_json(folder / REPORT_FILE, {"metrics": scores.metrics, **scores.report})
-    return []
 
 
 # ------------------------------------------------------------------------------------------------------ answering

@@ -18,7 +18,7 @@ from qlora_kit.errors import UserError
 from qlora_kit.scoring import undisturbed
 from qlora_kit.task_models import CLASSIFICATION, classification_loss
 from qlora_kit.tasks import labelled_texts
-from qlora_kit.tasks.class_report import class_metrics, class_report, said, write_report
+from qlora_kit.tasks.class_report import class_metrics, class_report, said, tables, write_report
 from qlora_kit.tasks.labelled_texts import LabelledText
 from qlora_kit.tasks.labels import balanced_weights, check_labels, resolve_labels
 from qlora_kit.tasks.task import Answering, Asked, Batch, Judge, Proving, Reader, Scores, Task
@@ -316,6 +316,7 @@ TASK = Task(
         "f1",
         said,
         write_report,
+        tables,
     ),
     _collator,
     Answering(labelled_texts.read_unlabelled, encode_unlabelled, _answer, _question),

@@ -319,6 +319,7 @@ TASK = Task(
         "f1",
         tag_report.said,
         tag_report.write_report,
+        tag_report.tables,
     ),
     _collator,
     Answering(tagged_words.read_untagged, encode_untagged, _answer, lambda e: {"tokens": list(e.words)}),
