@@ -199,10 +199,10 @@ def tasks() -> str:
     lines = []
     for name, what, figure in (("sst2", "SST-2", "accuracy"), ("wnut17", "WNUT-17", "f1")):
         if (RESULTS / f"{name}_cpu.json").is_file():
-            lines += _contest(read(f"{name}_cpu"), what, figure)
+            lines += [*_contest(read(f"{name}_cpu"), what, figure), ""]
     if (RESULTS / "regularizers_cpu.json").is_file():
-        lines += ["", *_regularized(read("regularizers_cpu"))]
-    return "\n".join(lines)
+        lines += _regularized(read("regularizers_cpu"))
+    return "\n".join(lines).strip()
 
 
 def _contest(result: dict[str, Any], what: str, figure: str) -> list[str]:
@@ -210,10 +210,11 @@ def _contest(result: dict[str, Any], what: str, figure: str) -> list[str]:
     settings, means = result["settings"], result["means"]
     steps = f"{settings['max_steps']} steps of" if settings["max_steps"] else "one epoch in batches of"
     each = {name: ", ".join(f"{row[figure]:.2%}" for row in rows) for name, rows in result["rows"].items()}
+    warmup = f", warmup {settings['warmup']:.0%}" if settings.get("warmup") else ""
     said = figure.replace("f1", "F1 of whole entities")
     return [
         f"{what} (dev file), a MiniLM encoder at {settings['bits']} bits, r = {settings['r']}, {steps} "
-        f"{settings['batch_size']}, {len(settings['seeds'])} seeds: {said} {means['ours']:.2%} ({each['ours']}); stock "
+        f"{settings['batch_size']}{warmup}, {len(settings['seeds'])} seeds: {said} {means['ours']:.2%} ({each['ours']}); stock "
         f"PEFT and Trainer at equal settings {means['stock']:.2%} ({each['stock']}).",
         f"Measured on {place(result)}.",
     ]
