@@ -214,8 +214,8 @@ def _contest(result: dict[str, Any], what: str, figure: str) -> list[str]:
     said = figure.replace("f1", "F1 of whole entities")
     return [
         f"{what} (dev file), a MiniLM encoder at {settings['bits']} bits, r = {settings['r']}, {steps} "
-        f"{settings['batch_size']}{warmup}, {len(settings['seeds'])} seeds: {said} {means['ours']:.2%} ({each['ours']}); stock "
-        f"PEFT and Trainer at equal settings {means['stock']:.2%} ({each['stock']}).",
+        f"{settings['batch_size']}{warmup}, {len(settings['seeds'])} seeds: {said} "
+        f"{means['ours']:.2%} ({each['ours']}); stock PEFT and Trainer at equal settings {means['stock']:.2%} ({each['stock']}).",
         f"Measured on {place(result)}.",
     ]
 
