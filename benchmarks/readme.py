@@ -215,7 +215,8 @@ def _contest(result: dict[str, Any], what: str, figure: str) -> list[str]:
     return [
         f"{what} (dev file), a MiniLM encoder at {settings['bits']} bits, r = {settings['r']}, {steps} "
         f"{settings['batch_size']}{warmup}, {len(settings['seeds'])} seeds: {said} "
-        f"{means['ours']:.2%} ({each['ours']}); stock PEFT and Trainer at equal settings {means['stock']:.2%} ({each['stock']}).",
+        f"{means['ours']:.2%} ({each['ours']}); "
+        f"stock PEFT and Trainer at equal settings {means['stock']:.2%} ({each['stock']}).",
         f"Measured on {place(result)}.",
     ]
 
