@@ -50,7 +50,13 @@ def train_and_score(args: argparse.Namespace) -> None:
             adapter=AdapterConfig(r=16),
             data=DataConfig(data=str(few), seq_len=args.seq_len),
             optim=OptimConfig(
-                optim="adamw", lr=args.lr, batch_size=16, warmup=0.1, epochs=args.epochs, **WAYS[args.way]
+                optim="adamw",
+                lr=args.lr,
+                batch_size=16,
+                warmup=0.1,
+                epochs=args.epochs,
+                gradient_checkpointing=False,
+                **WAYS[args.way],
             ),
             evaluation=EvalConfig(keep_checkpoints=1),
             seed=args.seed,
