@@ -101,6 +101,7 @@ def our_settings(args: argparse.Namespace, train_file: str, out: Path) -> Any:
             batch_size=args.batch_size,
             max_steps=args.max_steps,
             warmup=args.warmup,
+            gradient_checkpointing=False,
             epochs=1,
         ),
         evaluation=EvalConfig(keep_checkpoints=1),
