@@ -105,7 +105,7 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
         return _of_columns(pair[0], pair[1] if answered else None)
     if TRANSLATION in there:
         return _of_languages(records, answered)
-    shape = next((shape for shape in PAIRED if set(shape.required) <= there), None)
+    shape = _prompt_shape(there, answered)
     if shape is not None:
         return _of_prompts(shape, answered)
     alone = next((name for name in SOURCES if name in there), None)
@@ -114,6 +114,15 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
     rule = f"has no pair of a source and a target among {', '.join(repr(name[:40]) for name in sorted(there))}"
     remedy = f"Say which is which, e.g. --columns source=NAME,target=NAME. Known: {KNOWN}."
     raise UserError.of(source.setting, file, rule, remedy)
+
+
+def _prompt_shape(there: Set[str], answered: bool) -> Shape | None:
+    """The shape of prompts that the columns are those of; who asks may leave out the answers."""
+    whole = next((shape for shape in PAIRED if set(shape.required) <= there), None)
+    if whole is not None or answered:
+        return whole
+    begun = [shape for shape in PAIRED if shape.required[0] in there]
+    return max(begun, key=lambda shape: len(there & set(shape.optional)), default=None)  # instruction/input or /context
 
 
 def _by_hand(columns: Mapping[str, str]) -> dict[str, str]:
