@@ -222,6 +222,26 @@ def test_predictions_do_not_depend_on_the_batch(workshop, capsys, kind):
     assert found[0] == found[1]
 
 
+def test_a_run_is_asked_by_the_columns_it_was_trained_with(workshop, capsys):
+    """Without its answers too; and where the file has none of them, by the columns that are recognised."""
+    columns = {"source": "translation.de", "target": "translation.en"}
+    data = str(save_rows(workshop.root / "pairs.jsonl", [{"translation": {"en": "dog", "de": "Hund"}}] * 4))
+    config = workshop.config("t5", 32, "by-hand", optim={"max_steps": 1}, evaluation={"eval_steps": None})
+    train(dataclasses.replace(config, data=DataConfig(data=data, columns=columns, seq_len=32)), QUIET)
+
+    def asked(row, *args):
+        capsys.readouterr()
+        asked = save_rows(workshop.root / "asked-by-hand.jsonl", [row])
+        main(["predict", "--run", str(workshop.root / "by-hand"), "--data", str(asked), *args])
+        return json.loads(capsys.readouterr().out)["source"]
+
+    both = {"translation": {"en": "cat", "de": "Katze"}, "source": "no"}
+    assert asked(both) == "Katze"
+    assert asked({"translation": {"de": "Katze"}}) == "Katze"
+    assert asked({"source": "Katze"}) == "Katze"
+    assert asked(both, "--columns", "source=translation.en") == "cat"
+
+
 def fails(capsys, *args):
     with pytest.raises(SystemExit) as caught:
         main(list(args))

@@ -97,7 +97,7 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
     """How the records of a file are read. Raises `UserError` where its columns are not known."""
     there = {column for record in records for column in record.values}
     by_hand = _by_hand(source.columns)
-    if by_hand:
+    if by_hand and (answered or "source" in by_hand):
         _check_there(records, there, by_hand, file, answered)
         return _of_columns(by_hand["source"], by_hand.get("target") if answered else None)
     pair = next((pair for pair in PAIRS if set(pair) <= there), None)
@@ -144,13 +144,14 @@ def _check_there(records: list[Record], there: Set[str], by_hand: Mapping[str, s
     faults += [
         Fault("--columns", f"{name}={by_hand[name]}", f"names a column that {file} does not have", remedy)
         for name in needed
-        if name in by_hand and not any(_has(record.values, by_hand[name]) for record in records)
+        if name in by_hand and not any(has_column(record.values, by_hand[name]) for record in records)
     ]
     if faults:
         raise UserError(faults)
 
 
-def _has(values: Mapping[str, Any], column: str) -> bool:
+def has_column(values: Mapping[str, Any], column: str) -> bool:
+    """Whether there is the column, or the name within one: `translation.en`."""
     outer, _, inner = column.partition(PATH)
     return column in values or (isinstance(values.get(outer), dict) and inner in values[outer])
 
