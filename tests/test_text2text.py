@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from text_pairs import KINDS, ROWS, save_base, save_rows
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -213,6 +213,18 @@ def test_releases_in_16_bits_and_nf4_pass_their_proof(workshop, in_this_process,
     out = workshop.root / f"nf4-{kind}"
     main(["merge", "--run", folder, "--out", str(out), "--dtype", "fp32", "--format", "nf4"])
     assert type(AutoModelForSeq2SeqLM.from_pretrained(out).lm_head) is torch.nn.Linear
+
+
+def test_a_saved_buffer_is_rounded_like_the_weights_of_a_16_bit_release(workshop, in_this_process):
+    """Marian's bias on the logits is no parameter, but in its files."""
+    folder = shutil.copytree(workshop.base("marian"), workshop.root / "biased")
+    weights = load_file(folder / "model.safetensors")
+    weights["final_logits_bias"] = torch.linspace(-9, 9, weights["final_logits_bias"].numel())[None] / 7
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    train(workshop.config("marian", 32, "biased-run", base={"model": str(folder)}), QUIET)
+    release = workshop.root / "biased-release"
+    main(["merge", "--run", str(workshop.root / "biased-run"), "--out", str(release), "--dtype", "bf16"])
+    assert load_file(release / "model.safetensors")["final_logits_bias"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["t5-gated", "bart"])
