@@ -11,6 +11,7 @@ from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.reopening import Opened
 from qlora_kit.tasks import Answering, Asked, Source, Task
+from qlora_kit.tasks.source_targets import has_column
 from qlora_kit.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -30,9 +31,16 @@ class Questions:
     collate: Callable[[Sequence[Any]], dict[str, Any]]
 
 
-def read_questions(opened: Opened, source: str, columns: Mapping[str, str], seq_len: int | None) -> Questions:
+def read_questions(
+    opened: Opened,
+    source: str,
+    columns: Mapping[str, str],
+    seq_len: int | None,
+    run_columns: Mapping[str, str] | None = None,
+) -> Questions:
     """The examples of `source` for the task of `opened`; what they are labelled with, if anything, is not looked at.
 
+    Without `columns` it is read by those that the run was trained with, `run_columns`, as far as it has them.
     Raises `UserError` for a model that does not predict, and for data that cannot be read.
     """
     task = tasks.task_named(opened.task)
@@ -40,11 +48,16 @@ def read_questions(opened: Opened, source: str, columns: Mapping[str, str], seq_
         rule = f"was made for {task.name}, which is not predicted"
         raise UserError.of("--data", source, rule, "Use `qlora-kit generate`.")
     tokens = data.resolve_seq_len(seq_len, opened.tokenizer, opened.positions)
-    rows = data.read_rows(source, columns)
+    rows = data.read_rows(source, columns or run_columns or {})
+    columns = columns or {part: name for part, name in (run_columns or {}).items() if _is_there(name, rows)}
     examples = task.answering.read(Source(rows, source, columns))
     encoded = task.answering.encode(examples, opened.tokenizer, tokens, opened.config)
     collate = task.collator(opened.tokenizer, tokens, opened.config)
     return Questions(task, task.answering, opened.tokenizer, examples, encoded, collate)
+
+
+def _is_there(column: str, rows: Sequence[data.Record]) -> bool:
+    return any(has_column(row.values, column) for row in rows)
 
 
 def predict(

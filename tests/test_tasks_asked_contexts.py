@@ -98,6 +98,7 @@ def test_without_labels_answers_are_not_looked_at(tmp_path):
         ({"text": ["cat"], "answer_start": [4]}, {"is_impossible": True}, "is_impossible is true, and there is"),
         ([], {"is_impossible": False}, "is_impossible is false, and there is no answer"),
         ([], {"context": None}, "column 'context' must be text, not null"),
+        ([], {"id": "\ud800"}, "column 'id' holds half a surrogate pair"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, answers, others, said):

@@ -62,6 +62,7 @@ def test_texts_pairs_and_columns_mapped_by_hand():
         ([{"txt": "a", "label": "x"}], {"text": "body"}, "names a column that a.jsonl does not have"),
         ([{"txt": "a", "label": "x"}], {"prompt": "txt"}, "maps 'prompt', which is none of text, pair"),
         ([{"text": "\ud800", "label": "x"}], None, "half a surrogate pair"),
+        ([{"text": "a", "label": "\ud800"}], None, "a.jsonl:1.*column 'label' holds half a surrogate pair"),
     ],
 )
 def test_what_is_no_labelled_text(rows, columns, words):

@@ -51,7 +51,9 @@ def test_values_of_a_column(value, several, names, listed):
     assert (found.names, found.listed) == (names, listed)
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", {"a": 1}, ["a", None], [""], 0.5, math.nan, math.inf])
+@pytest.mark.parametrize(
+    "value", [None, "", "  ", {"a": 1}, ["a", None], [""], "\ud800", ["a\udc00"], 0.5, math.nan, math.inf]
+)
 def test_what_is_no_label(value):
     with pytest.raises(LabelError):
         read_labels(value, None)

@@ -182,6 +182,10 @@ def test_the_audit():
     long = asked("x" * 50, "x" * 30)  # longer than any window
     lines = dict(TASK.reader.audit_rows(encoded([asked("abc", "b"), long])))
     assert lines["answers that no window shows whole"] == "1"
+    name = f"answers longer than the {MAX_ANSWER_TOKENS} tokens that one may have"
+    assert lines[name] == "0"
+    just, over = (asked("x" * 150, "x" * tokens) for tokens in (MAX_ANSWER_TOKENS, MAX_ANSWER_TOKENS + 1))
+    assert dict(TASK.reader.audit_rows(encoded([just, over, asked("a"), over], 128)))[name] == "2"
     windows = len(encoded([long]).rows)
     assert lines["windows"] == str(1 + windows)
     assert lines["windows to an example: mean / max"] == f"{(1 + windows) / 2:.2f} / {windows}"
@@ -196,5 +200,5 @@ def test_what_is_said_and_written(tmp_path):
     assert text.endswith("F1 50.0% (answerable 10.0% and 20.0%, unanswerable 75.0%)")
     rows = encoded(EXAMPLES).rows
     scores = TASK.judge.score(Scripted(), Asked(rows, batches(rows, 2), TOKENIZER), BASE)
-    assert TASK.judge.write(scores, tmp_path) == []
+    TASK.judge.write(scores, tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == scores.metrics

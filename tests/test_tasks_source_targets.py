@@ -64,6 +64,23 @@ def test_questions_need_no_targets(row):
     assert [example.source for example in read_unanswered(source([row]))] == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"prompt": "a", "completion": "b", "system": "s"}, "completion"),
+        ({"instruction": "a", "input": "i", "output": "b"}, "output"),
+        ({"instruction": "a", "input": "i", "system": "s", "output": "b"}, "output"),
+        ({"instruction": "a", "context": "i", "response": "b"}, "response"),
+        ({"instruction": "a", "input": "i", "output": "b", "text": "all of it"}, "output"),
+        ({"question": "a", "answer": "b"}, "answer"),
+    ],
+)
+def test_without_its_answer_a_source_is_the_same(row, answer):
+    ((whole, _),) = pairs([row])
+    (asked,) = read_unanswered(source([{name: text for name, text in row.items() if name != answer}]))
+    assert asked.source == whole
+
+
 def test_an_empty_source_may_be_asked():
     assert read_unanswered(source([{"source": ""}]))[0].source == ""
 

@@ -38,6 +38,9 @@ def test_normalization(text, expected):
         ("", ["cat"], 0, 0),
         ("the", ["a"], 1, 1),  # nothing is left of both
         ("cat", ["the"], 0, 0),
+        ("", ["the", "cat"], 0, 0),  # a right answer of which nothing is left counts only where there is no other
+        ("an", ["!", "cat"], 0, 0),
+        ("cat", ["the", "cat"], 1, 1),
     ],
 )
 def test_exact_match_and_f1(found, right, exact, share):

@@ -71,6 +71,11 @@ def test_names_numbers_and_columns_mapped_by_hand():
         ([{"tokens": [None], "tags": ["O"]}], None, "a word in column 'tokens' must be text, not null"),
         ([{"tokens": ["a"], "tags": [None]}], None, "a tag in column 'tags' must be a name or a number, not null"),
         ([{"tokens": ["a"], "tags": [""]}], None, "not an empty one"),
+        (
+            [{"tokens": ["a"], "tags": ["B-\ud800"]}],
+            None,
+            "a.jsonl:1.*a tag in column 'tags' holds half a surrogate pair",
+        ),
         ([{"tokens": ["a"], "ner_tags": [3]}], None, "has numbers: name them in their order with --labels"),
         ([{"tokens": ["a"], "tag": ["O"]}], None, "has no column of tags among 'tag', 'tokens'"),
         ([{"text": "a"}], None, "has no column of words among 'text'"),

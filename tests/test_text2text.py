@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from text_pairs import KINDS, ROWS, save_base, save_rows
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -215,11 +215,43 @@ def test_releases_in_16_bits_and_nf4_pass_their_proof(workshop, in_this_process,
     assert type(AutoModelForSeq2SeqLM.from_pretrained(out).lm_head) is torch.nn.Linear
 
 
+def test_a_saved_buffer_is_rounded_like_the_weights_of_a_16_bit_release(workshop, in_this_process):
+    """Marian's bias on the logits is no parameter, but in its files."""
+    folder = shutil.copytree(workshop.base("marian"), workshop.root / "biased")
+    weights = load_file(folder / "model.safetensors")
+    weights["final_logits_bias"] = torch.linspace(-9, 9, weights["final_logits_bias"].numel())[None] / 7
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    train(workshop.config("marian", 32, "biased-run", base={"model": str(folder)}), QUIET)
+    release = workshop.root / "biased-release"
+    main(["merge", "--run", str(workshop.root / "biased-run"), "--out", str(release), "--dtype", "bf16"])
+    assert load_file(release / "model.safetensors")["final_logits_bias"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["t5-gated", "bart"])
 def test_predictions_do_not_depend_on_the_batch(workshop, capsys, kind):
     run = str(workshop.run(kind))
     found = [predicted(workshop, capsys, "--run", run, "--batch-size", size) for size in ("1", "3")]
     assert found[0] == found[1]
+
+
+def test_a_run_is_asked_by_the_columns_it_was_trained_with(workshop, capsys):
+    """Without its answers too; and where the file has none of them, by the columns that are recognised."""
+    columns = {"source": "translation.de", "target": "translation.en"}
+    data = str(save_rows(workshop.root / "pairs.jsonl", [{"translation": {"en": "dog", "de": "Hund"}}] * 4))
+    config = workshop.config("t5", 32, "by-hand", optim={"max_steps": 1}, evaluation={"eval_steps": None})
+    train(dataclasses.replace(config, data=DataConfig(data=data, columns=columns, seq_len=32)), QUIET)
+
+    def asked(row, *args):
+        capsys.readouterr()
+        asked = save_rows(workshop.root / "asked-by-hand.jsonl", [row])
+        main(["predict", "--run", str(workshop.root / "by-hand"), "--data", str(asked), *args])
+        return json.loads(capsys.readouterr().out)["source"]
+
+    both = {"translation": {"en": "cat", "de": "Katze"}, "source": "no"}
+    assert asked(both) == "Katze"
+    assert asked({"translation": {"de": "Katze"}}) == "Katze"
+    assert asked({"source": "Katze"}) == "Katze"
+    assert asked(both, "--columns", "source=translation.en") == "cat"
 
 
 def fails(capsys, *args):

@@ -39,7 +39,7 @@ def run(given: Mapping[str, Any], run: str | None = None, base: str | None = Non
     if out is not None:
         runs.check_file(out)
     columns = RunConfig.from_flat({"columns": given["columns"]}).data.columns if "columns" in given else {}
-    questions = read_questions(opened, given["data"], columns, config.data.seq_len)
+    questions = read_questions(opened, given["data"], columns, config.data.seq_len, config.data.columns)
     with memory_errors(config.base.device):
         with say.status("loading the model"):
             model = opened.load()

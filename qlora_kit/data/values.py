@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+HALF_A_PAIR = "holds half a surrogate pair, which is no text"
+
 
 class BadValueError(ValueError):
     """A record does not fit its shape; says which rule it breaks."""
@@ -13,8 +15,15 @@ def as_text(value: object, what: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise BadValueError(f"{what} must be text, not {'null' if value is None else type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadValueError(f"{what} holds half a surrogate pair, which is no text") from None
+    if not is_whole(value):
+        raise BadValueError(f"{what} {HALF_A_PAIR}")
     return value
+
+
+def is_whole(text: str) -> bool:
+    """Whether `text` is without half a surrogate pair, so that it can be written and tokenized."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

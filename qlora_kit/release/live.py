@@ -139,7 +139,7 @@ def _all_in_fp32(model: nn.Module) -> nn.Module:
 
 
 def round_weights(model: Any, dtype: torch.dtype, pack: Quantization | None, packed_names: Iterable[str]) -> None:
-    """Round every weight of a merged fp32 model as the release does, in place."""
+    """Round every weight and saved buffer of a merged fp32 model as the release does, in place."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -153,6 +153,10 @@ def round_weights(model: Any, dtype: torch.dtype, pack: Quantization | None, pac
             parameter.data = dense.T.contiguous() if name in turned else dense
         else:
             parameter.data = parameter.data.to(dtype).float()
+    saved = model.state_dict(keep_vars=True).keys()  # buffers in no file are computed by whoever loads the model
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype).float()
 
 
 def main(job: Job) -> None:

@@ -135,8 +135,10 @@ def _example(record: Record, names: Mapping[str, str], labelled: bool) -> AskedC
     values = record.values
     question, context = (as_text(values.get(names[part]), f"column {names[part]!r}") for part in REQUIRED[:2])
     own_id = values.get(names["id"])
+    if own_id is not None:
+        own_id = as_text(str(own_id), f"column {names['id']!r}")
     answers = _answers(values, names["answers"], context) if labelled else ()
-    return AskedContext(question, context, answers, None if own_id is None else str(own_id), record.origin)
+    return AskedContext(question, context, answers, own_id, record.origin)
 
 
 def _answers(values: Mapping[str, Any], name: str, context: str) -> tuple[Answer, ...]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from qlora_kit.config import BaseConfig, flag
 from qlora_kit.data.problems import Problems
+from qlora_kit.data.values import HALF_A_PAIR, is_whole
 from qlora_kit.errors import UserError
 
 SHOWN = 8  # labels named in a message
@@ -70,6 +71,8 @@ def _name(value: object, may_be_empty: bool = False) -> str:
         raise LabelError(f"must be a name or a number, not {'null' if value is None else type(value).__name__}")
     if not value.strip() and not may_be_empty:
         raise LabelError("is empty")
+    if not is_whole(value):
+        raise LabelError(HALF_A_PAIR)
     return value.strip()
 
 

@@ -249,18 +249,28 @@ def _audit(examples: Sequence[AskedContext], training: Sequence[AskedContext]) -
 
 
 def _audit_rows(encoded: WindowSet) -> list[tuple[str, str]]:
-    """How many windows examples have, and answers that no window shows whole or no token holds."""
+    """How many windows examples have, answers that no window shows whole or no token holds, and those too long to give.
+
+    Of several answers the first is meant, which is learned.
+    """
     windows = Counter(row.number for row in encoded.rows)
     by_example = groupby(encoded.rows, key=lambda row: row.number)
-    lost = 0
+    lost = too_long = 0
     for _, own in by_example:
         rows = list(own)
         lost += bool(rows[0].example.answers) and all(row.label == NO_ANSWER for row in rows)
+        too_long += any(_answer_tokens(row) > MAX_ANSWER_TOKENS for row in rows)
     return [
         ("windows", str(len(encoded.rows))),
         ("windows to an example: mean / max", f"{len(encoded.rows) / len(windows):.2f} / {max(windows.values())}"),
         ("answers that no window shows whole", str(lost)),
+        (f"answers longer than the {MAX_ANSWER_TOKENS} tokens that one may have", str(too_long)),
     ]
+
+
+def _answer_tokens(row: WindowRow) -> int:
+    """The tokens of the answer that a row learns."""
+    return 0 if row.label in (None, NO_ANSWER) else row.label[1] - row.label[0] + 1
 
 
 TASK = Task(

@@ -97,7 +97,7 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
     """How the records of a file are read. Raises `UserError` where its columns are not known."""
     there = {column for record in records for column in record.values}
     by_hand = _by_hand(source.columns)
-    if by_hand:
+    if by_hand and (answered or "source" in by_hand):
         _check_there(records, there, by_hand, file, answered)
         return _of_columns(by_hand["source"], by_hand.get("target") if answered else None)
     pair = next((pair for pair in PAIRS if set(pair) <= there), None)
@@ -105,7 +105,7 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
         return _of_columns(pair[0], pair[1] if answered else None)
     if TRANSLATION in there:
         return _of_languages(records, answered)
-    shape = next((shape for shape in PAIRED if set(shape.required) <= there), None)
+    shape = _prompt_shape(there, answered)
     if shape is not None:
         return _of_prompts(shape, answered)
     alone = next((name for name in SOURCES if name in there), None)
@@ -114,6 +114,15 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
     rule = f"has no pair of a source and a target among {', '.join(repr(name[:40]) for name in sorted(there))}"
     remedy = f"Say which is which, e.g. --columns source=NAME,target=NAME. Known: {KNOWN}."
     raise UserError.of(source.setting, file, rule, remedy)
+
+
+def _prompt_shape(there: Set[str], answered: bool) -> Shape | None:
+    """The shape of prompts that the columns are those of; who asks may leave out the answers."""
+    whole = next((shape for shape in PAIRED if set(shape.required) <= there), None)
+    if whole is not None or answered:
+        return whole
+    begun = [shape for shape in PAIRED if shape.required[0] in there]
+    return max(begun, key=lambda shape: len(there & set(shape.optional)), default=None)  # instruction/input or /context
 
 
 def _by_hand(columns: Mapping[str, str]) -> dict[str, str]:
@@ -135,13 +144,14 @@ def _check_there(records: list[Record], there: Set[str], by_hand: Mapping[str, s
     faults += [
         Fault("--columns", f"{name}={by_hand[name]}", f"names a column that {file} does not have", remedy)
         for name in needed
-        if name in by_hand and not any(_has(record.values, by_hand[name]) for record in records)
+        if name in by_hand and not any(has_column(record.values, by_hand[name]) for record in records)
     ]
     if faults:
         raise UserError(faults)
 
 
-def _has(values: Mapping[str, Any], column: str) -> bool:
+def has_column(values: Mapping[str, Any], column: str) -> bool:
+    """Whether there is the column, or the name within one: `translation.en`."""
     outer, _, inner = column.partition(PATH)
     return column in values or (isinstance(values.get(outer), dict) and inner in values[outer])
 

@@ -24,12 +24,17 @@ def normalized(text: str) -> str:
 
 def exact_match(found: str, right: Sequence[str]) -> float:
     """1 where the answer `found` is one of the `right` ones, else 0; without any right one "" is."""
-    return float(any(normalized(found) == normalized(one) for one in right or [""]))
+    return float(normalized(found) in _normalized_right(right))
 
 
 def f1(found: str, right: Sequence[str]) -> float:
     """The harmonic mean of precision and recall over words, of the right answer where it is highest."""
-    return max(_f1(normalized(found).split(), normalized(one).split()) for one in right or [""])
+    return max(_f1(normalized(found).split(), one.split()) for one in _normalized_right(right))
+
+
+def _normalized_right(right: Sequence[str]) -> list[str]:
+    """Those of `right` of which something is left, as SQuAD 2.0's own script counts them; without any, ""."""
+    return [own for own in map(normalized, right) if own] or [""]
 
 
 def _f1(found: Sequence[str], right: Sequence[str]) -> float:

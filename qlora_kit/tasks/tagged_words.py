@@ -127,7 +127,7 @@ def _tag(value: object, column: str, labels: Sequence[str] | None) -> str:
     if not isinstance(value, str) or not value.strip():
         kind = "null" if value is None else "an empty one" if value == "" else type(value).__name__
         raise BadValueError(f"a tag in column {column!r} must be a name or a number, not {kind}")
-    return value.strip()
+    return as_text(value, f"a tag in column {column!r}").strip()
 
 
 # ---------------------------------------------------------------------------------------------------------- labels
