@@ -6,7 +6,7 @@ less than 1/512 of a parameter is rounded away.
 
 Here the moments are fp32, and so are the parameters: the bf16 tensor holds the upper half of each number, rounded, and
 a state of 16 bits (`remainder`) what the rounding took. Both together are the fp32 number, bit for bit. For a parameter
-that is 12 bytes with its gradient and states, where fp32 ones take 16 and moments in bf16 8.
+that is 14 bytes with its gradient and states, where fp32 ones take 16, and bf16 ones with moments in bf16 take 8.
 """
 
 from __future__ import annotations

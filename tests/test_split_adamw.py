@@ -61,6 +61,19 @@ def test_bf16_parameters_train_as_fp32_ones_bit_for_bit(shape):
     assert not torch.equal(number, first.float())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_on_cuda():
+    first = torch.randn(PIECE + 33, device="cuda").bfloat16()
+    ours, exact = nn.Parameter(first.clone()), nn.Parameter(first.float())
+    optimizers = SplitAdamW([ours], **SETTINGS), torch.optim.AdamW([exact], **SETTINGS, fused=True)
+    for _ in range(4):
+        ours.grad = torch.randn_like(first)
+        exact.grad = ours.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(join(ours.detach(), optimizers[0].state[ours]["remainder"]), exact)
+
+
 def test_parameters_that_do_not_lie_in_a_row_train_too():
     ours, exact = nn.Parameter(torch.ones(3, 5).bfloat16().T), nn.Parameter(torch.ones(5, 3))
     assert not ours.is_contiguous()

@@ -74,8 +74,9 @@ BASELINES = (
 def baseline_plan(
     config: RunConfig, baseline: Baseline, *, checkpointing: bool | None = None, gpu: rules.Gpu | None = None
 ) -> MemoryPlan:
-    """The plan of `baseline` with the batch, length and adapters of `config`: the stock step with torch's AdamW.
+    """The plan of `baseline` with the batch, length and adapters of `config`: the stock step with `adamw`.
 
+    With it a number in bf16 factors takes 14 bytes in all, where stock PEFT's fp32 factors take 16.
     `checkpointing` overrides the run's own. Raises `UserError`.
     """
     optim = dataclasses.replace(config.optim, optim="adamw")
