@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from classifiers import CLS_ID, SEP_ID, encoder_tokenizer
 from families import tiny_tokenizer
+from tokenizers import normalizers
 
+from qlora_kit import inputs
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.task_models import tagging_loss
@@ -19,6 +23,16 @@ LABELS = ("O", "B-x", "I-x")
 
 def sentence(text, *tags):
     return TaggedWords(tuple(text.split()), tags or None, "a.conll:1")
+
+
+def dropping_tokenizer():
+    """A tokenizer of bytes that drops the space without width."""
+    tokenizer = encoder_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    return tokenizer
+
+
+DROPPING = dropping_tokenizer()
 
 
 def settings(labels=LABELS):
@@ -47,6 +61,20 @@ def test_sentences_without_anything_to_learn_are_left_out():
     assert len(encode_untagged([sentence(""), sentence("a")], encoder_tokenizer(), 9, settings().base)) == 2
     with pytest.raises(UserError, match="has no word within 9 tokens"):
         encode(settings(), [sentence("")], encoder_tokenizer(), 9, "--data")
+
+
+def test_a_sentence_of_which_nothing_is_seen_counts_where_models_are_scored():
+    unseen = sentence("\u200b \u200b", "B-x", "O")  # a tokenizer drops such characters
+    empty = TaggedWords((), (), "a.conll:9")
+    encoded = inputs.encode(settings(), [sentence("a", "O"), unseen, empty], DROPPING, 9, "--eval-data")
+    assert [row.words for row in encoded.rows] == [("a",), unseen.words, ()]
+    scores = TASK.judge.score(Scripted(TABLE), asked(2, encoded.rows, TagCollator(DROPPING, 9)), settings().base)
+    assert scores.metrics["examples"] == 3
+    assert (scores.report["words"], scores.report["words_without_pieces"]) == (3, 2)
+    assert math.isfinite(scores.metrics["loss"])
+    assert len(encode(settings(), [sentence("a", "O"), unseen], DROPPING, 9, "--data")) == 1
+    with pytest.raises(UserError, match=r"--eval-data.*has no word within 9 tokens"):
+        inputs.encode(settings(), [unseen], DROPPING, 9, "--eval-data")
 
 
 def test_a_tag_that_is_not_in_the_map_is_refused():

@@ -69,6 +69,8 @@ class Reader:
     audit: Callable[[Sequence[Any], Sequence[Any]], list[tuple[str, str]]]  # lines on examples, beside training ones
     answer: Callable[[Any], str]  # of an example, in words
     audit_rows: Callable[[Any], list[tuple[str, str]]] = lambda encoded: []  # lines on an encoded set
+    encode_held_out: Callable[[RunConfig, Sequence[Any], PreTrainedTokenizerBase, int, str], Any] | None = None
+    """`encode` for examples to score, where it is not that for those to train on."""
 
 
 @dataclass(frozen=True)

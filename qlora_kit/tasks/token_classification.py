@@ -75,13 +75,20 @@ def encode(
 
     Raises `UserError` for tags that are not among the labels of `config`, with the places.
     """
+    encoded = encode_held_out(config, examples, tokenizer, seq_len, setting)
+    return TaggedSet([row for row in encoded.rows if _supervised(row)], encoded.report)
+
+
+def encode_held_out(
+    config: RunConfig, examples: Sequence[TaggedWords], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
+) -> TaggedSet:
+    """The same with every sentence: to score, words that a model does not see count too. Raises `UserError` alike."""
     check_tags(config.base, examples, setting)
     encoded = _encoded(examples, config.base.labels or (), tokenizer, seq_len, setting)
-    kept = [row for row in encoded.rows if _supervised(row)]
-    if not kept:
+    if not any(_supervised(row) for row in encoded.rows):
         rule = f"has no word within {seq_len} tokens that the tokenizer makes anything of"
         raise UserError.of(setting, f"{len(examples)} sentences", rule, "Give sentences with words.")
-    return TaggedSet(kept, encoded.report)
+    return encoded
 
 
 def encode_untagged(
@@ -312,6 +319,7 @@ TASK = Task(
         _audit,
         lambda e: " ".join(f"{word}/{tag}" for word, tag in zip(e.words, e.tags or (), strict=False)),
         _audit_rows,
+        encode_held_out,
     ),
     Judge(
         _score,
