@@ -158,6 +158,14 @@ def test_scores_are_plain_counts_whatever_the_batch(size):
     assert scores.metrics["examples"] == 4
 
 
+def test_words_that_are_not_seen_count_as_outside_whatever_label_is_the_first():
+    config, sees_o = settings(("B-x", "O")), torch.tensor([[0.0, 1.0]]).expand(320, 2)
+    found = encode(config, [sentence("a b c", "O", "O", "O")], encoder_tokenizer(), 3, "--data").rows
+    scores = TASK.judge.score(Scripted(sees_o), asked(1, found, TagCollator(encoder_tokenizer(), 3)), config.base)
+    assert scores.report["words_cut_off"] == 2
+    assert scores.metrics["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_answers_have_a_tag_for_each_word_and_none_for_what_is_cut_off(size):
     found = encode_untagged(SENTENCES, encoder_tokenizer(), 12, settings().base).rows
