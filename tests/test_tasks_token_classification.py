@@ -55,6 +55,13 @@ def test_rows_that_are_cut_say_how_many_words_they_lost():
     assert (row.labels, row.lost, row.truncated) == ([-100, 1, -100, -100, 0, -100], 1, True)
 
 
+def test_what_a_row_learns_in_words_is_of_the_words_that_are_seen():
+    example = sentence("ab \u200b cd ef", "B-x", "O", "O", "I-x")
+    (row,) = encode_untagged([example], DROPPING, 8, settings().base).rows
+    assert row.lost == 1
+    assert TASK.reader.answer(example, row) == "ab/B-x cd/O"
+
+
 def test_sentences_without_anything_to_learn_are_left_out():
     encoded = encode(settings(), [sentence(""), sentence("a", "O")], encoder_tokenizer(), 9, "--data")
     assert (len(encoded), encoded.report.examples, encoded.report.kept, encoded.report.empty) == (1, 2, 1, 1)

@@ -299,6 +299,12 @@ def _audit_rows(encoded: TaggedSet) -> list[tuple[str, str]]:
     ]
 
 
+def _learned(example: TaggedWords, row: TaggedRow) -> str:
+    """The words that a model sees, each with its tag."""
+    found = zip(example.words, example.tags or (), row.firsts, strict=False)
+    return " ".join(f"{word}/{tag}" for word, tag, first in found if first is not None)
+
+
 def _cut_entities(row: TaggedRow) -> int:
     """The entities that have a word which was cut off."""
     if not row.lost:
@@ -317,7 +323,7 @@ TASK = Task(
         resolve_tags,
         encode,
         _audit,
-        lambda e: " ".join(f"{word}/{tag}" for word, tag in zip(e.words, e.tags or (), strict=False)),
+        _learned,
         _audit_rows,
         encode_held_out,
     ),
