@@ -578,7 +578,11 @@ def _as_mapping(value: object, kind: Any) -> dict[str, Any]:
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
         example = "32" if kind is int else "column"
         raise ValueError(f"must look like name={example},name={example}")
-    return {name.strip(): convert(text.strip(), kind) for name, text in pairs}
+    names = [name.strip() for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"names {' and '.join(map(repr, twice))} more than once")
+    return {name: convert(text.strip(), kind) for name, (_, text) in zip(names, pairs, strict=True)}
 
 
 def _build(flat: Mapping[str, object]) -> RunConfig:

@@ -157,7 +157,7 @@ def _encoded(material: Material, tokenizer: PreTrainedTokenizerBase, seq_len: in
     train_set = task.reader.encode(config, material.train, tokenizer, seq_len, "--data")
     eval_set = None
     if material.held_out:
-        eval_set = task.reader.encode(config, material.held_out, tokenizer, seq_len, "--eval-data")
+        eval_set = encode(config, material.held_out, tokenizer, seq_len, "--eval-data")
     generates = task.name == GENERATION
     inputs = Inputs(
         config,
@@ -211,9 +211,9 @@ def examples_to_score(config: RunConfig, source: str | None) -> tuple[list[Any],
 def encode(
     config: RunConfig, examples: list[Any], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
 ) -> Any:
-    """The tokens of `examples` as `config` lays them out and cuts them; `setting` is the one that errors name."""
-    task = tasks.task_named(config.base.task)
-    return task.reader.encode(config, examples, tokenizer, seq_len, setting)
+    """The tokens of `examples` to score as `config` lays them out and cuts them; errors name `setting`."""
+    reader = tasks.task_named(config.base.task).reader
+    return (reader.encode_held_out or reader.encode)(config, examples, tokenizer, seq_len, setting)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:

@@ -81,6 +81,15 @@ def test_an_unknown_setting_suggests_the_nearest(wrong, right):
         RunConfig.from_flat({wrong: 1})
 
 
+def test_a_name_that_is_mapped_twice_is_refused():
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_flat({"columns": "source=a, target=c,source =b,target=c"})
+    assert "--columns = 'source=a, target=c,source =b,target=c': names 'source' and 'target' more than once" in str(
+        caught.value
+    )
+    assert len(caught.value.faults) == 1
+
+
 def test_rules_hold_in_the_python_door_too():
     with pytest.raises(UserError, match="--full"):
         BaseConfig(full=True)

@@ -36,6 +36,17 @@ def test_words_tags_and_the_line_on_which_a_sentence_begins():
         ("a  O\nb O", [["a", "b"]]),
         ("a\nb\n\nc\n", [["a", "b"], ["c"]]),
         ("\n\n", []),
+        ("", []),
+        ("a\tO\r\rb\tO\rc\tO\r", [["a"], ["b", "c"]]),  # lines as old Macs end them
+        ("a\tO\r\r\nb\tO\r\r\n", [["a", "b"]]),  # and converted twice
+        ("a\u2028b\tO\nc\x0b\tO\n", [["a\u2028b", "c\x0b"]]),
+        ("# id 1\n# text = a b\na O\nb O\n\n# id 2\nc O\n", [["a", "b"], ["c"]]),  # comments
+        ("# id 1\na\tO\n\n# id 2\n# 7\tO\n", [["a"], ["# 7"]]),
+        ("# id\na O\n\n# id\n# O\nb O\n", [["a"], ["#", "b"]]),
+        ("# O\na O\n# B-x\n\n# I-x\nb O\n", [["#", "a", "#"], ["#", "b"]]),  # the token itself
+        ("# SYM\n1 NUM\n", [["#", "1"]]),
+        ("# O\n", [["#"]]),
+        ("# id 1\na\n#\n\n# id 2\n# \nb\n", [["a", "#"], ["#", "b"]]),
     ],
 )
 def test_odd_files(text, expected):
@@ -65,8 +76,8 @@ def test_what_was_written_is_read(content, has_returns):
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
-        ("word", "a.conll:2.*has 1 columns where the first line has 2"),
-        ("a\tb\tO", "has 3 columns where the first line has 2"),
+        ("word", "a.conll:2.*has 1 columns where the first one with a word, line 1, has 2"),
+        ("a\tb\tO", "has 3 columns where the first one with a word, line 1, has 2"),
         ("\tO", "has no word in its first column"),
         ("word\t", "has no tag behind 'word'"),
     ],
@@ -74,6 +85,11 @@ def test_what_was_written_is_read(content, has_returns):
 def test_a_line_that_is_none_is_named(line, rule):
     with pytest.raises(UserError, match=rule):
         sentences(f"a\tO\n{line}\nb\tO\n")
+
+
+def test_a_comment_does_not_say_how_many_columns_there_are():
+    with pytest.raises(UserError, match=r"a.conll:4.*has 3 columns where the first one with a word, line 3, has 2"):
+        sentences("# id 1\n\na O\n# id 2\n")
 
 
 def test_every_bad_line_is_told_at_once():
@@ -87,6 +103,11 @@ def test_every_bad_line_is_told_at_once():
 )
 def test_what_does_not_look_like_it(text):
     assert not looks_like_conll(text)
+
+
+def test_comments_and_old_line_ends_do_not_hide_what_it_is():
+    assert looks_like_conll("# id 1\n# text = Ann\nAnn B-person\n")
+    assert looks_like_conll(TWO.replace("\n", "\r"))
 
 
 @pytest.mark.parametrize("name", ["a.conll", "a.bio", "a.test.annotated", "a.txt", "a.tsv", "a"])

@@ -224,6 +224,7 @@ def test_preview_audits_answers(workshop, capsys, tmp_path):
     main(["preview", "--model", str(workshop.base("bert")), "--data", data, "--rows", "2", "--seq-len", "32"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"«{HELD_OUT[1]['answers']['text'][0]}»" in shown
+    assert shown.count("«no answer»") == 1  # in the window without it
     assert "window 1 of 2" in shown
     assert "with an answer │ 4 (80.0%)" in shown
     assert "windows to an example: mean / max │ 2.00 / 2" in shown

@@ -219,7 +219,7 @@ def test_preview_audits_tags(workshop, tmp_path, capsys):
     sets = ["--data", str(workshop.data), "--eval-data", str(held_out)]
     main(["preview", "--model", str(workshop.base("bert")), *sets, "--seq-len", "9"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "hi/O Ann/B-person Lee/I-person !/O" in shown
+    assert "«hi/O Ann/B-person»" in shown  # and nothing of the words that are cut off
     assert "entities person │ 12 (50.0%)" in shown
     assert "B-ship (1)" in shown
     assert "entities cut off or cut short │ 6" in shown

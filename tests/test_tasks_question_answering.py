@@ -193,6 +193,16 @@ def test_the_audit():
     assert (report.duplicates, report.empty, report.truncated, report.kept) == (1, 1, 0, 3)
 
 
+def test_what_each_window_learns_in_words():
+    example = asked("x" * 30 + "yz" + "x" * 30, "yz")
+    found = encoded([example]).rows
+    assert sorted({TASK.reader.answer(example, row) for row in found}) == ["no answer", "yz"]
+    assert [TASK.reader.answer(example, row) == "yz" for row in found] == [row.label != (0, 0) for row in found]
+    unanswered = asked("abc")
+    (row,) = encode_unlabelled([unanswered], TOKENIZER, 24, BASE).rows
+    assert TASK.reader.answer(unanswered, row) == "no answer"
+
+
 def test_what_is_said_and_written(tmp_path):
     metrics = {"loss": 0.5, "exact_match": 0.25, "f1": 0.5, "exact_match_answerable": 0.1, "f1_answerable": 0.2}
     assert TASK.judge.said(metrics) == "held-out loss 0.5000, exact match 25.0%, F1 50.0%"

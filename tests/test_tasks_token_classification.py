@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from classifiers import CLS_ID, SEP_ID, encoder_tokenizer
 from families import tiny_tokenizer
+from tokenizers import normalizers
 
+from qlora_kit import inputs
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.task_models import tagging_loss
@@ -19,6 +23,16 @@ LABELS = ("O", "B-x", "I-x")
 
 def sentence(text, *tags):
     return TaggedWords(tuple(text.split()), tags or None, "a.conll:1")
+
+
+def dropping_tokenizer():
+    """A tokenizer of bytes that drops the space without width."""
+    tokenizer = encoder_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    return tokenizer
+
+
+DROPPING = dropping_tokenizer()
 
 
 def settings(labels=LABELS):
@@ -41,12 +55,33 @@ def test_rows_that_are_cut_say_how_many_words_they_lost():
     assert (row.labels, row.lost, row.truncated) == ([-100, 1, -100, -100, 0, -100], 1, True)
 
 
+def test_what_a_row_learns_in_words_is_of_the_words_that_are_seen():
+    example = sentence("ab \u200b cd ef", "B-x", "O", "O", "I-x")
+    (row,) = encode_untagged([example], DROPPING, 8, settings().base).rows
+    assert row.lost == 1
+    assert TASK.reader.answer(example, row) == "ab/B-x cd/O"
+
+
 def test_sentences_without_anything_to_learn_are_left_out():
     encoded = encode(settings(), [sentence(""), sentence("a", "O")], encoder_tokenizer(), 9, "--data")
     assert (len(encoded), encoded.report.examples, encoded.report.kept, encoded.report.empty) == (1, 2, 1, 1)
     assert len(encode_untagged([sentence(""), sentence("a")], encoder_tokenizer(), 9, settings().base)) == 2
     with pytest.raises(UserError, match="has no word within 9 tokens"):
         encode(settings(), [sentence("")], encoder_tokenizer(), 9, "--data")
+
+
+def test_a_sentence_of_which_nothing_is_seen_counts_where_models_are_scored():
+    unseen = sentence("\u200b \u200b", "B-x", "O")  # a tokenizer drops such characters
+    empty = TaggedWords((), (), "a.conll:9")
+    encoded = inputs.encode(settings(), [sentence("a", "O"), unseen, empty], DROPPING, 9, "--eval-data")
+    assert [row.words for row in encoded.rows] == [("a",), unseen.words, ()]
+    scores = TASK.judge.score(Scripted(TABLE), asked(2, encoded.rows, TagCollator(DROPPING, 9)), settings().base)
+    assert scores.metrics["examples"] == 3
+    assert (scores.report["words"], scores.report["words_without_pieces"]) == (3, 2)
+    assert math.isfinite(scores.metrics["loss"])
+    assert len(encode(settings(), [sentence("a", "O"), unseen], DROPPING, 9, "--data")) == 1
+    with pytest.raises(UserError, match=r"--eval-data.*has no word within 9 tokens"):
+        inputs.encode(settings(), [unseen], DROPPING, 9, "--eval-data")
 
 
 def test_a_tag_that_is_not_in_the_map_is_refused():
@@ -128,6 +163,14 @@ def test_scores_are_plain_counts_whatever_the_batch(size):
     assert scores.report["words"] == words == len(losses) + scores.report["words_cut_off"]
     assert scores.report["words_cut_off"] == 4
     assert scores.metrics["examples"] == 4
+
+
+def test_words_that_are_not_seen_count_as_outside_whatever_label_is_the_first():
+    config, sees_o = settings(("B-x", "O")), torch.tensor([[0.0, 1.0]]).expand(320, 2)
+    found = encode(config, [sentence("a b c", "O", "O", "O")], encoder_tokenizer(), 3, "--data").rows
+    scores = TASK.judge.score(Scripted(sees_o), asked(1, found, TagCollator(encoder_tokenizer(), 3)), config.base)
+    assert scores.report["words_cut_off"] == 2
+    assert scores.metrics["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("size", [1, 4])

@@ -10,7 +10,7 @@ from classifiers import CLS_ID, SEP_ID, encoder_tokenizer
 from families import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.errors import UserError
@@ -131,6 +131,30 @@ def test_an_answer_within_tokens_gets_the_fewest_that_hold_it(part, expected):
     (row,) = rows(asked(context, (start, start + len(part))), "pieces")
     begin, end = row.characters(*row.label)
     assert context[begin:end] == expected
+
+
+@pytest.mark.parametrize(
+    ("context", "part"),
+    [
+        ("a cafe\u0301 a", "cafe\u0301"),
+        ("a cafe\u0301", "cafe\u0301"),
+        ("e\u0301e\u0323\u0301. a", "e\u0301e\u0323\u0301"),
+        ("\u00e9. a", "\u00e9"),
+    ],
+)
+def test_marks_that_the_tokenizer_strips_belong_to_the_character_before_them(context, part):
+    stripping = word_pieces()
+    stripping.backend_tokenizer.normalizer = normalizers.BertNormalizer()
+    start = context.index(part)
+    for labelled in (asked(context, (start, start + len(part))), asked(context, (start, start + 1))):
+        (row,) = rows_of([labelled], stripping, 24, labelled=True)
+        begin, end = row.characters(*row.label)
+        assert context[begin:end] == part
+
+
+def test_a_mark_that_is_a_token_of_its_own_is_none_of_the_one_before():
+    (row,) = rows(asked("e\u0301", (0, 1)))
+    assert row.characters(*row.label) == (0, 1)
 
 
 def test_an_answer_that_no_token_holds_is_none():

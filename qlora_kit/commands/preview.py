@@ -89,7 +89,7 @@ def _preview_answers(
                 if task.model.decodes:
                     answer = "".join(f"«{_shown(token, tokenizer)}»" for token in encoded.labels)
                 else:
-                    answer = f"«{task.reader.answer(examples[row - 1])}»"
+                    answer = f"«{task.reader.answer(examples[row - 1], encoded)}»"
                 console.print(text.append(f" {answer}", style="not dim bold green"))
                 console.print()
     sets = {"--data": examples}

@@ -1,7 +1,8 @@
 """CoNLL files: a word a line with its tag in the last column, a blank line between sentences.
 
 Columns stand between tabs, or where a file has none between spaces. A file of one column has words without tags. As in
-the shared tasks CoNLL-2003 and WNUT-17, lines with -DOCSTART- begin a document and hold no word.
+the shared tasks CoNLL-2003 and WNUT-17, lines with -DOCSTART- begin a document and hold no word. Nor do comments, lines
+with "# " before a sentence.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from qlora_kit.data.problems import Problems
 
 SUFFIXES = (".conll", ".bio", ".iob", ".iob2", ".bioes")
 DOCUMENT = "-DOCSTART-"
+COMMENT = "# "
+LINE_END = re.compile(r"\r*\n|\r")  # and no other: words may hold the rest of what `str.splitlines` takes for one
 TAG = re.compile(r"O|[BIESUL]-\S+")
 LOOKED_AT = 200  # words by which a file is recognised
 LEAST_TAGGED = 0.9  # of them have a tag
-BLANK = " \t\r"  # other white space, such as that without a break, may be a word
+BLANK = " \t"  # other white space, such as that without a break, may be a word
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Sentence:
 
 def looks_like_conll(text: str) -> bool:
     """Whether nearly every line has a word and a tag (O, B-person, …); the others are for `read_sentences` to name."""
-    lines = [line for line in text.split("\n") if _is_word(line)][:LOOKED_AT]
+    lines = [line for line in LINE_END.split(text) if _is_plain(line)][:LOOKED_AT]
     rows = [_columns(line, "\t" in lines[0]) for line in lines]
     tagged = sum(len(row) > 1 and TAG.fullmatch(row[-1]) is not None for row in rows)
     return bool(rows) and tagged >= LEAST_TAGGED * len(rows)
@@ -39,9 +42,8 @@ def looks_like_conll(text: str) -> bool:
 
 def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentence]:
     """The sentences of the file `path` that holds `text`; lines that are none of it go to `problems`."""
-    lines = text.split("\n")
-    first = next((line for line in lines if _is_word(line)), "")
-    has_tabs, width = "\t" in first, 0
+    lines = LINE_END.split(text)
+    layout = _layout(lines)
     sentence = Sentence(0)
     for number, line in enumerate(lines, start=1):
         if not _is_word(line):
@@ -49,18 +51,59 @@ def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentenc
                 yield sentence
             sentence = Sentence(0)
             continue
-        columns = _columns(line, has_tabs)
-        width = width or len(columns)
-        rule = _fault(columns, width)
+        columns = _columns(line, layout.has_tabs)
+        if not sentence.words and line.startswith(COMMENT) and layout.is_comment(columns):
+            continue
+        rule = layout.fault(columns)
         if rule is not None:
             problems.add(f"{path}:{number}", rule)
             continue
         sentence.line = sentence.line or number
         sentence.words.append(columns[0])
-        if width > 1:
+        if layout.width > 1:
             sentence.tags.append(columns[-1])
     if sentence.words:
         yield sentence
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the first line with a word says of a file: its `number`, its `columns`, and what stands between them."""
+
+    number: int
+    columns: list[str]
+    has_tabs: bool
+
+    @property
+    def width(self) -> int:
+        return len(self.columns)
+
+    def is_comment(self, columns: list[str]) -> bool:
+        """Whether a line that begins as a comment is one, and not the token # with its tag."""
+        if len(columns) == self.width > 1:
+            return TAG.fullmatch(columns[-1]) is None and TAG.fullmatch(self.columns[-1]) is not None
+        return len(columns) > 1 or self.has_tabs
+
+    def fault(self, columns: list[str]) -> str | None:
+        """The rule that a line breaks, or None."""
+        if len(columns) != self.width:
+            first = f"the first one with a word, line {self.number}, has {self.width}"
+            return f"has {len(columns)} columns where {first}: a word, and its tag in the last one"
+        if not columns[0]:
+            return "has no word in its first column"
+        return None if columns[-1] else f"has no tag behind {columns[0]!r}"
+
+
+def _layout(lines: list[str]) -> _Layout:
+    """The layout of a file; a line that may be a comment says it only where there is no other."""
+    numbers = [number for number, line in enumerate(lines, start=1) if _is_word(line)]
+    first = next((number for number in numbers if _is_plain(lines[number - 1])), numbers[0] if numbers else 1)
+    has_tabs = "\t" in lines[first - 1]
+    return _Layout(first, _columns(lines[first - 1], has_tabs), has_tabs)
+
+
+def _is_plain(line: str) -> bool:
+    return _is_word(line) and not line.startswith(COMMENT)
 
 
 def _is_word(line: str) -> bool:
@@ -68,15 +111,5 @@ def _is_word(line: str) -> bool:
 
 
 def _columns(line: str, has_tabs: bool) -> list[str]:
-    line = line.rstrip("\r")
     parts = line.split("\t") if has_tabs else re.split(r"[ \t]+", line.strip(BLANK))
     return [part.strip(BLANK) for part in parts]
-
-
-def _fault(columns: list[str], width: int) -> str | None:
-    """The rule that a line breaks, or None."""
-    if len(columns) != width:
-        return f"has {len(columns)} columns where the first line has {width}: a word, and its tag in the last one"
-    if not columns[0]:
-        return "has no word in its first column"
-    return None if columns[-1] else f"has no tag behind {columns[0]!r}"

@@ -268,6 +268,14 @@ def _audit_rows(encoded: WindowSet) -> list[tuple[str, str]]:
     ]
 
 
+def _learned(example: AskedContext, row: WindowRow) -> str:
+    """The part of the context that a row learns to point at, which may be more than the answer to whole tokens."""
+    if row.label in (None, NO_ANSWER):
+        return "no answer"
+    start, end = row.characters(*row.label)
+    return example.context[start:end]
+
+
 def _answer_tokens(row: WindowRow) -> int:
     """The tokens of the answer that a row learns."""
     return 0 if row.label in (None, NO_ANSWER) else row.label[1] - row.label[0] + 1
@@ -281,7 +289,7 @@ TASK = Task(
         _resolve,
         encode,
         _audit,
-        lambda example: example.answers[0].text if example.answers else "",
+        _learned,
         _audit_rows,
     ),
     Judge(

@@ -67,8 +67,10 @@ class Reader:
     resolve: Callable[[BaseConfig, Sequence[Any], str], BaseConfig]  # the labels in the training examples
     encode: Callable[[RunConfig, Sequence[Any], PreTrainedTokenizerBase, int, str], Any]
     audit: Callable[[Sequence[Any], Sequence[Any]], list[tuple[str, str]]]  # lines on examples, beside training ones
-    answer: Callable[[Any], str]  # of an example, in words
+    answer: Callable[[Any, Any], str]  # what an encoded row of an example learns, in words
     audit_rows: Callable[[Any], list[tuple[str, str]]] = lambda encoded: []  # lines on an encoded set
+    encode_held_out: Callable[[RunConfig, Sequence[Any], PreTrainedTokenizerBase, int, str], Any] | None = None
+    """`encode` for examples to score, where it is not that for those to train on."""
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ def _audit(examples: Sequence[LabelledText], training: Sequence[LabelledText]) -
 
 TASK = Task(
     CLASSIFICATION,
-    Reader(labelled_texts.fits, labelled_texts.read, _resolve, encode, _audit, lambda e: ", ".join(e.labels)),
+    Reader(labelled_texts.fits, labelled_texts.read, _resolve, encode, _audit, lambda e, row: ", ".join(e.labels)),
     Judge(
         _score,
         {"f1": True, "accuracy": True, "f1_weighted": True, "loss": False},

@@ -53,7 +53,7 @@ def _said(metrics: Mapping[str, float]) -> str:
 
 TASK = Task(
     GENERATION,
-    Reader(_fits, _read, _resolve, _encode, lambda examples, training: [], lambda example: example.completion),
+    Reader(_fits, _read, _resolve, _encode, lambda examples, training: [], lambda example, row: example.completion),
     Judge(_score, {"loss": False}, "loss", _said),
     _collator,
 )

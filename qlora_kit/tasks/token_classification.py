@@ -75,13 +75,20 @@ def encode(
 
     Raises `UserError` for tags that are not among the labels of `config`, with the places.
     """
+    encoded = encode_held_out(config, examples, tokenizer, seq_len, setting)
+    return TaggedSet([row for row in encoded.rows if _supervised(row)], encoded.report)
+
+
+def encode_held_out(
+    config: RunConfig, examples: Sequence[TaggedWords], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
+) -> TaggedSet:
+    """The same with every sentence: to score, words that a model does not see count too. Raises `UserError` alike."""
     check_tags(config.base, examples, setting)
     encoded = _encoded(examples, config.base.labels or (), tokenizer, seq_len, setting)
-    kept = [row for row in encoded.rows if _supervised(row)]
-    if not kept:
+    if not any(_supervised(row) for row in encoded.rows):
         rule = f"has no word within {seq_len} tokens that the tokenizer makes anything of"
         raise UserError.of(setting, f"{len(examples)} sentences", rule, "Give sentences with words.")
-    return TaggedSet(kept, encoded.report)
+    return encoded
 
 
 def encode_untagged(
@@ -292,6 +299,12 @@ def _audit_rows(encoded: TaggedSet) -> list[tuple[str, str]]:
     ]
 
 
+def _learned(example: TaggedWords, row: TaggedRow) -> str:
+    """The words that a model sees, each with its tag."""
+    found = zip(example.words, example.tags or (), row.firsts, strict=False)
+    return " ".join(f"{word}/{tag}" for word, tag, first in found if first is not None)
+
+
 def _cut_entities(row: TaggedRow) -> int:
     """The entities that have a word which was cut off."""
     if not row.lost:
@@ -310,8 +323,9 @@ TASK = Task(
         resolve_tags,
         encode,
         _audit,
-        lambda e: " ".join(f"{word}/{tag}" for word, tag in zip(e.words, e.tags or (), strict=False)),
+        _learned,
         _audit_rows,
+        encode_held_out,
     ),
     Judge(
         _score,

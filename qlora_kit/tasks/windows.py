@@ -7,6 +7,7 @@ by a quarter of a row at least.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,9 +53,20 @@ class WindowRow:
 
     def characters(self, first: int, last: int) -> tuple[int, int]:
         """The characters of the context from token `first` of the row to `last`, without white space at the ends."""
-        start, end = int(self.offsets[first - self.context_at, 0]), int(self.offsets[last - self.context_at, 1])
+        start, end = int(self.offsets[first - self.context_at, 0]), self._end(last - self.context_at)
         text = self.example.context[start:end]
         return start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
+
+    def _end(self, place: int) -> int:
+        """The character behind token `place` of the context, with marks on its last one that no token holds.
+
+        Normalizers that strip accents, such as BERT's, drop such marks where they are characters of their own.
+        """
+        end, context = int(self.offsets[place, 1]), self.example.context
+        limit = int(self.offsets[place + 1, 0]) if place + 1 < len(self.offsets) else len(context)
+        while end < limit and unicodedata.category(context[end]).startswith("M"):
+            end += 1
+        return end
 
 
 def starts(tokens: int, room: int, overlap: int) -> list[int]:
