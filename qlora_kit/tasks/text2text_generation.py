@@ -17,7 +17,7 @@ from qlora_kit.data.audit import AuditReport, audit_lengths
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
 from qlora_kit.runs import write_json
-from qlora_kit.scoring import NOT_DRAWN, stop_ids, undisturbed
+from qlora_kit.scoring import end_ids, undisturbed
 from qlora_kit.task_models import TEXT2TEXT, sequence_loss
 from qlora_kit.tasks import source_targets
 from qlora_kit.tasks.source_targets import SourceTarget
@@ -31,8 +31,17 @@ if TYPE_CHECKING:
 PAD_MULTIPLE = 8
 MORE_TOKENS = 8  # that an answer may have beyond the longest one expected, so that one that goes on is seen to
 REPORT_FILE = "evaluation.json"
-# what the base's own generation settings (beams, a least length) must not do to a greedy answer
-GREEDY = {"do_sample": False, "num_beams": 1, "min_length": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
+GREEDY = {"do_sample": False, "num_beams": 1}
+# of the generation settings that a model came with only these stay: what may begin or end an answer, or not be in it
+KEPT = (
+    "bos_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -238,24 +247,31 @@ def next_logits(model: Any, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int) -> list[str]:
-    """The greedy answers to the sources of `batch`, each ended by one of `stop_ids` or after `max_new_tokens`.
+def greedy_settings(came_with: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The fields of a `GenerationConfig` for greedy answers, of a model that came with that one and `config`."""
+    start = getattr(config, "decoder_start_token_id", None)  # in training it is always this one
+    own = {"decoder_start_token_id": start, **came_with.to_diff_dict()}
+    kept = {name: own[name] for name in KEPT if own.get(name) is not None}
+    ends = end_ids(own.get("eos_token_id"), tokenizer)
+    return {**kept, **GREEDY, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
 
-    Of the generation settings that the model came with only those stay that say which tokens may begin or end an
-    answer, or may not be in it. Call it within `undisturbed`.
+
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int) -> list[str]:
+    """The greedy answers to the sources of `batch`, each ended by one of its `end_ids` or after `max_new_tokens`.
+
+    Of the generation settings that the model came with only those in `KEPT` have a say. Call it within `undisturbed`.
     """
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(
-        max_new_tokens=_room(model, max_new_tokens),
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_ids(model, tokenizer),
-        **GREEDY,
-        **NOT_DRAWN,
-    )
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    came_with = own.generation_config
+    settings = greedy_settings(came_with, own.config, tokenizer)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    out_BT = model.generate(**inputs, generation_config=settings)
+    own.generation_config = GenerationConfig(**settings)  # what is unset in one that is given comes from the model's
+    try:
+        out_BT = own.generate(**inputs, max_new_tokens=_room(model, max_new_tokens), use_cache=True)
+    finally:
+        own.generation_config = came_with
     texts: list[str] = tokenizer.batch_decode(out_BT, skip_special_tokens=True)
     return texts
 
