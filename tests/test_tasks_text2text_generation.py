@@ -26,6 +26,7 @@ from qlora_kit.tasks.text2text_generation import (
     greedy_settings,
     target_ids,
 )
+from qlora_kit.tasks.text_metrics import text_metrics
 
 SEQ_LEN = 32
 
@@ -155,6 +156,19 @@ def test_answers_of_a_padded_batch_are_those_of_single_rows(kind):
         with torch.no_grad():
             out = model.generate(input_ids=torch.tensor([row.input_ids]), max_new_tokens=SEQ_LEN, do_sample=False)
         assert pair_tokenizer(kind).decode(out[0], skip_special_tokens=True) == text
+
+
+def test_answers_are_scored_against_targets_as_they_were_given():
+    """Not what the tokenizer makes of them: here they are cut, and one has the name of a token that is not said."""
+    targets = ["b" * 50, "a</s>b\r\n", "c"]
+    examples = [example("a", target) for target in targets]
+    model = tiny_model("t5-gated")
+    scores = TASK.judge.score(model, asked((3,), examples, "t5-gated"), BaseConfig())
+    assert [text["expected"] for text in scores.report["texts"]] == targets
+    answers = [text["answer"] for text in scores.report["texts"]]
+    assert {name: scores.metrics[name] for name in ("chrf", "rougeL")} == {
+        name: value for name, value in text_metrics(answers, targets).items() if name in ("chrf", "rougeL")
+    }
 
 
 OF_ANOTHER_ANSWER = [

@@ -57,6 +57,7 @@ class PairRow:
     origin: str
     full_tokens: int  # of the source
     full_target_tokens: int
+    target: str | None  # as it stands in the data: answers are scored against it
 
     @property
     def truncated(self) -> bool:
@@ -163,7 +164,7 @@ def _row(example: SourceTarget, tokenizer: PreTrainedTokenizerBase, seq_len: int
     labels, full_target_tokens = None, 0
     if example.target is not None:
         labels, full_target_tokens = target_ids(example.target, tokenizer, seq_len)
-    return PairRow(ids, labels, seq_len, example.origin, full_tokens, full_target_tokens)
+    return PairRow(ids, labels, seq_len, example.origin, full_tokens, full_target_tokens, example.target)
 
 
 def target_ids(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[list[int], int]:
@@ -218,7 +219,7 @@ def _collator(
 
 
 def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
-    """The mean loss over all target tokens, and how close the greedy answers come to the targets.
+    """The mean loss over all target tokens, and how close the greedy answers come to the targets as they were given.
 
     An answer may have a few tokens more than the longest target: that is the same for all, whatever their batches.
     """
@@ -231,7 +232,7 @@ def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
             total += float(sequence_loss(next_logits(model, batch), labels, 1, None))
             tokens += int((labels != IGNORED).sum())
             answers += generate(model, asked.tokenizer, batch, most)
-    expected = [_decoded(asked.tokenizer, row.labels) for row in asked.rows]
+    expected = [row.target or "" for row in asked.rows]
     loss = total / max(tokens, 1)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), **text_metrics(answers, expected)}
     texts = [{"expected": true, "answer": own} for true, own in zip(expected, answers, strict=True)]
@@ -280,10 +281,6 @@ def _room(model: Any, max_new_tokens: int) -> int:
     """The tokens that an answer may have before the decoder's positions end, the first of which its start takes."""
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
     return max_new_tokens if positions is None else max(1, min(max_new_tokens, positions - 1))
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _said(metrics: Mapping[str, float]) -> str:
