@@ -25,6 +25,9 @@ TOKENIZER_PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
+    "source.spm",  # of Marian, beside vocab.json
+    "target.spm",
+    "target_vocab.json",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
