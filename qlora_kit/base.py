@@ -195,7 +195,7 @@ def _first_line(error: BaseException) -> str:
 def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `config.tokenizer`, or the model's own; random weights without one take the demo's.
 
-    Raises `UserError` where there is none or it cannot be read.
+    Raises `UserError` where there is none, it cannot be read, or a package that it needs is missing.
     """
     from transformers import AutoTokenizer
 
@@ -208,6 +208,8 @@ def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
     try:
         revision = config.revision if source == model_source(config) else None
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
+    except ImportError as error:
+        raise _lacks_package(setting, source, error) from None
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError.of(
             setting,
@@ -215,6 +217,15 @@ def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
             f"its tokenizer cannot be read ({_first_line(error)})",
             "Give a folder with tokenizer.json and tokenizer_config.json.",
         ) from None
+
+
+def _lacks_package(setting: str, source: str, error: ImportError) -> UserError:
+    """What to say where a tokenizer needs a package that is not there: Marian's needs sentencepiece."""
+    if "sentencepiece" in str(error).lower():
+        rule, remedy = "its tokenizer needs the package sentencepiece", "Install it: pip install sentencepiece"
+    else:
+        rule, remedy = f"its tokenizer needs a package that is missing ({_first_line(error)})", "Install it."
+    return UserError.of(setting, source, rule, remedy)
 
 
 def _tokenizer_source(config: BaseConfig) -> tuple[str, str]:

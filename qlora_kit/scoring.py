@@ -130,7 +130,11 @@ def answer_all(
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: end of text, and those that the model came with (an end of turn)."""
-    own = model.generation_config.eos_token_id
+    return end_ids(model.generation_config.eos_token_id, tokenizer)
+
+
+def end_ids(own: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end of text of `tokenizer`, and the tokens that a model came with to end answers."""
     return sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
 
 

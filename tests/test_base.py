@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -238,6 +239,17 @@ def test_the_tokenizer_is_the_models_or_the_one_named(tmp_path):
     assert load_tokenizer(BaseConfig(model="gpt2", weights="random")).get_vocab()  # the demo's
     with pytest.raises(UserError, match="--tokenizer"):
         load_tokenizer(BaseConfig(model=str(folder), tokenizer=str(tmp_path)))
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it is installed")
+def test_a_tokenizer_that_needs_a_package_says_which(tmp_path):
+    folder = save_tiny(tmp_path, "gpt2")
+    (folder / "tokenizer.json").unlink()
+    for name in ("vocab.json", "source.spm", "target.spm"):
+        (folder / name).write_text("{}")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
+    with pytest.raises(UserError, match="pip install sentencepiece"):
+        load_tokenizer(BaseConfig(model=str(folder)))
 
 
 def test_the_hash_follows_the_content_and_not_the_place(tmp_path):

@@ -59,6 +59,14 @@ def test_every_kind_of_tokenizer_comes_along(tmp_path, name):
     assert found == wanted
 
 
+def test_all_files_of_marians_tokenizer_come_along(tmp_path):
+    names = {"vocab.json", "target_vocab.json", "source.spm", "target.spm", "tokenizer_config.json"}
+    source, out = folder_with(tmp_path / "source", *names), folder_with(tmp_path / "out")
+    out.mkdir()
+    copy_side_files(folder_with(tmp_path / "base", "config.json"), source, out, with_code=False)
+    assert {file.name for file in out.iterdir()} == names
+
+
 def test_the_tokenizer_asked_for_is_in_the_release(tmp_path):
     base = save_tiny(tmp_path / "base", "llama")
     adapter = make_adapter(base, tmp_path / "adapter")

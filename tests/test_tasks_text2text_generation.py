@@ -17,7 +17,16 @@ from qlora_kit.errors import UserError
 from qlora_kit.scoring import undisturbed
 from qlora_kit.tasks.source_targets import SourceTarget
 from qlora_kit.tasks.task import Asked
-from qlora_kit.tasks.text2text_generation import TASK, PairCollator, encode, encode_unanswered, generate, target_ids
+from qlora_kit.tasks.text2text_generation import (
+    TASK,
+    PairCollator,
+    encode,
+    encode_unanswered,
+    generate,
+    greedy_settings,
+    target_ids,
+)
+from qlora_kit.tasks.text_metrics import text_metrics
 
 SEQ_LEN = 32
 
@@ -149,13 +158,69 @@ def test_answers_of_a_padded_batch_are_those_of_single_rows(kind):
         assert pair_tokenizer(kind).decode(out[0], skip_special_tokens=True) == text
 
 
-def test_greedy_answers_take_no_beams_nor_least_length_from_the_model():
+def test_answers_are_scored_against_targets_as_they_were_given():
+    """Not what the tokenizer makes of them: here they are cut, and one has the name of a token that is not said."""
+    targets = ["b" * 50, "a</s>b\r\n", "c"]
+    examples = [example("a", target) for target in targets]
+    model = tiny_model("t5-gated")
+    scores = TASK.judge.score(model, asked((3,), examples, "t5-gated"), BaseConfig())
+    assert [text["expected"] for text in scores.report["texts"]] == targets
+    answers = [text["answer"] for text in scores.report["texts"]]
+    assert {name: scores.metrics[name] for name in ("chrf", "rougeL")} == {
+        name: value for name, value in text_metrics(answers, targets).items() if name in ("chrf", "rougeL")
+    }
+
+
+OF_ANOTHER_ANSWER = [
+    {"do_sample": True, "temperature": 9.0, "top_k": 0},
+    {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 2.0},
+    {"min_length": 11},
+    {"no_repeat_ngram_size": 1},
+    {"repetition_penalty": 3.0},
+    {"encoder_repetition_penalty": 3.0},
+    {"exponential_decay_length_penalty": [1, 9.0]},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"stop_strings": ["a"]},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"max_length": 2},
+]
+
+
+@pytest.mark.parametrize("own", OF_ANOTHER_ANSWER, ids=lambda own: next(iter(own)))
+def test_answers_are_greedy_whatever_the_model_came_with(own):
     model = tiny_model("t5-gated")
     batch = asked((5,), kind="t5-gated").batches[0]
     with undisturbed(model):
         plain = generate(model, pair_tokenizer(), batch, 12)
-        model.generation_config.update(num_beams=4, min_length=11, no_repeat_ngram_size=1, repetition_penalty=3.0)
+        model.generation_config.update(**own)
         assert generate(model, pair_tokenizer(), batch, 12) == plain
+    assert all(getattr(model.generation_config, name) == value for name, value in own.items())
+
+
+def test_tokens_that_end_an_answer_or_are_kept_out_stay_the_models():
+    model, tokenizer = tiny_model("t5-gated"), pair_tokenizer()
+    batch = asked((1,), kind="t5-gated").batches[0]
+    with undisturbed(model):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        ids = model.generate(**inputs, max_new_tokens=8)[0].tolist()
+        model.generation_config.eos_token_id = [EOS_ID, ids[1]]
+        assert generate(model, tokenizer, batch, 8) == [tokenizer.decode(ids[1:2])]
+        model.generation_config.update(eos_token_id=EOS_ID, suppress_tokens=[ids[1]])
+        assert generate(model, tokenizer, batch, 1) != [tokenizer.decode(ids[1:2])]
+
+
+def test_settings_for_greedy_answers_are_said():
+    model = tiny_model("bart")
+    model.generation_config.update(num_beams=4, do_sample=True, eos_token_id=[7], decoder_start_token_id=None)
+    assert greedy_settings(model.generation_config, model.config, pair_tokenizer("bart")) == {
+        "do_sample": False,
+        "num_beams": 1,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": [7, EOS_ID],
+        "pad_token_id": PAD_ID,
+        "decoder_start_token_id": EOS_ID,
+        "forced_eos_token_id": EOS_ID,
+    }
 
 
 def test_answers_end_where_the_positions_do():

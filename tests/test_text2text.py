@@ -189,8 +189,25 @@ def test_the_release_gives_the_texts_of_the_run_to_stock_transformers(workshop, 
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(release), AutoTokenizer.from_pretrained(release)
     for line in lines:
         ids = tokenizer(PREFIX + line["source"], return_tensors="pt")["input_ids"]
-        out = model.generate(input_ids=ids, max_new_tokens=128, do_sample=False, num_beams=1)
+        out = model.generate(input_ids=ids, max_new_tokens=128)
         assert tokenizer.decode(out[0], skip_special_tokens=True) == line["text"]
+
+
+def test_a_release_answers_as_predict_whatever_its_base_came_with(workshop, in_this_process, capsys):
+    base = shutil.copytree(workshop.base("bart"), workshop.root / "beams")
+    file = base / "generation_config.json"
+    own = json.loads(file.read_text())
+    beams = {"num_beams": 4, "num_return_sequences": 2, "min_length": 9, "no_repeat_ngram_size": 1, "max_length": 11}
+    file.write_text(json.dumps({**own, **beams, "suppress_tokens": [97], "do_sample": True}))
+    folder, release = workshop.root / "beams-run", workshop.root / "beams-release"
+    train(workshop.config("bart", 32, folder.name, base={"model": str(base)}), QUIET)
+    main(["merge", "--run", str(folder), "--out", str(release), "--dtype", "fp32"])
+    found = json.loads((release / "generation_config.json").read_text())
+    assert (found["do_sample"], found["num_beams"], found["suppress_tokens"]) == (False, 1, [97])
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(release), AutoTokenizer.from_pretrained(release)
+    for line in predicted(workshop, capsys, "--run", str(folder)):
+        out = model.generate(tokenizer(line["source"], return_tensors="pt")["input_ids"], max_new_tokens=32)
+        assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in out] == [line["text"]]
 
 
 def test_an_adapter_by_itself_says_its_task(workshop, in_this_process, capsys):

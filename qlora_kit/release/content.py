@@ -25,11 +25,14 @@ TOKENIZER_PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
+    "source.spm",  # of Marian, beside vocab.json
+    "target.spm",
+    "target_vocab.json",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-BASE_FILES = ("generation_config.json",)
+GENERATION_FILE = "generation_config.json"
 LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a card, as the hub names them
 
 
@@ -103,7 +106,7 @@ def copy_side_files(base: Path, tokenizer: Path | None, folder: Path, with_code:
 
     Code that comes with the base is copied only where the user trusts it (`with_code`).
     """
-    patterns = [*BASE_FILES, *base_model.LICENCE_PATTERNS, *(["*.py"] if with_code else [])]
+    patterns = [GENERATION_FILE, *base_model.LICENCE_PATTERNS, *(["*.py"] if with_code else [])]
     _copy(base, patterns, folder)
     if tokenizer is not None:
         _copy(tokenizer, TOKENIZER_PATTERNS, folder)

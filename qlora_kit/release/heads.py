@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora_kit import base, new_head, runs
 from qlora_kit.config import BaseConfig
+from qlora_kit.data import prepare_tokenizer
 from qlora_kit.errors import UserError
+from qlora_kit.release.content import GENERATION_FILE
 from qlora_kit.release.factors import SETTING, Adapter
 from qlora_kit.release.source import Checkpoint
 from qlora_kit.task_models import GENERATION, TASK_MODELS, class_name, task_of
+from qlora_kit.tasks.text2text_generation import greedy_settings
 
 
 def with_task(config: BaseConfig, adapters: Sequence[Adapter]) -> BaseConfig:
@@ -83,3 +87,19 @@ def config_fields(config: BaseConfig) -> Mapping[str, Any]:
         "problem_type": architecture.problem_type,
         "pad_token_id": architecture.pad_token_id,
     }
+
+
+def generation_fields(config: BaseConfig, folder: Path) -> dict[str, Any] | None:
+    """What `generation_config.json` is to say, for a base in `folder`; None where it stays as the base's.
+
+    Of text to text it is what `predict` answers by, so that the release answers the same by itself.
+    """
+    from transformers import GenerationConfig
+
+    architecture = base.load_model_config(config)
+    if not TASK_MODELS[task_of(config.task, architecture)].decodes:
+        return None
+    has_own = (folder / GENERATION_FILE).is_file()
+    own = GenerationConfig.from_pretrained(folder) if has_own else GenerationConfig.from_model_config(architecture)
+    tokenizer = prepare_tokenizer(base.load_tokenizer(config), generates=False)
+    return greedy_settings(own, architecture, tokenizer)

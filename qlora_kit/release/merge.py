@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import base, host_memory, quiet
+from qlora_kit import base, host_memory, quiet, runs
 from qlora_kit.config import DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
 from qlora_kit.progress import BytesProgress, say_line
 from qlora_kit.release import content, live, proof, report, stream, verify
 from qlora_kit.release.blocks import adapter_of_first_blocks, block_of, blocks_that_fit, first_blocks
 from qlora_kit.release.factors import Adapter, open_adapter
-from qlora_kit.release.heads import config_fields, head_names, with_heads, with_task
+from qlora_kit.release.heads import config_fields, generation_fields, head_names, with_heads, with_task
 from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
 from qlora_kit.release.outputs import Outputs, plan_outputs
 from qlora_kit.release.place import Place
@@ -176,11 +176,14 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
         proof.check_files(folder, shards, writer.checksums)
     dtype = str(request.torch_dtype).removeprefix("torch.")
     with_code = request.base.trust_remote_code
-    fields = config_fields(_with_tokenizer(request, inputs.tokenizer).base)
+    complete = _with_tokenizer(request, inputs.tokenizer).base
+    fields, generation = config_fields(complete), generation_fields(complete, inputs.base_folder)
     content.write_config(
         inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code, inputs.heads, fields
     )
     content.copy_side_files(inputs.base_folder, inputs.tokenizer, folder, with_code)
+    if generation is not None:
+        runs.write_json(folder / content.GENERATION_FILE, generation)
     return Candidate(into, folder, recipe, tensors)
 
 

@@ -99,6 +99,7 @@ def greedy(model: Any, prompt: list[int], end: int | None) -> dict[str, Any]:
         return_dict_in_generate=True,
         output_logits=True,
     )
+    _forget_own_settings(model)
     ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
@@ -107,6 +108,18 @@ def greedy(model: Any, prompt: list[int], end: int | None) -> dict[str, Any]:
         best = logits[0].float().topk(2).values
         leads.append(float(best[0] - best[1]))
     return {"tokens": answer.sequences[0, -len(leads) :].tolist(), "leads": leads}
+
+
+def _forget_own_settings(model: Any) -> None:
+    """Let an encoder and a decoder answer by nothing but what it is given and where its answers start.
+
+    The release comes with other settings than the base, without beams and the like.
+    """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if own.config.is_encoder_decoder:
+        start, bos = own.generation_config.decoder_start_token_id, own.generation_config.bos_token_id
+        start = own.config.decoder_start_token_id if start is None else start
+        own.generation_config = GenerationConfig(decoder_start_token_id=start, bos_token_id=bos)
 
 
 def load(folder: Path, with_code: bool, task: str) -> tuple[Any, dict[str, list[str]]]:

@@ -17,7 +17,7 @@ from qlora_kit.data.audit import AuditReport, audit_lengths
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
 from qlora_kit.runs import write_json
-from qlora_kit.scoring import NOT_DRAWN, stop_ids, undisturbed
+from qlora_kit.scoring import end_ids, undisturbed
 from qlora_kit.task_models import TEXT2TEXT, sequence_loss
 from qlora_kit.tasks import source_targets
 from qlora_kit.tasks.source_targets import SourceTarget
@@ -31,8 +31,17 @@ if TYPE_CHECKING:
 PAD_MULTIPLE = 8
 MORE_TOKENS = 8  # that an answer may have beyond the longest one expected, so that one that goes on is seen to
 REPORT_FILE = "evaluation.json"
-# what the base's own generation settings (beams, a least length) must not do to a greedy answer
-GREEDY = {"do_sample": False, "num_beams": 1, "min_length": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
+GREEDY = {"do_sample": False, "num_beams": 1}
+# of the generation settings that a model came with only these stay: what may begin or end an answer, or not be in it
+KEPT = (
+    "bos_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class PairRow:
     origin: str
     full_tokens: int  # of the source
     full_target_tokens: int
+    target: str | None  # as it stands in the data: answers are scored against it
 
     @property
     def truncated(self) -> bool:
@@ -154,7 +164,7 @@ def _row(example: SourceTarget, tokenizer: PreTrainedTokenizerBase, seq_len: int
     labels, full_target_tokens = None, 0
     if example.target is not None:
         labels, full_target_tokens = target_ids(example.target, tokenizer, seq_len)
-    return PairRow(ids, labels, seq_len, example.origin, full_tokens, full_target_tokens)
+    return PairRow(ids, labels, seq_len, example.origin, full_tokens, full_target_tokens, example.target)
 
 
 def target_ids(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[list[int], int]:
@@ -209,7 +219,7 @@ def _collator(
 
 
 def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
-    """The mean loss over all target tokens, and how close the greedy answers come to the targets.
+    """The mean loss over all target tokens, and how close the greedy answers come to the targets as they were given.
 
     An answer may have a few tokens more than the longest target: that is the same for all, whatever their batches.
     """
@@ -222,7 +232,7 @@ def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
             total += float(sequence_loss(next_logits(model, batch), labels, 1, None))
             tokens += int((labels != IGNORED).sum())
             answers += generate(model, asked.tokenizer, batch, most)
-    expected = [_decoded(asked.tokenizer, row.labels) for row in asked.rows]
+    expected = [row.target or "" for row in asked.rows]
     loss = total / max(tokens, 1)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), **text_metrics(answers, expected)}
     texts = [{"expected": true, "answer": own} for true, own in zip(expected, answers, strict=True)]
@@ -238,24 +248,31 @@ def next_logits(model: Any, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int) -> list[str]:
-    """The greedy answers to the sources of `batch`, each ended by one of `stop_ids` or after `max_new_tokens`.
+def greedy_settings(came_with: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The fields of a `GenerationConfig` for greedy answers, of a model that came with that one and `config`."""
+    start = getattr(config, "decoder_start_token_id", None)  # in training it is always this one
+    own = {"decoder_start_token_id": start, **came_with.to_diff_dict()}
+    kept = {name: own[name] for name in KEPT if own.get(name) is not None}
+    ends = end_ids(own.get("eos_token_id"), tokenizer)
+    return {**kept, **GREEDY, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
 
-    Of the generation settings that the model came with only those stay that say which tokens may begin or end an
-    answer, or may not be in it. Call it within `undisturbed`.
+
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int) -> list[str]:
+    """The greedy answers to the sources of `batch`, each ended by one of its `end_ids` or after `max_new_tokens`.
+
+    Of the generation settings that the model came with only those in `KEPT` have a say. Call it within `undisturbed`.
     """
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(
-        max_new_tokens=_room(model, max_new_tokens),
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_ids(model, tokenizer),
-        **GREEDY,
-        **NOT_DRAWN,
-    )
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    came_with = own.generation_config
+    settings = greedy_settings(came_with, own.config, tokenizer)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    out_BT = model.generate(**inputs, generation_config=settings)
+    own.generation_config = GenerationConfig(**settings)  # what is unset in one that is given comes from the model's
+    try:
+        out_BT = own.generate(**inputs, max_new_tokens=_room(model, max_new_tokens), use_cache=True)
+    finally:
+        own.generation_config = came_with
     texts: list[str] = tokenizer.batch_decode(out_BT, skip_special_tokens=True)
     return texts
 
@@ -264,10 +281,6 @@ def _room(model: Any, max_new_tokens: int) -> int:
     """The tokens that an answer may have before the decoder's positions end, the first of which its start takes."""
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
     return max_new_tokens if positions is None else max(1, min(max_new_tokens, positions - 1))
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _said(metrics: Mapping[str, float]) -> str:
