@@ -219,6 +219,14 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     assert not out.exists()
 
 
+def test_a_question_that_is_too_long_to_be_answered_is_named(workshop, capsys, tmp_path):
+    asked = {name: HELD_OUT[1][name] for name in ("question", "context")}
+    long = save_rows(tmp_path / "long.jsonl", [asked, {**asked, "question": "?" * 200}, asked])
+    said = fails(capsys, "predict", "--run", str(workshop.run("bert")), "--data", str(long))
+    assert f"--data = '{long}:2': has a question of 203 tokens" in said
+    assert "Shorten it, or raise --seq-len" in said
+
+
 def test_preview_audits_answers(workshop, capsys, tmp_path):
     data = str(save_rows(tmp_path / "a.jsonl", [*HELD_OUT[:4], HELD_OUT[1]]))
     main(["preview", "--model", str(workshop.base("bert")), "--data", data, "--rows", "2", "--seq-len", "32"])

@@ -44,20 +44,25 @@ def encoded(examples, seq_len=24):
     tokens=st.integers(1, 2 * MAX_ANSWER_TOKENS),
     begin=st.integers(1, 3),
     seed=st.integers(0, 9),
+    share=st.sampled_from([0.0, 0.5, 0.9]),
 )
-def test_the_best_span_is_the_best_of_all(tokens, begin, seed):
+def test_the_best_span_is_the_best_of_all(tokens, begin, seed, share):
+    blanks = (torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < share).tolist()
+    blanks[seed % tokens] = False
     log_probs = torch.randn(2, begin + tokens + 1, generator=torch.Generator().manual_seed(seed)).log_softmax(1)
     every = {
         (s, e): float(log_probs[0, s] + log_probs[1, e])
         for s in range(begin, begin + tokens)
         for e in range(s, min(s + MAX_ANSWER_TOKENS, begin + tokens))
+        if not all(blanks[s - begin : e + 1 - begin])
     }
-    score, first, last = best_span(log_probs, begin, tokens)
+    score, first, last = best_span(log_probs, begin, blanks)
     assert every[first, last] == max(every.values()) == score
 
 
 def test_there_is_no_span_without_tokens():
-    assert best_span(torch.zeros(2, 3), 3, 0)[0] == -math.inf
+    assert best_span(torch.zeros(2, 3), 3, [])[0] == -math.inf
+    assert best_span(torch.zeros(2, 3), 1, [True, True])[0] == -math.inf
 
 
 def pointing(row, first, last, sure=4.0):
@@ -91,10 +96,21 @@ def test_there_is_no_answer_only_where_every_window_says_so():
     assert none.score == pytest.approx(float(pointing(rows[1], 0, 0, 3.0)[:, 0].exp().prod()))
 
 
-def test_white_space_and_contexts_without_tokens_are_no_answers():
-    (row,) = encoded([asked("a  b")]).rows
+def test_white_space_is_no_answer_and_the_next_best_span_is():
+    (row,) = encoded([asked("a  bc")]).rows
+    at = row.context_at
+    log_probs = torch.zeros(2, len(row.input_ids))
+    log_probs[0, at + 1], log_probs[1, at + 2], log_probs[1, at + 3] = 4.0, 4.0, 3.0
+    log_probs = log_probs.log_softmax(1)
+    (found,) = found_answers([row], [log_probs])
+    assert (found.text, found.start, found.end) == ("b", 3, 4)
+    assert found.score == pytest.approx(float(log_probs[0, at + 1].exp() * log_probs[1, at + 3].exp()))
+
+
+def test_white_space_alone_and_contexts_without_tokens_have_no_answers():
+    (row,) = encoded([asked("   ")]).rows
     (found,) = found_answers([row], [pointing(row, row.context_at + 1, row.context_at + 2)])
-    assert found.text == ""
+    assert (found.text, found.start) == ("", None)
     (empty,) = encoded([asked("")]).rows
     (found,) = found_answers([empty], [pointing(empty, 1, 1)])
     assert (found.text, found.start) == ("", None)

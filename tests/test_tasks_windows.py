@@ -157,6 +157,11 @@ def test_a_mark_that_is_a_token_of_its_own_is_none_of_the_one_before():
     assert row.characters(*row.label) == (0, 1)
 
 
+def test_which_tokens_are_blank():
+    (row,) = rows(asked("a \n\u00a0b"))
+    assert row.blanks() == [False, True, True, True, True, False]  # white space without a break is two bytes
+
+
 def test_an_answer_that_no_token_holds_is_none():
     assert tokens_of(Answer("b", 3), np.array([[0, 3], [4, 5]])) is None
     assert tokens_of(Answer("ab c", 1), np.array([[0, 2], [2, 2], [2, 3], [4, 5], [5, 6]])) == (0, 3)

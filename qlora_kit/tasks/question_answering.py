@@ -6,6 +6,7 @@ Shapes: B rows of a batch, T tokens; logits are (B, 2, T), those of the first an
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,29 +126,35 @@ def found_answers(rows: Sequence[WindowRow], log_probs: Iterable[torch.Tensor]) 
         best, none, where = -math.inf, math.inf, (0, 0)
         for row, log_probs_2T in own:
             none = min(none, float(log_probs_2T[:, 0].sum()))
-            score, first, last = best_span(log_probs_2T, row.context_at, len(row.offsets))
+            score, first, last = best_span(log_probs_2T, row.context_at, row.blanks())
             if score > best:
                 best, where = score, row.characters(first, last)
         start, end = where
-        if none >= best or start >= end:
+        if none >= best:
             yield FoundAnswer("", math.exp(none), None, None)
         else:
             yield FoundAnswer(row.example.context[start:end], math.exp(best), start, end)
 
 
-def best_span(log_probs_2T: torch.Tensor, begin: int, tokens: int) -> tuple[float, int, int]:
-    """The highest sum of a start and an end among `tokens` from `begin` on, and both places; −inf without tokens.
+def best_span(log_probs_2T: torch.Tensor, begin: int, blanks: Sequence[bool]) -> tuple[float, int, int]:
+    """The highest sum of a start and an end among the tokens from `begin` on, and both places; −inf without any.
 
-    The end is not before the start, and at most `MAX_ANSWER_TOKENS` are from the one to the other.
+    The end is not before the start, at most `MAX_ANSWER_TOKENS` are from the one to the other, and at least one of
+    them is none of the `blanks` (N,).
     """
     import torch
 
-    if not tokens:
+    tokens = len(blanks)
+    if all(blanks):
         return -math.inf, begin, begin
     start_N, end_N = log_probs_2T[:, begin : begin + tokens]
     width = min(MAX_ANSWER_TOKENS, tokens)
     padded = torch.cat([end_N, end_N.new_full((width - 1,), -math.inf)])
     sums_NW = start_N[:, None] + padded.unfold(0, width, 1)
+    has_text_NW = (
+        torch.tensor([*map(operator.not_, blanks), *[False] * (width - 1)]).unfold(0, width, 1).cummax(1).values
+    )
+    sums_NW = sums_NW.masked_fill(~has_text_NW, -math.inf)
     place = int(sums_NW.argmax())
     first = begin + place // width
     return float(sums_NW.max()), first, first + place % width

@@ -57,6 +57,10 @@ class WindowRow:
         text = self.example.context[start:end]
         return start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
 
+    def blanks(self) -> list[bool]:
+        """For each token of the context whether it holds nothing but white space."""
+        return [not self.example.context[start:end].strip() for start, end in self.offsets.tolist()]
+
     def _end(self, place: int) -> int:
         """The character behind token `place` of the context, with marks on its last one that no token holds.
 
