@@ -312,6 +312,16 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     assert "Use `qlora-kit predict`" in fails(capsys, "eval", "--model", model, "--data", workshop.data)
 
 
+@pytest.mark.parametrize("name", ["decoder_start_token_id", "pad_token_id"])
+def test_a_decoder_that_cannot_start_is_refused(workshop, capsys, tmp_path, name):
+    base = shutil.copytree(workshop.base("t5"), tmp_path / "base")
+    own = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**own, name: None}))
+    said = fails(capsys, "train", "--model", str(base), "--data", workshop.data, "--out", str(tmp_path / "run"))
+    assert f"its config.json has no {name}, which its decoder needs" in said
+    assert said.count("config.json") == 1
+
+
 def test_preview_shows_both_sides(workshop, capsys):
     model = str(workshop.base("bart"))
     main(["preview", "--model", model, "--data", workshop.data, "--rows", "1", "--seq-len", "3"])
