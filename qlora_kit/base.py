@@ -21,7 +21,7 @@ from qlora_kit import demo, host_memory, hub, shapes
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.seeding import drawn_by
-from qlora_kit.task_models import TASK_MODELS, check_can_do, task_of, transformers_class
+from qlora_kit.task_models import TASK_MODELS, check_can_do, check_starts, task_of, transformers_class
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +153,8 @@ def with_labels(architecture: PretrainedConfig, config: BaseConfig) -> Pretraine
     task = task_of(config.task, architecture)
     if not config.trust_remote_code:
         check_can_do(task, architecture, config.model)
+    if TASK_MODELS[task].decodes:
+        check_starts(architecture, config.model)
     if TASK_MODELS[task].has_new_head and config.labels is not None:
         architecture.id2label = dict(enumerate(config.labels))
         architecture.label2id = {label: number for number, label in enumerate(config.labels)}

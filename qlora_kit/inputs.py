@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,11 +141,18 @@ def _check_settings(config: RunConfig, task: Task) -> None:
         faults.add(_out_of_place("class_weights", config.optim.class_weights, task))
     if config.base.source_prefix is not None and not task.model.decodes:
         faults.add(_out_of_place("source_prefix", config.base.source_prefix, task))
+    if not task.model.has_labels:
+        _refuse({"labels": config.base.labels, "multi_label": config.base.multi_label}, task, faults)
     if task.name != GENERATION:
-        for name, value in only.items():
-            if value:
-                faults.add(_out_of_place(name, value, task))
+        _refuse(only, task, faults)
     faults.raise_if_any()
+
+
+def _refuse(settings: Mapping[str, Any], task: Task, faults: Faults) -> None:
+    for name, value in settings.items():
+        if value:
+            said = ",".join(value) if isinstance(value, tuple) else value
+            faults.add(_out_of_place(name, said, task))
 
 
 def _out_of_place(name: str, value: object, task: Task) -> Fault:

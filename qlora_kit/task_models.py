@@ -184,6 +184,9 @@ TASK_MODELS: dict[str, TaskModel] = {
     ),
 }
 
+# encoder-decoders that start their answers from something else than `decoder_start_token_id` of their config.json
+STARTS_OTHERWISE = ("fsmt", "mbart", "plbart", "t5gemma", "t5gemma2")
+
 
 def task_of(task: str | None, architecture: PretrainedConfig) -> str:
     """`task`, or where it is unset what the model was saved for, or else what models of its kind are for."""
@@ -225,6 +228,20 @@ def reads_both_ways(architecture: PretrainedConfig) -> bool:
     if kind not in masked or kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return False
     return not getattr(architecture, "is_decoder", False)
+
+
+def check_starts(architecture: PretrainedConfig, model: str) -> None:
+    """Check that an encoder with a decoder knows what its answers start from and are padded with. Raises `UserError`.
+
+    Without, transformers fails at the first step.
+    """
+    if architecture.model_type in STARTS_OTHERWISE:
+        return
+    needed = ("decoder_start_token_id", "pad_token_id")
+    missing = [name for name in needed if getattr(architecture, name, None) is None]
+    if missing:
+        rule = f"its config.json has no {' and no '.join(missing)}, which its decoder needs"
+        raise UserError.of("--model", model, rule, "Set it there, as the model was trained: often both are the same.")
 
 
 def check_can_do(task: str, architecture: PretrainedConfig, model: str) -> None:

@@ -76,3 +76,26 @@ def real_gpt2() -> PreTrainedTokenizerFast:
     if not folder.is_dir():
         pytest.skip(f"needs the GPT-2 tokenizer in {folder}")
     return AutoTokenizer.from_pretrained(folder)
+
+
+class TwoVocabularies(PreTrainedTokenizerFast):
+    """As Marian's: sources are encoded otherwise than targets, and only targets decode back. Here they are reversed."""
+
+    def _switch_to_target_mode(self):
+        self.reads_targets = True
+
+    def _switch_to_input_mode(self):
+        self.reads_targets = False
+
+    def _encode_plus(self, text, *args, **kwargs):
+        if not getattr(self, "reads_targets", False):
+            text = [one[::-1] for one in text] if isinstance(text, list) else text[::-1]
+        return super()._encode_plus(text, *args, **kwargs)
+
+
+def of_words(*words: str) -> Tokenizer:
+    """A vocabulary of whole words; all others are unknown."""
+    vocabulary = {word: number for number, word in enumerate(("<unk>", "</s>", *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer

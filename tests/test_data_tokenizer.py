@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from data_tokenizers import CHATML, EOS, SHARED_DATA, byte_level, real_gpt2, sentence_piece
-from transformers import AutoTokenizer, GPT2TokenizerFast
+from data_tokenizers import CHATML, EOS, SHARED_DATA, TwoVocabularies, byte_level, of_words, real_gpt2, sentence_piece
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from qlora_kit.data import prepare_tokenizer
 from qlora_kit.data.tokenizer import continuation_ids, leading_ids, token_ids
@@ -49,6 +49,17 @@ def test_empty_vocabulary_is_refused(tmp_path):
     with pytest.raises(UserError, match="--tokenizer") as caught:
         prepare_tokenizer(tokenizer)
     assert "vocabulary is empty" in caught.value.faults[0].rule
+
+
+@pytest.mark.parametrize("words", [("The", "answer", "is", "42", "."), ("ответ", "42", "."), ("ответ",)])
+def test_a_tokenizer_that_decodes_targets_only_is_probed_as_one(words):
+    """With one vocabulary for sources and another for targets, of which either may have no Latin letters."""
+    names = {"unk_token": "<unk>", "eos_token": "</s>"}
+    tokenizer = TwoVocabularies(tokenizer_object=of_words(*words), **names)
+    assert prepare_tokenizer(tokenizer, generates=False) is tokenizer
+    one_mode = PreTrainedTokenizerFast(tokenizer_object=of_words("ответ"), **names)
+    with pytest.raises(UserError, match="unknown tokens only"):
+        prepare_tokenizer(one_mode, generates=False)
 
 
 def test_all_faults_of_a_tokenizer_come_at_once():

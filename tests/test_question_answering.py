@@ -212,7 +212,9 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     long = str(save_rows(tmp_path / "long.jsonl", [right, {**right, "question": "?" * 200}]))
     assert "long.jsonl:2" in (said := fails(capsys, *train_on, long))
     assert "has a question of 203 tokens, and 50% of the 128 of --seq-len" in said
-    assert "--labels" in fails(capsys, *train_on, workshop.held_out, "--labels", "a,b")
+    said = fails(capsys, *train_on, workshop.held_out, "--labels", "a,b", "--multi-label", "true")
+    assert "--labels = 'a,b': has no meaning for --task question-answering" in said
+    assert "--multi-label = True: has no meaning" in said
     assert "is no metric of question-answering" in fails(
         capsys, *train_on, workshop.held_out, "--eval-data", workshop.held_out, "--metric", "accuracy"
     )

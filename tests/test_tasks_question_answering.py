@@ -185,8 +185,6 @@ def test_what_the_data_decides():
     assert TASK.reader.resolve(BaseConfig(), EXAMPLES, "--data").task == "question-answering"
     with pytest.raises(UserError, match="has no answer in any example"):
         TASK.reader.resolve(BaseConfig(), [asked("a")], "--data")
-    with pytest.raises(UserError, match="--labels"):
-        TASK.reader.resolve(BaseConfig(labels=("a", "b")), EXAMPLES, "--data")
 
 
 def test_the_audit():

@@ -81,6 +81,11 @@ def test_without_its_answer_a_source_is_the_same(row, answer):
     assert asked.source == whole
 
 
+def test_a_translation_without_languages_is_refused_with_its_place():
+    with pytest.raises(UserError, match=r"a\.jsonl:1.*has 0 languages"):
+        read_unanswered(source([{"translation": {}}]))
+
+
 def test_an_empty_source_may_be_asked():
     assert read_unanswered(source([{"source": ""}]))[0].source == ""
 

@@ -292,6 +292,9 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     good = ("--data", workshop.data, "--eval-data", workshop.data)
     assert "is no metric of text2text-generation" in fails(capsys, *train_args, *good, "--metric", "f1")
     assert "--pack" in fails(capsys, *train_args, *good, "--pack")
+    said = fails(capsys, *train_args, *good, "--labels", "a,b", "--multi-label", "true")
+    assert "--labels = 'a,b': has no meaning for --task text2text-generation" in said
+    assert "--multi-label = True: has no meaning" in said
     bert = str(tmp_path / "bert")
     from classifiers import ROWS as LABELLED
     from classifiers import save_base as save_classifier
@@ -308,8 +311,16 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     assert "which has its own" in fails(capsys, "merge", *args, "--out", str(tmp_path / "release"))
     assert "which has its own" in fails(capsys, "predict", *args, "--data", workshop.data)
     assert "Use `qlora-kit predict`" in fails(capsys, "generate", "--run", run, "--prompt", "a")
-    assert "evaluation.json" in fails(capsys, "eval", "--run", run)
-    assert "Use `qlora-kit predict`" in fails(capsys, "eval", "--model", model, "--data", workshop.data)
+
+
+@pytest.mark.parametrize("name", ["decoder_start_token_id", "pad_token_id"])
+def test_a_decoder_that_cannot_start_is_refused(workshop, capsys, tmp_path, name):
+    base = shutil.copytree(workshop.base("t5"), tmp_path / "base")
+    own = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**own, name: None}))
+    said = fails(capsys, "train", "--model", str(base), "--data", workshop.data, "--out", str(tmp_path / "run"))
+    assert f"its config.json has no {name}, which its decoder needs" in said
+    assert said.count("config.json") == 1
 
 
 def test_preview_shows_both_sides(workshop, capsys):

@@ -49,15 +49,26 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _broken_rule(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The rule that the tokenizer breaks, or None; some load with an empty vocabulary and say nothing."""
-    ids = token_ids(tokenizer, [PROBE_TEXT])[0]
+    # as transformers asks itself; such a one (Marian's) decodes targets, which may have none of the probe's letters
+    apart = hasattr(tokenizer, "_switch_to_target_mode")
+    ids = _probe_ids(tokenizer, apart)
     if not ids:
         return f"encodes {PROBE_TEXT!r} to no token at all: its vocabulary is empty"
+    if apart and tokenizer.unk_token_id in ids:
+        return None
     if all(token == tokenizer.unk_token_id for token in ids):
         return f"encodes {PROBE_TEXT!r} to unknown tokens only"
     decoded = tokenizer.decode(ids)
     if _bare(decoded) != _bare(PROBE_TEXT):
         return f"decodes {PROBE_TEXT!r} back to {decoded!r}"
     return None
+
+
+def _probe_ids(tokenizer: PreTrainedTokenizerBase, as_target: bool) -> list[int]:
+    if not as_target:
+        return token_ids(tokenizer, [PROBE_TEXT])[0]
+    ids: list[int] = tokenizer(text_target=PROBE_TEXT, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _bare(text: str) -> str:

@@ -51,9 +51,6 @@ class WindowSet:
 
 
 def _resolve(config: BaseConfig, examples: Sequence[AskedContext], setting: str) -> BaseConfig:
-    if config.labels is not None:
-        rule = f"has no meaning for --task {QUESTION_ANSWERING}"
-        raise UserError.of("--labels", ",".join(config.labels), rule, "Drop --labels.")
     if not any(example.answers for example in examples):
         rule = "has no answer in any example"
         raise UserError.of(setting, f"{len(examples)} examples", rule, "Give examples that have answers.")

@@ -183,7 +183,7 @@ def _of_languages(records: list[Record], answered: bool) -> Read:
         texts = record.values.get(TRANSLATION)
         if not isinstance(texts, dict):
             raise BadValueError(f"column {TRANSLATION!r} must be an object with a text for each of two languages")
-        if len(languages) != 2 and answered:
+        if not languages or (len(languages) != 2 and answered):
             raise BadValueError(
                 f"column {TRANSLATION!r} has {len(languages)} languages; say which with "
                 "--columns source=translation.en,target=translation.de"
