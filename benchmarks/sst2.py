@@ -33,7 +33,6 @@ from common import (
 if TYPE_CHECKING:
     from qlora_kit import RunConfig
 
-WARMUP = 0.1  # for both: without one a spike in the first steps decides more than what is compared (docs/log.md)
 BOUND = 0.005  # of accuracy, that ours may be below the stock libraries' on the mean of the seeds
 
 
@@ -89,7 +88,7 @@ def contend(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run both contenders with every seed and compare them; exits with 1 where ours is below by more than the bound."""
-    args = contest_parser(__doc__, "train.tsv and dev.tsv", warmup=WARMUP).parse_args()
+    args = contest_parser(__doc__, "train.tsv and dev.tsv").parse_args()
     if args.contender:
         contend(args)
         return 0
