@@ -208,22 +208,11 @@ def _check_release(run: FinishedRun, release: str, material: Material) -> BaseCo
 
 def _score(name: str, title: str, model: Any, material: Material, batch_size: int, console: Console) -> Score:
     rows = material.encoded
-    starts = range(0, len(rows), batch_size)
+    collate = data.Collator(material.tokenizer.pad_token_id, max_tokens=material.seq_len)
     with counted(console, f"{name}: loss", len(rows)) as tick:
-        loss = scoring.mean_loss(model, _batches(material, model.device, starts, batch_size, tick))
+        loss = scoring.mean_loss(model, inputs.batches_of(rows, collate, batch_size, model.device, tick))
     exact = None
     if material.asked:
         with counted(console, f"{name}: answers", len(material.asked)) as tick:
             exact = scoring.count_exact_matches(model, material.tokenizer, material.asked, tick)
     return Score(title, loss, exact)
-
-
-def _batches(
-    material: Material, device: torch.device, starts: range, batch_size: int, tick: Callable[[int], None]
-) -> Iterator[dict[str, torch.Tensor]]:
-    collate = data.Collator(material.tokenizer.pad_token_id, max_tokens=material.seq_len)
-    rows = material.encoded
-    for start in starts:
-        part = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        yield {name: tensor.to(device) for name, tensor in collate(part).items()}
-        tick(len(part))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from qlora_kit.task_models import GENERATION
 from qlora_kit.tasks import Source, Task
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
@@ -221,6 +222,20 @@ def encode(
     """The tokens of `examples` to score as `config` lays them out and cuts them; errors name `setting`."""
     reader = tasks.task_named(config.base.task).reader
     return (reader.encode_held_out or reader.encode)(config, examples, tokenizer, seq_len, setting)
+
+
+def batches_of(
+    rows: Any,
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    size: int,
+    device: torch.device,
+    tick: Callable[[int], None] = lambda count: None,
+) -> Iterator[dict[str, Any]]:
+    """The encoded `rows` in their order, `size` at a time, on `device`; `tick` counts those that were gone through."""
+    for start in range(0, len(rows), size):
+        part = [rows[index] for index in range(start, min(start + size, len(rows)))]
+        yield {name: tensor.to(device) for name, tensor in collate(part).items()}
+        tick(len(part))
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from qlora_kit.errors import UserError, said_of
 from qlora_kit.progress import counted
 from qlora_kit.reopening import FinishedRun, Opened
 from qlora_kit.tasks import Asked, Scores, Task
-from qlora_kit.tasks.task import Batch
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +121,9 @@ def _judge(
         inputs.check_vocabulary(one.tokenizer, model)
         own = _settings_of(config, one)
         with counted(console, name, len(rows)) as tick:
-            asked = Asked(rows.rows, _batches(task, one, own, rows, most, model.device, tick), one.tokenizer)
+            collate = task.collator(one.tokenizer, most, own.base)
+            batches = inputs.batches_of(rows, collate, own.optim.batch_size, model.device, tick)
+            asked = Asked(rows.rows, batches, one.tokenizer)
             scores = task.judge.score(model, asked, own.base)
         models[name] = Judged(one.title, scores, rows.report.truncated)
         del model  # before the next one is loaded
@@ -134,20 +134,3 @@ def _settings_of(config: RunConfig, opened: Opened) -> RunConfig:
     """The settings for another model of the same task and labels."""
     own = dataclasses.replace(opened.config, labels=config.base.labels, multi_label=config.base.multi_label)
     return dataclasses.replace(config, base=own)
-
-
-def _batches(
-    task: Task,
-    opened: Opened,
-    config: RunConfig,
-    rows: Any,
-    seq_len: int,
-    device: torch.device,
-    tick: Callable[[int], None],
-) -> Iterator[Batch]:
-    collate = task.collator(opened.tokenizer, seq_len, config.base)
-    size = config.optim.batch_size
-    for start in range(0, len(rows), size):
-        part = [rows[index] for index in range(start, min(start + size, len(rows)))]
-        yield {name: tensor.to(device) for name, tensor in collate(part).items()}
-        tick(len(part))

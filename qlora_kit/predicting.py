@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import data, scoring, tasks
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
+from qlora_kit.inputs import batches_of
 from qlora_kit.reopening import Opened
 from qlora_kit.tasks import Answering, Asked, Source, Task
 from qlora_kit.tasks.source_targets import has_column
-from qlora_kit.tasks.task import Batch
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -64,16 +63,10 @@ def predict(
     model: Any, questions: Questions, config: RunConfig, tick: Callable[[int], None] = lambda count: None
 ) -> Iterator[dict[str, Any]]:
     """What is asked and what `model` answers, in the order of the examples, `batch_size` at a time."""
-    batches = _batches(questions, config.optim.batch_size, model.device)
+    batches = batches_of(questions.encoded, questions.collate, config.optim.batch_size, model.device)
     asked = Asked(questions.encoded.rows, batches, questions.tokenizer)
     with scoring.undisturbed(model):
         answers = questions.answering.answer(model, asked, config.base)
         for example, answer in zip(questions.examples, answers, strict=True):
             yield {**questions.answering.question(example), **answer}
             tick(1)
-
-
-def _batches(questions: Questions, size: int, device: torch.device) -> Iterator[Batch]:
-    for start in range(0, len(questions.encoded), size):
-        rows = [questions.encoded[index] for index in range(start, min(start + size, len(questions.encoded)))]
-        yield {name: tensor.to(device) for name, tensor in questions.collate(rows).items()}

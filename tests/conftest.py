@@ -43,12 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def in_this_process(monkeypatch):
     """Both sides of a proof answer here, where the libraries are imported already."""
     from qlora_kit.release import live, stock, verify  # here: most tests need none of it
+    from qlora_kit.task_models import GENERATION
 
     def run(sides: verify.Sides) -> None:
         live.main(sides.job)
         for into, release in sides.releases.items():
             (sides.folder / into).mkdir()
-            task = sides.job.config["base"]["task"]
+            task = sides.job.config["base"]["task"] or GENERATION
             stock.main(release, sides.folder / live.ROWS_FILE, sides.folder / into, task=task)
 
     monkeypatch.setattr(verify.Sides, "run", run)

@@ -14,22 +14,9 @@ from releases import QUIET, make_adapter
 from safetensors.torch import load_file, save_file
 
 from qlora_kit import AdapterConfig, BaseConfig, DataConfig, OptimConfig, RunConfig, UserError, train
-from qlora_kit.release import delta, live, merge, shards, stock, stream, verify
+from qlora_kit.release import delta, merge, shards, stream, verify
 from qlora_kit.release.compare import compare
 from qlora_kit.release.request import Request
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Both sides answer here, where the libraries are imported already."""
-
-    def run(sides: verify.Sides) -> None:
-        live.main(sides.job)
-        for into, release in sides.releases.items():
-            (sides.folder / into).mkdir()
-            stock.main(release, sides.folder / live.ROWS_FILE, sides.folder / into)
-
-    monkeypatch.setattr(verify.Sides, "run", run)
 
 
 @pytest.fixture(scope="module")
