@@ -8,9 +8,12 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,7 @@ def contest_parser(description: str | None, files: str, **defaults: Any) -> argp
     parser.add_argument("--max-steps", type=int, default=None, help="unset: one epoch")
     parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps, for both")
     parser.add_argument("--adapter-dtype", default="bf16")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each of them on its share of the cores")
     parser.add_argument("--contender", choices=["ours", "stock"], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=42, help=argparse.SUPPRESS)
     parser.set_defaults(**defaults)
@@ -190,23 +194,48 @@ def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, b
     """
     encoder_folder()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    rows = {own: [row_of_own_process(script, "--contender", own, seed) for seed in seeds] for own in ("stock", "ours")}
-    means = {own: sum(row[figure] for row in found) / len(found) for own, found in rows.items()}
-    settings = {k: v for k, v in vars(args).items() if k not in ("contender", "seed", "seeds")}
+    asked = [(own, seed) for seed in seeds for own in ("stock", "ours")]  # in turn
+    found = rows_of_own_processes(script, "--contender", asked, args.jobs)
+    rows = {who: [row for (own, _), row in zip(asked, found, strict=True) if own == who] for who in ("stock", "ours")}
+    means = {own: statistics.mean(row[figure] for row in of) for own, of in rows.items()}
+    settings = {k: v for k, v in vars(args).items() if k not in ("contender", "seed", "seeds", "jobs")}
     settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds}
-    file = write_result(name, {"settings": settings, "rows": rows, "means": means, "bound": bound})
-    print(f"{figure}: stock {means['stock']:.2%}, ours {means['ours']:.2%}, over {len(seeds)} seeds")
+    error = error_of_difference([[row[figure] for row in of] for of in rows.values()])
+    result = {"settings": settings, "rows": rows, "means": means, "error_of_difference": error, "bound": bound}
+    file = write_result(name, result)
+    gap = means["ours"] - means["stock"]
+    print(
+        f"{figure}: stock {means['stock']:.2%}, ours {means['ours']:.2%} ({gap:+.2%} ± {error:.2%}), {len(seeds)} seeds"
+    )
     print(f"on {device_name()} at {commit()}, written to {file.name}")
     if not means["stock"]:
         print("nothing was learned: give more --max-steps, or a higher --lr")
         return 1
-    return 0 if means["ours"] >= means["stock"] - bound else 1
+    return 0 if gap >= -bound else 1
 
 
-def row_of_own_process(script: str, option: str, value: str, seed: int) -> dict[str, Any]:
-    """The row that `script` prints as its last line, as JSON, where it is started anew with `option` and `seed`."""
+def error_of_difference(samples: Sequence[Sequence[float]]) -> float:
+    """The standard error of the difference of two means, from the spread within each sample; 0 of single values."""
+    return sum(statistics.variance(own) / len(own) for own in samples if len(own) > 1) ** 0.5
+
+
+def rows_of_own_processes(
+    script: str, option: str, asked: Sequence[tuple[str, int]], jobs: int
+) -> list[dict[str, Any]]:
+    """The rows of `row_of_own_process` for the values of `option` and seeds in `asked`, `jobs` processes at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda pair: row_of_own_process(script, option, *pair, jobs), asked))
+
+
+def row_of_own_process(script: str, option: str, value: str, seed: int, jobs: int) -> dict[str, Any]:
+    """The row that `script` prints as its last line, as JSON, where it is started anew with `option` and `seed`.
+
+    It computes with the cores that are its share where `jobs` run at once.
+    """
     command = [sys.executable, script, *sys.argv[1:], option, value, "--seed", str(seed)]
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # threads that wait leave a shared machine to others
+    threads = str(max((os.cpu_count() or 1) // jobs, 1))
+    waiting = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": threads}  # others wait for a shared machine's cores too
+    environment = {**waiting, **os.environ}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     row: dict[str, Any] = {"seed": seed, **json.loads(done.stdout.splitlines()[-1])}
     print(f"{value}: {row}", flush=True)

