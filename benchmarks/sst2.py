@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    PAD_MULTIPLE,
     contest_parser,
     encoder_folder,
     our_answers,
@@ -88,7 +87,7 @@ def answers_of_stock(args: argparse.Namespace, out: Path) -> list[str]:
         encoded = tokenizer(texts, truncation=True, max_length=args.seq_len)["input_ids"]
         return [{"input_ids": ids, "labels": int(label)} for ids, label in zip(encoded, labels, strict=True)]
 
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_MULTIPLE)
+    collate = DataCollatorWithPadding(tokenizer)
     train, scored = rows(args.data / "train.tsv"), rows(write_scored(args.data, out))
     logits = stock_logits(args, model, collate, train, scored, out)
     return [str(int(row.argmax())) for row in logits]

@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    PAD_MULTIPLE,
     contest_parser,
     encoder_folder,
     our_answers,
@@ -77,7 +76,7 @@ def answers_of_stock(args: argparse.Namespace, out: Path) -> list[list[str]]:
     numbers = [own.pop("numbers") for own in rows["dev"]]
     for own in rows["train"]:
         del own["numbers"]
-    collate = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=PAD_MULTIPLE)
+    collate = DataCollatorForTokenClassification(tokenizer)
     logits = stock_logits(args, model, collate, rows["train"], rows["dev"], out)
     return [
         [names[int(own[of.index(n)].argmax())] if n in of else "O" for n in range(len(sentence))]
