@@ -67,25 +67,22 @@ def test_a_label_that_is_not_in_the_map_is_refused():
 
 
 def test_batches_are_padded_on_the_right():
-    collate = RowCollator(encoder_tokenizer(), 128)
+    collate = RowCollator(encoder_tokenizer())
     batch = collate(rows([example("abcdefgh", "no"), example("a", "yes", pair="b")]))
     assert {name: tuple(t.shape) for name, t in batch.items()} == {
-        "input_ids": (2, 16),
-        "attention_mask": (2, 16),
-        "token_type_ids": (2, 16),
+        "input_ids": (2, 10),
+        "attention_mask": (2, 10),
+        "token_type_ids": (2, 10),
         "labels": (2,),
     }
-    assert batch["input_ids"][0, 10:].eq(PAD_ID).all()
+    assert batch["input_ids"][1, 5:].eq(PAD_ID).all()
     assert batch["attention_mask"].sum(1).tolist() == [10, 5]
     assert batch["labels"].dtype == torch.int64
     several = collate(rows([example("a", "no"), example("b")], several=True))
     assert several["labels"].tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert several["labels"].dtype == torch.float32
     assert "labels" not in collate(encode_unlabelled([example("a")], encoder_tokenizer(), 9, settings().base).rows)
-    assert RowCollator(encoder_tokenizer(), 13)(rows([example("a" * 50, "no")], seq_len=13))["input_ids"].shape == (
-        1,
-        13,
-    )
+    assert collate(rows([example("a" * 50, "no")], seq_len=13))["input_ids"].shape == (1, 13)
 
 
 class Scripted(torch.nn.Module):

@@ -75,7 +75,7 @@ def test_a_sentence_of_which_nothing_is_seen_counts_where_models_are_scored():
     empty = TaggedWords((), (), "a.conll:9")
     encoded = inputs.encode(settings(), [sentence("a", "O"), unseen, empty], DROPPING, 9, "--eval-data")
     assert [row.words for row in encoded.rows] == [("a",), unseen.words, ()]
-    scores = TASK.judge.score(Scripted(TABLE), asked(2, encoded.rows, TagCollator(DROPPING, 9)), settings().base)
+    scores = TASK.judge.score(Scripted(TABLE), asked(2, encoded.rows, TagCollator(DROPPING)), settings().base)
     assert scores.metrics["examples"] == 3
     assert (scores.report["words"], scores.report["words_without_pieces"]) == (3, 2)
     assert math.isfinite(scores.metrics["loss"])
@@ -90,14 +90,14 @@ def test_a_tag_that_is_not_in_the_map_is_refused():
 
 
 def test_batches_are_padded_on_the_right():
-    collate = TagCollator(encoder_tokenizer(), 128)
+    collate = TagCollator(encoder_tokenizer())
     found = rows(sentence("abcdefgh", "B-x"), sentence("a b", "O", "I-x"))
     batch = collate(found)
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(
-        ("input_ids", "attention_mask", "token_type_ids", "labels"), (2, 16)
+        ("input_ids", "attention_mask", "token_type_ids", "labels"), (2, 10)
     )
     assert batch["labels"].dtype == torch.int64
-    assert batch["labels"][1].tolist() == [-100, 0, -100, 2, *[-100] * 12]
+    assert batch["labels"][1].tolist() == [-100, 0, -100, 2, *[-100] * 6]
     untagged = encode_untagged([sentence("a", "O")], encoder_tokenizer(), 9, settings().base).rows
     assert "labels" not in collate(untagged)
 
@@ -145,9 +145,7 @@ def asked(size, found, collate):
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_scores_are_plain_counts_whatever_the_batch(size):
     found = rows(*SENTENCES, seq_len=12)  # the third one is cut
-    scores = TASK.judge.score(
-        Scripted(TABLE), asked(size, found, TagCollator(encoder_tokenizer(), 12)), settings().base
-    )
+    scores = TASK.judge.score(Scripted(TABLE), asked(size, found, TagCollator(encoder_tokenizer())), settings().base)
     losses, right, words = [], 0, 0
     for example, row in zip(SENTENCES, found, strict=True):
         for number, tag in enumerate(example.tags):
@@ -168,7 +166,7 @@ def test_scores_are_plain_counts_whatever_the_batch(size):
 def test_words_that_are_not_seen_count_as_outside_whatever_label_is_the_first():
     config, sees_o = settings(("B-x", "O")), torch.tensor([[0.0, 1.0]]).expand(320, 2)
     found = encode(config, [sentence("a b c", "O", "O", "O")], encoder_tokenizer(), 3, "--data").rows
-    scores = TASK.judge.score(Scripted(sees_o), asked(1, found, TagCollator(encoder_tokenizer(), 3)), config.base)
+    scores = TASK.judge.score(Scripted(sees_o), asked(1, found, TagCollator(encoder_tokenizer())), config.base)
     assert scores.report["words_cut_off"] == 2
     assert scores.metrics["accuracy"] == 1.0
 
@@ -176,9 +174,7 @@ def test_words_that_are_not_seen_count_as_outside_whatever_label_is_the_first():
 @pytest.mark.parametrize("size", [1, 4])
 def test_answers_have_a_tag_for_each_word_and_none_for_what_is_cut_off(size):
     found = encode_untagged(SENTENCES, encoder_tokenizer(), 12, settings().base).rows
-    answers = list(
-        TASK.answering.answer(Scripted(TABLE), asked(size, found, TagCollator(encoder_tokenizer(), 12)), None)
-    )
+    answers = list(TASK.answering.answer(Scripted(TABLE), asked(size, found, TagCollator(encoder_tokenizer())), None))
     assert [len(own["tags"]) for own in answers] == [3, 1, 9, 2]
     assert answers[2]["tags"][5:] == answers[2]["scores"][5:] == [None] * 4
     for row, own in zip(found, answers, strict=True):

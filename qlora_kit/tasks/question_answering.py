@@ -96,7 +96,7 @@ def _first_rows(rows: Iterable[WindowRow]) -> Iterator[WindowRow]:
 def _collator(
     tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
 ) -> Callable[[Sequence[WindowRow]], Batch]:
-    return RowCollator(tokenizer, seq_len)
+    return RowCollator(tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------ answering

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-PAD_MULTIPLE = 8
 JOINT = "\n"  # between a pair, for a tokenizer that puts nothing there
 
 
@@ -161,20 +160,18 @@ class RowCollator:
 
     Called with rows it returns `input_ids`, `attention_mask` (0 in the padding), `token_type_ids` where the tokenizer
     gives them, each int64 (B, T), and `labels` where the rows have some: int64 (B,), for tuples of numbers int64
-    (B, 2), or with several to a row float32 (B, L). T is the longest row, rounded up to a multiple of 8 but never above
-    `max_tokens`.
+    (B, 2), or with several to a row float32 (B, L). T is the longest row and no multiple of anything: short rows would
+    be a good part padding, and no gain of it has been measured (docs/log.md).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._pad_token_id, self._pad_type_id = tokenizer.pad_token_id, tokenizer.pad_token_type_id
-        self._max_tokens = max_tokens
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch of `rows`."""
         import torch
 
-        longest = max(len(row.input_ids) for row in rows)
-        length = max(longest, min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self._max_tokens))
+        length = max(len(row.input_ids) for row in rows)
 
         def padded(lists: Iterable[Sequence[int]], value: int) -> torch.Tensor:
             return torch.tensor([[*own, *[value] * (length - len(own))] for own in lists], dtype=torch.int64)
@@ -195,7 +192,7 @@ class RowCollator:
 def _collator(
     tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
 ) -> Callable[[Sequence[LabelledRow]], Batch]:
-    return RowCollator(tokenizer, seq_len)
+    return RowCollator(tokenizer)
 
 
 def _weights(rows: LabelledSet, config: BaseConfig) -> torch.Tensor:

@@ -155,8 +155,8 @@ class TagCollator:
     where a token is no word's first.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self._padded = RowCollator(tokenizer, max_tokens)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._padded = RowCollator(tokenizer)
 
     def __call__(self, rows: Sequence[TaggedRow]) -> Batch:
         """The batch of `rows`."""
@@ -171,7 +171,7 @@ class TagCollator:
 def _collator(
     tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
 ) -> Callable[[Sequence[TaggedRow]], Batch]:
-    return TagCollator(tokenizer, seq_len)
+    return TagCollator(tokenizer)
 
 
 def _weights(rows: TaggedSet, config: BaseConfig) -> torch.Tensor:
