@@ -193,6 +193,19 @@ def test_settings_that_diverge_do_not_stop_the_others(tiny_runs, tmp_path):
     assert "lr = 1e+30: diverged in fold 1" in said.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"r": 2, "lr": "1e30,2e30", "max_steps": 3}, "Lower --lr"),
+        ({"r": "128,256", "init": "pissa"}, "Search other values"),
+    ],
+)
+def test_a_search_without_any_figure_says_why_and_what_helps(tiny_runs, tmp_path, changes, remedy):
+    with pytest.raises(UserError) as caught:
+        search_of(settings_of(tiny_runs, tmp_path / "x", **changes))
+    assert [fault.remedy.startswith(remedy) for fault in caught.value.faults] == [True, True]
+
+
 def test_exact_match_decides_higher_and_is_left_out_of_what_has_nothing_held_out(tiny_runs, tmp_path):
     rows = [{"prompt": f"{i}", "completion": "1"} for i in range(N_EXAMPLES)]
     flat = settings_of(tiny_runs, tmp_path / "x", data=str(tiny_runs.data(rows, "exact")), exact_match=2)

@@ -81,6 +81,30 @@ def test_a_setting_is_stopped_when_its_mean_is_worse_than_the_median(tmp_path):
         assert stopped.values == (0.75, 0.75)
 
 
+def test_folds_that_are_recorded_are_not_judged_again(tmp_path):
+    with open_store(tmp_path, prune="on") as store:
+        slow = store.claim()
+        for fold in (1, 2, 3):
+            store.record(slow, fold, {"f1": 0.1}, 100)
+            assert not store.report(slow, [0.1] * fold)  # nothing to compare with
+        for value in (0.8, 0.7, 0.9)[:PRUNE_AFTER]:
+            run_trial(store, store.claim(), [value] * 3)
+        slow.lock.release()  # as the kernel does for a process that was killed before it could finish
+    with open_store(tmp_path, prune="on") as store:
+        again = store.claim()
+        assert again.point == slow.point
+        assert not run_trial(store, again, [0.1] * 3)
+        assert tried(store)[0].values == (0.1, 0.1, 0.1)
+
+
+def test_fewer_trials_than_were_made_leave_none_open(tmp_path):
+    with open_store(tmp_path, sampler="tpe", trials=3) as store:
+        for _ in range(3):
+            run_trial(store, store.claim(), [0.5] * 3)
+    with open_store(tmp_path, sampler="tpe", trials=2) as store, store.locked():
+        assert store.n_open() == 0
+
+
 def test_a_grid_stops_nothing_unless_asked(tmp_path):
     with open_store(tmp_path) as store:
         stopped = [run_trial(store, store.claim(), [value] * 3) for value in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)]

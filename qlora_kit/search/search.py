@@ -20,8 +20,8 @@ from qlora_kit.errors import Fault, Faults, UserError
 from qlora_kit.inputs import Examples, read_inputs, read_material
 from qlora_kit.progress import counted, say_line
 from qlora_kit.search import picture, place, report
-from qlora_kit.search.choice import best_of, choose, higher_is_better, metric_of
-from qlora_kit.search.fold_run import DIVERGED, EndedEarlyError, run_fold
+from qlora_kit.search.choice import Tried, best_of, choose, higher_is_better, metric_of
+from qlora_kit.search.fold_run import DIVERGED, OUT_OF_MEMORY, EndedEarlyError, run_fold
 from qlora_kit.search.folds import make_folds
 from qlora_kit.search.planning import PlannedMemory, plan_memory, read_budget
 from qlora_kit.search.result import SearchResult
@@ -256,13 +256,20 @@ def _value_of(store: Store, claim: Claim, fold: int, job: _Job) -> float:
     return value
 
 
+def _fault_of(tried: Tried) -> Fault:
+    """Why a combination has no figure, and what helps."""
+    remedies = {DIVERGED: "Lower --lr.", OUT_OF_MEMORY: "Give a smaller --batch-size or --seq-len."}
+    remedy = next((own for reason, own in remedies.items() if reason in tried.state), "Search other values.")
+    return Fault("search", tried.label, f"has no figure: {tried.state}", remedy)
+
+
 def _result(store: Store, space: Space, settings: SearchConfig) -> SearchResult | None:
     """What is known now, None where nothing is. Raises `UserError` where all ended without a figure."""
     tried = store.tried()
     if not any(one.is_finished for one in tried):
         if any(one.is_open for one in tried):
             return None
-        raise UserError(Fault("search", one.label, f"has no figure: {one.state}", "Lower --lr.") for one in tried)
+        raise UserError(_fault_of(one) for one in tried)
     higher = higher_is_better(settings.metric)
     best, chosen = best_of(tried, higher), choose(tried, higher)
     config = space.config_of(chosen.point)

@@ -204,13 +204,16 @@ class Store:
             claim.trial.set_user_attr(_fold_key(fold), dict(results))
 
     def report(self, claim: Claim, values: list[float]) -> bool:
-        """Tell Optuna the mean of the first `values`, one a fold; returns whether to stop here."""
+        """Tell Optuna the mean of the first `values`, one a fold; returns whether to stop here.
+
+        Of a trial that goes on only the last fold that it was told is judged: Optuna looks at no other.
+        """
         with self.locked():
             step = len(values) - 1
             known = self._study.get_trials(deepcopy=False)[claim.trial.number].intermediate_values
             if step not in known:
                 claim.trial.report(statistics.fmean(values), step)
-            return claim.trial.should_prune()
+            return step >= max(known, default=step) and claim.trial.should_prune()
 
     def finish(self, claim: Claim, values: list[float], reason: str | None = None) -> None:
         """End the trial: with the mean of all folds, or where there is a `reason` without a figure."""
@@ -263,7 +266,8 @@ class Store:
         if self._search.sampler == "grid":
             return len(trials) - n_ended
         n_ruled_out = len(trials) - len(_asked(trials))
-        return min(self._wanted, len(self._space.points()) - n_ruled_out) - (n_ended - n_ruled_out)
+        n_to_try = min(self._wanted, len(self._space.points()) - n_ruled_out)
+        return max(n_to_try - (n_ended - n_ruled_out), 0)  # fewer may be wanted than when it began
 
     @contextmanager
     def locked(self) -> Iterator[None]:
