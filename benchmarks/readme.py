@@ -10,13 +10,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import RESULTS
+from common import RESULTS, error_of_difference
 
 from qlora_kit.runs import write_text
 
@@ -197,28 +198,34 @@ def accuracy() -> str:
 def tasks() -> str:
     """What the tasks reach beside the stock libraries, and what regularizing brings; as far as it is measured."""
     lines = []
-    for name, what, figure in (("sst2", "SST-2", "accuracy"), ("wnut17", "WNUT-17", "f1")):
+    sst2 = {"accuracy": "accuracy, dev file", "accuracy_with_test": "accuracy, dev and test file"}
+    wnut17 = {"f1": "F1 of whole entities, dev file"}
+    for name, what, figures in (("sst2", "SST-2", sst2), ("wnut17", "WNUT-17", wnut17)):
         if (RESULTS / f"{name}_cpu.json").is_file():
-            lines += [*_contest(read(f"{name}_cpu"), what, figure), ""]
+            lines += [*_contest(read(f"{name}_cpu"), what, figures), ""]
     if (RESULTS / "regularizers_cpu.json").is_file():
         lines += _regularized(read("regularizers_cpu"))
     return "\n".join(lines).strip()
 
 
-def _contest(result: dict[str, Any], what: str, figure: str) -> list[str]:
-    """A contest of `common.run_contest` in words."""
-    settings, means = result["settings"], result["means"]
+def _contest(result: dict[str, Any], what: str, figures: Mapping[str, str]) -> list[str]:
+    """A contest of `common.run_contest` as a table; `figures` has the names of the rows' figures in words."""
+    settings, rows = result["settings"], result["rows"]
     steps = f"{settings['max_steps']} steps of" if settings["max_steps"] else "one epoch in batches of"
-    each = {name: ", ".join(f"{row[figure]:.2%}" for row in rows) for name, rows in result["rows"].items()}
-    warmup = f", warmup {settings['warmup']:.0%}" if settings.get("warmup") else ""
-    said = figure.replace("f1", "F1 of whole entities")
-    return [
-        f"{what} (dev file), a MiniLM encoder at {settings['bits']} bits, r = {settings['r']}, {steps} "
-        f"{settings['batch_size']}{warmup}, {len(settings['seeds'])} seeds: {said} "
-        f"{means['ours']:.2%} ({each['ours']}); "
-        f"stock PEFT and Trainer at equal settings {means['stock']:.2%} ({each['stock']}).",
-        f"Measured on {place(result)}.",
+    warmup = f", warmup {settings['warmup']:.0%}" if settings["warmup"] else ""
+    lines = [
+        f"{what}, a MiniLM encoder at {settings['bits']} bits, r = {settings['r']}, {steps} "
+        f"{settings['batch_size']}{warmup}, {len(settings['seeds'])} seeds:",
+        "",
+        "| | stock PEFT and Trainer | qlora_kit | difference |",
+        "|---|--:|--:|--:|",
     ]
+    for figure, said in figures.items():
+        of = {own: [row[figure] for row in rows[own]] for own in ("stock", "ours")}
+        means = {own: f"{mean(each):.2%} ({min(each):.1%} to {max(each):.1%})" for own, each in of.items()}
+        gap = f"{mean(of['ours']) - mean(of['stock']):+.2%} ± {error_of_difference(list(of.values())):.2%}"
+        lines.append(f"| {said} | {means['stock']} | {means['ours']} | {gap} |")
+    return [*lines, "", f"± is the standard error over the seeds. Measured on {place(result)}."]
 
 
 def _regularized(result: dict[str, Any]) -> list[str]:
