@@ -195,8 +195,7 @@ def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, b
     encoder_folder()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     asked = [(own, seed) for seed in seeds for own in ("stock", "ours")]  # in turn
-    found = rows_of_own_processes(script, "--contender", asked, args.jobs)
-    rows = {who: [row for (own, _), row in zip(asked, found, strict=True) if own == who] for who in ("stock", "ours")}
+    rows = rows_of_own_processes(script, "--contender", asked, args.jobs)
     means = {own: statistics.mean(row[figure] for row in of) for own, of in rows.items()}
     settings = {k: v for k, v in vars(args).items() if k not in ("contender", "seed", "seeds", "jobs")}
     settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds}
@@ -221,10 +220,17 @@ def error_of_difference(samples: Sequence[Sequence[float]]) -> float:
 
 def rows_of_own_processes(
     script: str, option: str, asked: Sequence[tuple[str, int]], jobs: int
-) -> list[dict[str, Any]]:
-    """The rows of `row_of_own_process` for the values of `option` and seeds in `asked`, `jobs` processes at a time."""
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of `row_of_own_process` for the values of `option` and seeds in `asked`, `jobs` processes at a time.
+
+    They stand under their value, in the order of `asked`.
+    """
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda pair: row_of_own_process(script, option, *pair, jobs), asked))
+        found = pool.map(lambda pair: row_of_own_process(script, option, *pair, jobs), asked)
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for (value, _), row in zip(asked, found, strict=True):
+            rows.setdefault(value, []).append(row)
+    return rows
 
 
 def row_of_own_process(script: str, option: str, value: str, seed: int, jobs: int) -> dict[str, Any]:

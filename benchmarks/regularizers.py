@@ -101,8 +101,7 @@ def main() -> None:
     encoder_folder()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     asked = [(way, seed) for seed in seeds for way in WAYS]  # the ways in turn
-    found_rows = rows_of_own_processes(__file__, "--way", asked, args.jobs)
-    rows = {way: [row for (own, _), row in zip(asked, found_rows, strict=True) if own == way] for way in WAYS}
+    rows = rows_of_own_processes(__file__, "--way", asked, args.jobs)
     ways = {way: summary(own, rows["plain"]) for way, own in rows.items()}
     settings = {k: v for k, v in vars(args).items() if k not in ("way", "seed", "seeds", "jobs")}
     settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds, "ways": WAYS}
