@@ -99,6 +99,7 @@ def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, 
     source = config.data.data
     rows = faults.collect(lambda: data.read_rows(source, config.data.columns))
     task = tasks.choose(config.base, rows or [], config.data.columns, architecture)
+    config = with_columns(config, task, rows or [])
     named = dataclasses.replace(config.base, task=task.name)
     resolved: BaseConfig | None = None
     if architecture is not None:
@@ -110,6 +111,12 @@ def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, 
     if split is None or held_out is None or resolved is None:
         return None
     return Material(dataclasses.replace(config, base=resolved), task, split[0], split[1] or held_out)
+
+
+def with_columns(config: RunConfig, task: Task, records: list[data.Record]) -> RunConfig:
+    """`config` with the columns that the training `records` decide on, where none are mapped by hand."""
+    columns = task.reader.columns(records, config.data.columns)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, columns=columns))
 
 
 def _material_of(config: RunConfig, given: Examples) -> Material:

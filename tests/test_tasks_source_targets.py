@@ -7,7 +7,7 @@ import pytest
 from qlora_kit.config import BaseConfig
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.source_targets import fits, read, read_unanswered
+from qlora_kit.tasks.source_targets import columns_of, fits, read, read_unanswered
 from qlora_kit.tasks.task import Source
 
 
@@ -57,6 +57,24 @@ def test_columns_mapped_by_hand():
     assert pairs([languages], {"source": "translation.fr", "target": "translation.en"}) == [("c", "a")]
     assert read_unanswered(source([row], {"source": "a"}))[0].source == "s"
     assert read_unanswered(source([row], {"source": "a", "target": "gone"}))[0].source == "s"
+
+
+@pytest.mark.parametrize(
+    ("rows", "decided"),
+    [
+        ([{"translation": {"en": "a", "de": "b"}}, {"translation": {"de": "b", "en": "a"}}], True),
+        ([{"translation": {"en": "a", "de": "b"}}, {"translation": {"en": "a", "fr": "b"}}], False),
+        ([{"translation": {"en": "a", "de": "b", "fr": "c"}}], False),
+        ([{"translation": {"en": "a", "de": "b"}}, {"translation": "a"}], False),
+        ([{"translation": {"en": "a", "de": "b"}}, {"source": "a", "target": "b"}], False),
+        ([{"source": "a", "target": "b"}], False),
+        ([], False),
+    ],
+)
+def test_the_first_record_decides_which_language_is_translated(rows, decided):
+    found = columns_of(source(rows).records, {})
+    assert found == ({"source": "translation.en", "target": "translation.de"} if decided else {})
+    assert columns_of(source(rows).records, {"source": "a"}) == {"source": "a"}
 
 
 @pytest.mark.parametrize("row", [{"source": "a"}, {"document": "a"}, {"text": "a"}, {"prompt": "a"}, {"question": "a"}])

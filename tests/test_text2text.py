@@ -271,6 +271,21 @@ def test_a_run_is_asked_by_the_columns_it_was_trained_with(workshop, capsys):
     assert asked(both, "--columns", "source=translation.en") == "cat"
 
 
+def test_a_run_translates_one_way_however_a_file_orders_the_languages(workshop, capsys):
+    data = str(save_rows(workshop.root / "forth.jsonl", [{"translation": {"en": "dog", "de": "Hund"}}] * 4))
+    other = [{"translation": {"de": "Hund", "en": "dog"}}] * 2
+    back = str(save_rows(workshop.root / "back.jsonl", other))
+    config = workshop.config("t5", 32, "one-way", optim={"max_steps": 1}, evaluation={"eval_steps": None})
+    config = dataclasses.replace(config, data=DataConfig(data=data, eval_data=back, seq_len=32))
+    assert [example.source for example in read_inputs(config).held_out] == ["dog"] * 2
+    train(config, QUIET)
+    capsys.readouterr()
+    main(["predict", "--run", str(workshop.root / "one-way"), "--data", back])
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["source"] == "dog"
+    main(["preview", "--model", config.base.model, "--data", data, "--eval-data", back, "--rows", "1"])
+    assert "sources that training shows too │ 2" in " ".join(capsys.readouterr().out.split())
+
+
 def fails(capsys, *args):
     with pytest.raises(SystemExit) as caught:
         main(list(args))

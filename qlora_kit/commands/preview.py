@@ -24,6 +24,7 @@ from qlora_kit.data import (
 )
 from qlora_kit.data.encode import Encoded
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.inputs import with_columns
 from qlora_kit.task_models import GENERATION
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
     architecture = load_model_config(config.base)
     records = read_rows(config.data.data, config.data.columns)
     task = tasks.choose(config.base, records, config.data.columns, architecture)
+    config = with_columns(config, task, records)
     tokenizer = prepare_tokenizer(load_tokenizer(config.base), task.name == GENERATION)
     seq_len = resolve_seq_len(config.data.seq_len, tokenizer, max_positions(architecture))
     source = tasks.Source(records, config.data.data, config.data.columns)

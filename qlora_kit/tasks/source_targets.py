@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -49,6 +49,19 @@ def fits(columns: Set[str]) -> bool:
         or any(set(pair) <= columns for pair in PAIRS)
         or any(set(shape.required) <= columns for shape in PAIRED)
     )
+
+
+def columns_of(records: Sequence[Record], by_hand: dict[str, str]) -> dict[str, str]:
+    """The columns mapped by hand; without any, the languages of the first record where all translate between two.
+
+    Else a file that names them in the other order would be read the other way round.
+    """
+    between = {frozenset(own) if isinstance(own := r.values.get(TRANSLATION), dict) else frozenset() for r in records}
+    named = any(set(pair) <= set(record.values) for pair in PAIRS for record in records)
+    if by_hand or named or len(between) != 1 or len(next(iter(between))) != 2:
+        return by_hand
+    languages = records[0].values[TRANSLATION]
+    return {part: f"{TRANSLATION}{PATH}{language}" for part, language in zip(TARGETS, languages, strict=True)}
 
 
 def read(source: Source, config: BaseConfig) -> list[SourceTarget]:

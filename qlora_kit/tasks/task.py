@@ -71,6 +71,8 @@ class Reader:
     audit_rows: Callable[[Any], list[tuple[str, str]]] = lambda encoded: []  # lines on an encoded set
     encode_held_out: Callable[[RunConfig, Sequence[Any], PreTrainedTokenizerBase, int, str], Any] | None = None
     """`encode` for examples to score, where it is not that for those to train on."""
+    columns: Callable[[Sequence[Record], dict[str, str]], dict[str, str]] = lambda records, by_hand: by_hand
+    """The columns mapped by hand, or what the training records decide about them, for other data of the run too."""
 
 
 @dataclass(frozen=True)

@@ -343,7 +343,15 @@ def _audit(examples: Sequence[SourceTarget], training: Sequence[SourceTarget]) -
 
 TASK = Task(
     TEXT2TEXT,
-    Reader(source_targets.fits, source_targets.read, _resolve, encode, _audit, lambda e, row: e.target or ""),
+    Reader(
+        source_targets.fits,
+        source_targets.read,
+        _resolve,
+        encode,
+        _audit,
+        lambda example, row: example.target or "",
+        columns=source_targets.columns_of,
+    ),
     Judge(
         _score,
         {"loss": False, "bleu": True, "chrf": True, "rouge1": True, "rouge2": True, "rougeL": True},
