@@ -32,7 +32,8 @@ from common import (
 
 TRAIN, DEV = "wnut17train.conll", "emerging.dev.conll"
 BOUND = 0.02  # of F1, that ours may be below the stock libraries' on the mean of the seeds: seeds alone differ by more
-SEEDS = "42,43,44,45,46,47"
+SEEDS = "42,43,44,45"
+LR = 5e-4  # at 1e-3 either software may rest at "no entity" for a third of the run, as the head's random start has it
 MAX_STEPS, WARMUP = 640, 0.1  # of 16 sentences, three epochs; 200 without a warmup learned nothing
 Sentence = list[tuple[str, str]]  # words with their tags
 
@@ -107,7 +108,7 @@ def contend(args: argparse.Namespace) -> None:
 def main() -> int:
     """Run both contenders with every seed and compare them; exits with 1 where ours is below by more than the bound."""
     args = contest_parser(
-        __doc__, f"{TRAIN} and {DEV}", batch_size=16, max_steps=MAX_STEPS, warmup=WARMUP, seeds=SEEDS
+        __doc__, f"{TRAIN} and {DEV}", batch_size=16, lr=LR, max_steps=MAX_STEPS, warmup=WARMUP, seeds=SEEDS
     ).parse_args()
     if args.contender:
         contend(args)
