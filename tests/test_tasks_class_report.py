@@ -56,6 +56,17 @@ def test_figures_of_classes(pairs):
     assert (found["f1"], found["f1_weighted"]) == (pytest.approx(plain), pytest.approx(weighted))
 
 
+def test_the_only_label_of_several_counts_where_it_is_there():
+    """Not where it is absent: scikit-learn takes one column for numbers of classes."""
+    labels, answers = np.array([[1], [1], [1], [0]]), np.array([[1], [1], [0], [0]])
+    found = class_metrics(labels, answers)
+    assert (found["accuracy"], found["f1"], found["f1_weighted"]) == (0.75, pytest.approx(0.8), pytest.approx(0.8))
+    report = class_report(labels, answers, ["spam"])
+    assert report["report"]["spam"]["support"] == 3
+    assert report["report"]["spam"]["recall"] == pytest.approx(2 / 3)
+    assert report["confusion"] == [[[1, 0], [1, 2]]]
+
+
 @settings(deadline=None, max_examples=50, derandomize=True)
 @given(ROWS)
 def test_figures_of_several_labels(rows):

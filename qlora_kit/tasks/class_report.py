@@ -29,12 +29,23 @@ def class_metrics(labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
     """
     from sklearn.metrics import accuracy_score, f1_score
 
+    labels, answers = _as_indicators(labels), _as_indicators(answers)
     options: dict[str, Any] = {"zero_division": 0, "labels": occurring(labels, answers)}
     return {
         "accuracy": float(accuracy_score(labels, answers)),
         "f1": float(f1_score(labels, answers, average="macro", **options)),
         "f1_weighted": float(f1_score(labels, answers, average="weighted", **options)),
     }
+
+
+def _as_indicators(numbers: np.ndarray) -> np.ndarray:
+    """The same, with a label that nobody has behind the only one of several.
+
+    scikit-learn takes a single column of 0 and 1 for numbers of classes, and would count absences as class 0.
+    """
+    import numpy as np
+
+    return np.pad(numbers, ((0, 0), (0, 1))) if numbers.shape[1:] == (1,) else numbers
 
 
 def occurring(labels: np.ndarray, answers: np.ndarray) -> list[int]:
@@ -53,6 +64,7 @@ def class_report(labels: np.ndarray, answers: np.ndarray, names: Sequence[str]) 
     """
     from sklearn.metrics import classification_report, confusion_matrix, multilabel_confusion_matrix
 
+    labels, answers = _as_indicators(labels), _as_indicators(answers)
     present = occurring(labels, answers)
     report = classification_report(
         labels,
