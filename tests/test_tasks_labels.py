@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ def test_what_is_no_label(value):
 def test_order_of_numbers_or_of_the_alphabet():
     assert in_order(["10", "9", "-1"]) == ("-1", "9", "10")
     assert in_order(["b", "10", "9"]) == ("10", "9", "b")
+    orders = {in_order(own) for own in itertools.permutations(["2", "nan", "1", "0"])}
+    assert orders == {("0", "1", "2", "nan")}  # NaN compares with no number
 
 
 def test_labels_come_from_the_data_or_are_given():

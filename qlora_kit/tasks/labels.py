@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -86,10 +87,9 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 def _is_number(name: str) -> bool:
     try:
-        float(name)
+        return not math.isnan(float(name))  # which has no place among numbers
     except ValueError:
         return False
-    return True
 
 
 def resolve_labels(config: BaseConfig, examples: Sequence[Labelled], setting: str) -> BaseConfig:
