@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,6 +254,9 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     run = str(workshop.run("bert"))
     assert "Use `qlora-kit predict`" in fails(workshop, capsys, "generate", "--run", run, "--prompt", "a")
     assert "--data" in fails(workshop, capsys, "predict", "--run", run)
+    before = Path(data).read_text()
+    assert "would be lost" in fails(workshop, capsys, "predict", "--run", run, "--data", data, "--out", data)
+    assert Path(data).read_text() == before
     assert "has no head" in fails(workshop, capsys, "predict", "--model", bert, "--data", data)
 
 
