@@ -230,6 +230,22 @@ def test_the_release_answers_in_a_pipeline_as_the_run_does(workshop, in_this_pro
         assert json.loads(line)["scores"] == pytest.approx(scores, abs=1e-5)
 
 
+def test_the_card_says_how_a_pipeline_is_given_a_pair(workshop, in_this_process, tmp_path):
+    """Two texts run together in it where the tokenizer puts nothing between them; training puts a newline there."""
+    folder = train(workshop.config("gpt2", PAIRS, out="joined-pairs", optim={"max_steps": 2}), QUIET).folder
+    release = tmp_path / "release"
+    main(["merge", "--run", str(folder), "--out", str(release), "--dtype", "fp32"])
+    assert 'classify(f"{text}\\n{pair}")' in (release / "README.md").read_text()
+    out = tmp_path / "answers.jsonl"
+    data = str(save_rows(tmp_path / "pairs.jsonl", PAIRS))
+    main(["predict", "--model", str(release), "--data", data, "--out", str(out)])
+    classify = pipeline("text-classification", model=str(release), device="cpu", top_k=None)
+    for line, row in zip(out.read_text().splitlines(), PAIRS, strict=True):
+        (one,) = classify([f"{row['sentence1']}\n{row['sentence2']}"])
+        found = {own["label"]: own["score"] for own in one}
+        assert json.loads(line)["scores"] == pytest.approx(found, abs=1e-5)
+
+
 def fails(workshop, capsys, *args):
     with pytest.raises(SystemExit) as caught:
         main(list(args))
