@@ -53,6 +53,7 @@ def run(
     quiet.quiet_libraries()
     from qlora_kit import narration
     from qlora_kit.memory import picture, report
+    from qlora_kit.progress import say_line
 
     request, target = _checked(gpu, fit, plot, exact, baselines)
     _check_model(config)
@@ -61,7 +62,7 @@ def run(
 
     def say_early(early: PlanReport) -> None:
         for line in [] if config.base.task is None else narration.task_lines(asked.base, config.base):
-            console.print(line, soft_wrap=True)
+            say_line(console, line)
         report.say_plan(early, console)
 
     found = make_report(config, request, say_early)

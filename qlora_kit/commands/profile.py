@@ -44,7 +44,7 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     inputs = read_inputs(config)
     asked, config = config, inputs.config  # its task and labels, where the data say them
     for line in narration.task_lines(asked.base, config.base):
-        console.print(line, soft_wrap=True)
+        say_line(console, line)
     inputs = dataclasses.replace(inputs, train=_longest(inputs.train, _rows(config)), evaluation=None, held_out=[])
     planned = preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight)
     config = dataclasses.replace(config, lean=planned.lean)
