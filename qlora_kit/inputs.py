@@ -106,7 +106,7 @@ def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, 
         faults.collect(lambda: base.load_model_config(named))  # may be unable to do what the data is for
     split = None if rows is None else faults.collect(lambda: _read_training(config, task, named, rows))
     if split is not None:
-        resolved = faults.collect(lambda: task.reader.resolve(named, split[0], "--data"))
+        resolved = faults.collect(lambda: _resolve(task, named, *split))
     held_out = faults.collect(lambda: _read_held_out(config, task, resolved or named))
     if split is None or held_out is None or resolved is None:
         return None
@@ -129,6 +129,15 @@ def _read_training(
     """The examples to train on, and the share of them that is held out."""
     examples = task.reader.read(Source(rows, config.data.data, config.data.columns), named)
     return data.split_examples(examples, config.data.eval_fraction, config.seed)
+
+
+def _resolve(task: Task, named: BaseConfig, train: list[Any], held_out: list[Any]) -> BaseConfig:
+    """`named` with what the data decide, of which `held_out` is a share: the labels of either, if `train` has enough.
+
+    Raises `UserError`.
+    """
+    of_all = task.reader.resolve(named, [*train, *held_out], "--data")
+    return task.reader.resolve(of_all, train, "--data") if held_out else of_all
 
 
 def _read_held_out(config: RunConfig, task: Task, resolved: BaseConfig) -> list[Any]:
@@ -172,7 +181,8 @@ def _encoded(material: Material, tokenizer: PreTrainedTokenizerBase, seq_len: in
     train_set = task.reader.encode(config, material.train, tokenizer, seq_len, "--data")
     eval_set = None
     if material.held_out:
-        eval_set = encode(config, material.held_out, tokenizer, seq_len, "--eval-data")
+        of_data = config.data.eval_fraction > 0
+        eval_set = encode(config, material.held_out, tokenizer, seq_len, "--data" if of_data else "--eval-data")
     generates = task.name == GENERATION
     inputs = Inputs(
         config,

@@ -202,14 +202,17 @@ def task_of(task: str | None, architecture: PretrainedConfig) -> str:
 
 
 def can_do(task: str, architecture: PretrainedConfig) -> bool:
-    """Whether transformers has a class for `task` of this kind of model."""
+    """Whether transformers has a class for `task` of this kind of model.
+
+    It has some that go on with a text by the decoder of an encoder-decoder, whose files they do not read whole.
+    """
     from transformers.models.auto import modeling_auto
 
     if architecture.model_type not in getattr(modeling_auto, TASK_MODELS[task].mapping):
         return False
     if TASK_MODELS[task].decodes:  # models that hear are in the same table, and some of them have no encoder of texts
         return bool(architecture.is_encoder_decoder)
-    return not (task == GENERATION and reads_both_ways(architecture))
+    return task != GENERATION or not (reads_both_ways(architecture) or architecture.is_encoder_decoder)
 
 
 def serves_any_task(model_type: str) -> bool:
@@ -251,8 +254,11 @@ def check_can_do(task: str, architecture: PretrainedConfig, model: str) -> None:
     able = [name for name in TASK_MODELS if can_do(name, architecture)]
     if TASK_MODELS[task].decodes:
         what = f"has no encoder with a decoder, as {task} needs"
+    elif task == GENERATION:
+        decodes = architecture.is_encoder_decoder
+        what = "answers a text, and does not go on with it" if decodes else "generates no text"
     else:
-        what = "generates no text" if task == GENERATION else f"has no head for {task} in transformers"
+        what = f"has no head for {task} in transformers"
     remedy = (
         f"It can do: --task {' | '.join(able)}." if able else "Give another model, such as a causal language model."
     )

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,6 +230,22 @@ def test_the_release_answers_in_a_pipeline_as_the_run_does(workshop, in_this_pro
         assert json.loads(line)["scores"] == pytest.approx(scores, abs=1e-5)
 
 
+def test_the_card_says_how_a_pipeline_is_given_a_pair(workshop, in_this_process, tmp_path):
+    """Two texts run together in it where the tokenizer puts nothing between them; training puts a newline there."""
+    folder = train(workshop.config("gpt2", PAIRS, out="joined-pairs", optim={"max_steps": 2}), QUIET).folder
+    release = tmp_path / "release"
+    main(["merge", "--run", str(folder), "--out", str(release), "--dtype", "fp32"])
+    assert 'classify(f"{text}\\n{pair}")' in (release / "README.md").read_text()
+    out = tmp_path / "answers.jsonl"
+    data = str(save_rows(tmp_path / "pairs.jsonl", PAIRS))
+    main(["predict", "--model", str(release), "--data", data, "--out", str(out)])
+    classify = pipeline("text-classification", model=str(release), device="cpu", top_k=None)
+    for line, row in zip(out.read_text().splitlines(), PAIRS, strict=True):
+        (one,) = classify([f"{row['sentence1']}\n{row['sentence2']}"])
+        found = {own["label"]: own["score"] for own in one}
+        assert json.loads(line)["scores"] == pytest.approx(found, abs=1e-5)
+
+
 def fails(workshop, capsys, *args):
     with pytest.raises(SystemExit) as caught:
         main(list(args))
@@ -253,6 +270,9 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     run = str(workshop.run("bert"))
     assert "Use `qlora-kit predict`" in fails(workshop, capsys, "generate", "--run", run, "--prompt", "a")
     assert "--data" in fails(workshop, capsys, "predict", "--run", run)
+    before = Path(data).read_text()
+    assert "would be lost" in fails(workshop, capsys, "predict", "--run", run, "--data", data, "--out", data)
+    assert Path(data).read_text() == before
     assert "has no head" in fails(workshop, capsys, "predict", "--model", bert, "--data", data)
 
 

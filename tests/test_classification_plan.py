@@ -7,10 +7,12 @@ import io
 import json
 
 import pytest
-from classifiers import KINDS, ROWS, save_base, save_rows
+import text_pairs
+from classifiers import KINDS, ROWS, SENTENCES, save_base, save_rows
 from rich.console import Console
 
 from qlora_kit import BaseConfig, DataConfig, OptimConfig, RunConfig, train
+from qlora_kit.cli import main
 from qlora_kit.memory.plan import plan
 
 
@@ -46,3 +48,31 @@ def test_the_profile_of_real_steps_agrees_with_the_plan_of_them(kind, tmp_path):
     profile = json.loads((folder / "profile.json").read_text())
     assert profile["predicted"]["peak_bytes"] == pytest.approx(profile["peak_bytes"], rel=0.01)
     assert (folder / "plan.json").is_file()
+
+
+NUMBERS = [{"text": f"{'ab' * (i % 4)} {i}", "label": i % 3} for i in range(12)]
+QUESTIONS = [
+    {"question": "who?", "context": f"Ann is {i}", "answers": {"text": ["Ann"], "answer_start": [0]}} for i in range(8)
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "task"),
+    [
+        ("gpt2", NUMBERS, "text-classification (as the data and the model say): 3 labels"),
+        ("bert", SENTENCES, "token-classification (as the data and the model say): 4 labels"),
+        ("bert", QUESTIONS, "question-answering (as the data and the model say)"),
+        ("t5", [{"source": "a", "target": "b"}], "text2text-generation (as the data and the model say)"),
+    ],
+)
+def test_the_data_say_what_is_planned_and_profiled(kind, rows, task, tmp_path, capsys):
+    """Without --task too: what is planned and measured is the model that `train` would make of the same flags."""
+    base = (text_pairs.save_base if kind == "t5" else save_base)(tmp_path / "base", kind)
+    data = save_rows(tmp_path / "a.jsonl", rows)
+    flags = ["--model", str(base), "--data", str(data), "--seq-len", "32", "--batch-size", "2", "--device", "cpu"]
+    main(["plan", *flags, "--no-baselines"])
+    assert f"task: {task}" in capsys.readouterr().out
+    main(["profile", *flags, "--steps", "1", "--bits", "16", "--out", str(tmp_path / "profile")])
+    assert f"task: {task}" in capsys.readouterr().out
+    record = json.loads((tmp_path / "profile" / "run.json").read_text())
+    assert record["settings"]["base"]["task"] == task.split()[0]

@@ -45,6 +45,12 @@ def test_columns_that_are_called_like_positions_are_no_positions(tmp_path):
     assert [r.values for r in rows] == [{"1": "a", "2": "b"}]
 
 
+def test_a_label_in_the_first_line_is_no_name_of_a_column(tmp_path):
+    """To predict, the text alone is named: `text=1` is the first column, and not the one that begins with label 1."""
+    rows = read_rows(written(tmp_path, "good\t1\nbad\t0\nfine\t1\n"), {"text": "1"})
+    assert [r.values["1"] for r in rows] == ["good", "bad", "fine"]
+
+
 def test_other_files_are_left_alone(tmp_path):
     path = written(tmp_path, '{"good": "a", "1": "1"}\n{"good": "b", "1": "1"}\n', "a.jsonl")
     assert len(read_rows(path, {})) == 2

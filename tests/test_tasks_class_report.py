@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import image
+from rich.console import Console
 
 from qlora_kit.tasks import Scores
 from qlora_kit.tasks.class_report import (
@@ -56,6 +57,17 @@ def test_figures_of_classes(pairs):
     assert (found["f1"], found["f1_weighted"]) == (pytest.approx(plain), pytest.approx(weighted))
 
 
+def test_the_only_label_of_several_counts_where_it_is_there():
+    """Not where it is absent: scikit-learn takes one column for numbers of classes."""
+    labels, answers = np.array([[1], [1], [1], [0]]), np.array([[1], [1], [0], [0]])
+    found = class_metrics(labels, answers)
+    assert (found["accuracy"], found["f1"], found["f1_weighted"]) == (0.75, pytest.approx(0.8), pytest.approx(0.8))
+    report = class_report(labels, answers, ["spam"])
+    assert report["report"]["spam"]["support"] == 3
+    assert report["report"]["spam"]["recall"] == pytest.approx(2 / 3)
+    assert report["confusion"] == [[[1, 0], [1, 2]]]
+
+
 @settings(deadline=None, max_examples=50, derandomize=True)
 @given(ROWS)
 def test_figures_of_several_labels(rows):
@@ -89,3 +101,17 @@ def test_the_picture_of_several_labels():
     report = class_report(labels, answers, ["a", "b"])
     assert report["confusion"] == [[[1, 0], [1, 1]], [[1, 1], [0, 1]]]
     assert image.imread(io.BytesIO(draw_confusion(report["confusion"], ["a", "b"]))).std() > 0.05
+
+
+@pytest.mark.parametrize("name", ["$a_$", "[/red]", "[red]", "中文", "a\nb", "x" * 300, r"$\frac{$"])
+def test_labels_are_shown_as_they_are(name, tmp_path, recwarn):
+    """Not as formulas, nor as marks of a terminal; a run would end with a failure after its last step."""
+    labels, answers = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])
+    scores = Scores(class_metrics(labels, answers), class_report(labels, answers, [name, "b"]))
+    write_report(scores, tmp_path)
+    assert (tmp_path / PICTURE_FILE).stat().st_size > 1000
+    console = Console(file=io.StringIO(), width=1000)
+    for table in tables(scores):
+        console.print(table)
+    assert name.splitlines()[0] in console.file.getvalue()
+    assert not recwarn.list

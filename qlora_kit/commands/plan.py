@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 
 from qlora_kit import quiet
-from qlora_kit.config import RunConfig
+from qlora_kit.config import DataConfig, RunConfig
 from qlora_kit.errors import Fault, UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qlora_kit.memory.report import Compared, PlanReport
 
 WIDTH = 118  # columns where the output is no terminal
+DATA_OF_NONE = DataConfig().data  # where no data was named
 DEVICE = "device"  # what `--fit` calls the free memory of the CUDA device present
 
 T = TypeVar("T")
@@ -50,11 +51,21 @@ def run(
 ) -> None:
     """Plan `config` and print what was found, as tables or `json`. Raises `UserError`."""
     quiet.quiet_libraries()
+    from qlora_kit import narration
     from qlora_kit.memory import picture, report
+    from qlora_kit.progress import say_line
 
     request, target = _checked(gpu, fit, plot, exact, baselines)
+    _check_model(config)
+    asked, config = config, _of_its_data(config)
     console = Console(highlight=False, soft_wrap=False, quiet=json, width=None if sys.stdout.isatty() else WIDTH)
-    found = make_report(config, request, lambda early: report.say_plan(early, console))
+
+    def say_early(early: PlanReport) -> None:
+        for line in [] if config.base.task is None else narration.task_lines(asked.base, config.base):
+            say_line(console, line)
+        report.say_plan(early, console)
+
+    found = make_report(config, request, say_early)
     if json:
         print_json(found)
     report.say(found, console)
@@ -104,7 +115,6 @@ def make_report(config: RunConfig, request: Request, say_early: Callable[[PlanRe
     from qlora_kit.memory.plan import plan
     from qlora_kit.memory.report import PlanReport
 
-    _check_model(config)
     own = plan(config, exact=request.exact, gpu=request.gpu)
     report = PlanReport(config, own, request.gpu, request.budget)
     say_early(report)
@@ -121,6 +131,26 @@ def make_report(config: RunConfig, request: Request, say_early: Callable[[PlanRe
             on, fit = fitting.switched_on(planner), fitting.find_fit(planner, request.budget)
             report = replace(report, switched_on=on, fit=fit)
     return report
+
+
+def _of_its_data(config: RunConfig) -> RunConfig:
+    """`config` with the task and the labels that its data say to a run, where it names none. Raises `UserError`.
+
+    The demo's text says nothing: then the task is what models of the kind are for.
+    """
+    if config.base.task is not None or config.data.data == DATA_OF_NONE:
+        return config
+    from qlora_kit import data, tasks
+    from qlora_kit.memory.plan import resolve_architecture
+
+    records = data.read_rows(config.data.data, config.data.columns)
+    task = tasks.choose(config.base, records, config.data.columns, resolve_architecture(config))
+    named = replace(config, base=replace(config.base, task=task.name))
+    resolve_architecture(named)  # may be unable to do what the data is for
+    if not task.model.has_labels:
+        return named
+    source = tasks.Source(records, config.data.data, config.data.columns)
+    return replace(config, base=task.reader.resolve(named.base, task.reader.read(source, named.base), "--data"))
 
 
 def _check_model(config: RunConfig) -> None:

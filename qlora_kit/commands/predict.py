@@ -67,5 +67,13 @@ def _check(given: Mapping[str, Any], run: str | None, base: str | None) -> None:
         faults.append(Fault("--base", base, "is the base of a run, and there is no --run", "Give --model instead."))
     if "data" not in given:
         faults.append(Fault("--data", None, "is missing", "Give --data FILE with the examples to answer."))
+    elif "out" in given and _is_same_file(given["data"], given["out"]):
+        rule = "is the file of --data, which would be lost"
+        faults.append(Fault("--out", given["out"], rule, "Give the name of another file."))
     if faults:
         raise UserError(faults)
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    paths = Path(one).expanduser(), Path(other)
+    return all(path.is_file() for path in paths) and paths[0].samefile(paths[1])

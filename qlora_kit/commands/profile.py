@@ -28,7 +28,7 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     The run folder gets run.json, profile.json, profile.png, and with `snapshot` on CUDA a file for PyTorch's memory
     viewer; no weights. Raises `UserError`.
     """
-    from qlora_kit import base, training
+    from qlora_kit import base, narration, training
     from qlora_kit.inputs import check_vocabulary, read_inputs
     from qlora_kit.memory.profile import save_profile
     from qlora_kit.memory.profile_picture import draw_profile
@@ -42,6 +42,9 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
         runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)
     quiet.quiet_progress_bars()
     inputs = read_inputs(config)
+    asked, config = config, inputs.config  # its task and labels, where the data say them
+    for line in narration.task_lines(asked.base, config.base):
+        say_line(console, line)
     inputs = dataclasses.replace(inputs, train=_longest(inputs.train, _rows(config)), evaluation=None, held_out=[])
     planned = preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight)
     config = dataclasses.replace(config, lean=planned.lean)
@@ -86,7 +89,7 @@ def _longest(rows: Any, count: int) -> Any:
     if isinstance(rows, data.PackedSet):
         by_length = sorted(rows.rows, key=lambda row: -sum(len(example.input_ids) for example in row))
     else:
-        by_length = sorted(rows.rows, key=lambda example: -len(example.input_ids))
+        by_length = sorted(rows.rows, key=lambda row: -len(row.input_ids) - len(getattr(row, "labels", None) or ()))
     repeats = -(-count // len(by_length))
     return dataclasses.replace(rows, rows=(by_length * repeats)[:count])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
-from qlora_kit.data.values import BadValueError, as_text
+from qlora_kit.data.values import BadValueError, as_text, is_missing
 from qlora_kit.errors import Fault, UserError
 
 TARGETS = ("text", "prompt", "completion", "messages", "system")
@@ -70,7 +70,7 @@ def _text(record: Record, column: str) -> str:
 
 
 def _optional_text(record: Record, column: str | None) -> str:
-    if column is None or record.values.get(column) is None:
+    if column is None or is_missing(record.values.get(column)):
         return ""
     return _text(record, column)
 

@@ -35,13 +35,19 @@ def _names(records: list[Record], columns: Mapping[str, str]) -> list[str] | Non
     """What the columns of a file without a header are to be called; None where it has one."""
     header = list(records[0].values)
     if columns:
-        by_position = all(name.isdecimal() for name in columns.values()) and not set(columns.values()) <= set(header)
+        names = columns.values()
+        by_position = all(name.isdecimal() for name in names) and not all(_is_name(name, records) for name in names)
         return [str(number) for number in range(1, len(header) + 1)] if by_position else None
     if len(header) != 2:
         return None
     values = {record.values[header[1]] for record in records}
     is_label = header[1] in values and len(values) <= max(2, len(records) // FEW)
     return [TEXT, LABEL] if is_label else None
+
+
+def _is_name(name: str, records: list[Record]) -> bool:
+    """Whether the first line calls a column so; where that is among its values, it is a label like the others."""
+    return name in records[0].values and all(record.values[name] != name for record in records)
 
 
 def _renamed(file: str, records: list[Record], names: list[str]) -> list[Record]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qlora_kit import base, host_memory, quiet, runs
-from qlora_kit.config import DataConfig, RunConfig
+from qlora_kit.config import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
 from qlora_kit.progress import BytesProgress, say_line
 from qlora_kit.release import content, live, proof, report, stream, verify
@@ -36,11 +36,14 @@ from qlora_kit.release.request import (
 from qlora_kit.release.shards import SHARD_BYTES, Shard, plan_shards, writing
 from qlora_kit.release.source import FETCH_REMEDY, BadFileError, Checkpoint, open_base
 from qlora_kit.release.stream import Recipe
+from qlora_kit.task_models import CLASSIFICATION, QUESTION_ANSWERING
+from qlora_kit.tasks.text_classification import separates_pairs
 from qlora_kit.trained_base import TrainedBase
 
 if TYPE_CHECKING:
     import torch
 
+OF_PAIRS = (CLASSIFICATION, QUESTION_ANSWERING)  # tasks of which an example may be two texts
 SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 
@@ -378,5 +381,13 @@ def _report(
             tensors=chosen.tensors,
             model=model_proof,
             choice=choice,
+            joins_pairs=_joins_pairs(_with_tokenizer(request, inputs.tokenizer).base),
         ),
     )
+
+
+def _joins_pairs(config: BaseConfig) -> bool:
+    """Whether pairs of texts have a newline between them that the tokenizer does not put there."""
+    if config.task not in OF_PAIRS:
+        return False
+    return not separates_pairs(base.load_tokenizer(config))

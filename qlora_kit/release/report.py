@@ -42,6 +42,7 @@ class Findings:
     tensors: Sequence[TensorProof]
     model: ModelProof | None
     choice: Mapping[str, Any] | None
+    joins_pairs: bool  # with a newline, where its tokenizer puts nothing between two texts
 
     @property
     def base_is_theirs(self) -> bool | None:
@@ -64,6 +65,7 @@ def make_report(request: Request, found: Findings) -> Report:
             "left_out": list(found.left_out),
             "untied": found.untied,
             "task": request.base.task or GENERATION,
+            "joins_pairs": found.joins_pairs,
         },
         "base": {
             "model": request.base.model,
@@ -199,6 +201,7 @@ def card(report: Report) -> str:
         *_how_to_load(release["task"]),
         "```",
         "",
+        *_how_to_pair(release),
         "## Proof",
         "",
         *(f"- {line}" for line in proof_lines(report)),
@@ -228,6 +231,17 @@ def _how_to_load(task: str) -> list[str]:
         f'model = {kind}.from_pretrained("this folder", dtype="auto")',
         'tokenizer = AutoTokenizer.from_pretrained("this folder")',
     ]
+
+
+def _how_to_pair(release: Mapping[str, Any]) -> list[str]:
+    """How two texts are given, where the tokenizer does not keep them apart."""
+    if not release["joins_pairs"]:
+        return []
+    if release["task"] == QUESTION_ANSWERING:
+        how = 'A question needs a newline behind it, as in training: `tokenizer(f"{question}\\n", context)`.'
+    else:
+        how = 'Of a pair the two texts need a newline between them, as in training: `classify(f"{text}\\n{pair}")`.'
+    return [f"The tokenizer puts nothing between two texts. {how}", ""]
 
 
 def _front_matter(report: Report) -> dict[str, Any]:

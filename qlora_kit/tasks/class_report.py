@@ -5,11 +5,13 @@ N examples, L classes. Labels and answers are numbers (N,), or with several to a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from qlora_kit.runs import write_bytes, write_json
 from qlora_kit.tasks.task import Scores
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 REPORT_FILE, PICTURE_FILE = "evaluation.json", "confusion.png"
 SHOWN_NUMBERS = 20  # the numbers of a matrix of more classes would not be legible
 MAX_PICTURED = 60
+SHOWN_CHARACTERS = 30  # of a label in the picture
 
 
 def class_metrics(labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
@@ -29,12 +32,23 @@ def class_metrics(labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
     """
     from sklearn.metrics import accuracy_score, f1_score
 
+    labels, answers = _as_indicators(labels), _as_indicators(answers)
     options: dict[str, Any] = {"zero_division": 0, "labels": occurring(labels, answers)}
     return {
         "accuracy": float(accuracy_score(labels, answers)),
         "f1": float(f1_score(labels, answers, average="macro", **options)),
         "f1_weighted": float(f1_score(labels, answers, average="weighted", **options)),
     }
+
+
+def _as_indicators(numbers: np.ndarray) -> np.ndarray:
+    """The same, with a label that nobody has behind the only one of several.
+
+    scikit-learn takes a single column of 0 and 1 for numbers of classes, and would count absences as class 0.
+    """
+    import numpy as np
+
+    return np.pad(numbers, ((0, 0), (0, 1))) if numbers.shape[1:] == (1,) else numbers
 
 
 def occurring(labels: np.ndarray, answers: np.ndarray) -> list[int]:
@@ -53,6 +67,7 @@ def class_report(labels: np.ndarray, answers: np.ndarray, names: Sequence[str]) 
     """
     from sklearn.metrics import classification_report, confusion_matrix, multilabel_confusion_matrix
 
+    labels, answers = _as_indicators(labels), _as_indicators(answers)
     present = occurring(labels, answers)
     report = classification_report(
         labels,
@@ -98,7 +113,7 @@ def table(report: Mapping[str, Any], counted: str = "examples") -> Table:
     for name, own in report.items():
         if isinstance(own, Mapping):
             figures = [f"{own[key]:.1%}" for key in ("precision", "recall", "f1-score")]
-            found.add_row(str(name), *figures, f"{own['support']:,.0f}")
+            found.add_row(Text(str(name)), *figures, f"{own['support']:,.0f}")
     return found
 
 
@@ -121,8 +136,11 @@ def draw_confusion(matrix: Sequence[Any], names: Sequence[str]) -> bytes:
     figure = Figure(figsize=(max(3.2, 0.45 * len(columns)) + 2.2, side + 1.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+    as_they_are: dict[str, Any] = {"parse_math": False}  # $5-$10 is no formula
+    axes.set_xticks(
+        range(len(columns)), map(_short, columns), rotation=45, ha="right", rotation_mode="anchor", **as_they_are
+    )
+    axes.set_yticks(range(len(names)), map(_short, names), **as_they_are)
     axes.set_xlabel("answer")
     axes.set_ylabel("label")
     if len(names) <= SHOWN_NUMBERS:
@@ -131,5 +149,13 @@ def draw_confusion(matrix: Sequence[Any], names: Sequence[str]) -> bytes:
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour, fontsize=9)
     figure.colorbar(image, ax=axes, label=f"share of {whole}")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # there is a box in its place
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _short(name: str) -> str:
+    """As much of a label as leaves room for the matrix, on one line."""
+    name = " ".join(name.split())
+    return name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}…"

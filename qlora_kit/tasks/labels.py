@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Protocol
 from qlora_kit.config import BaseConfig, flag
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.values import HALF_A_PAIR, is_whole
-from qlora_kit.errors import UserError
+from qlora_kit.errors import Faults, UserError
 
 SHOWN = 8  # labels named in a message
 SEPARATOR = "|"  # between several labels in one text
@@ -51,6 +52,8 @@ def read_labels(value: object, several: bool | None) -> LabelValue:
     """
     if isinstance(value, list):
         return LabelValue(tuple(dict.fromkeys(_name(one) for one in value)), listed=True)
+    if several is None and isinstance(value, str) and not value.strip():
+        raise LabelError("is empty, which only several labels to an example may be (--multi-label true)")
     name = _name(value, may_be_empty=bool(several))
     if several is False or (several is None and SEPARATOR not in name):
         return LabelValue((name,), listed=False)
@@ -86,10 +89,9 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 def _is_number(name: str) -> bool:
     try:
-        float(name)
+        return not math.isnan(float(name))  # which has no place among numbers
     except ValueError:
         return False
-    return True
 
 
 def resolve_labels(config: BaseConfig, examples: Sequence[Labelled], setting: str) -> BaseConfig:
@@ -119,15 +121,19 @@ def check_labels(config: BaseConfig, examples: Sequence[Labelled], setting: str)
     Raises one `UserError` with the places.
     """
     known = config.labels or ()
-    remedy = f"Name all of them with {flag('labels')}, or mend the data."
-    problems = Problems(setting, _file_of(examples), remedy)
+    file, mend = _file_of(examples), "Mend the data, or train with"
+    unknown = Problems(setting, file, f"{mend} all of them named in {flag('labels')}.")
+    crowded = Problems(setting, file, f"{mend} {flag('multi_label')} true.")
     for example in examples:
         strange = [label for label in example.labels if label not in known]
         if strange:
-            problems.add(example.origin, f"has the label {strange[0]!r}, which is not among {shown(known)}")
+            unknown.add(example.origin, f"has the label {strange[0]!r}, which is not among {shown(known)}")
         elif not config.multi_label and len(example.labels) != 1:
-            problems.add(example.origin, f"has {len(example.labels)} labels, and --multi-label is off")
-    problems.raise_if_any()
+            crowded.add(example.origin, f"has {len(example.labels)} labels, and --multi-label is off")
+    faults = Faults()
+    faults.collect(unknown.raise_if_any)
+    faults.collect(crowded.raise_if_any)
+    faults.raise_if_any()
 
 
 def _file_of(examples: Sequence[Labelled]) -> str:

@@ -173,7 +173,7 @@ def resolve_tags(config: BaseConfig, examples: Sequence[TaggedWords], setting: s
 def check_tags(config: BaseConfig, examples: Sequence[TaggedWords], setting: str) -> None:
     """Check that every tag is among the labels of `config`. Raises one `UserError` with the places."""
     known = config.labels or ()
-    problems = Problems(setting, "tags", f"Name all of them with {flag('labels')}, or mend the data.")
+    problems = Problems(setting, "tags", f"Mend the data, or train with all of them named in {flag('labels')}.")
     for example in examples:
         for word, tag in zip(example.words, example.tags or (), strict=False):
             if tag not in known:
