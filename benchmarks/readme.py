@@ -215,7 +215,7 @@ def _contest(result: dict[str, Any], what: str, figures: Mapping[str, str]) -> l
     warmup = f", warmup {settings['warmup']:.0%}" if settings["warmup"] else ""
     lines = [
         f"{what}, a MiniLM encoder at {settings['bits']} bits, r = {settings['r']}, {steps} "
-        f"{settings['batch_size']}{warmup}, {len(settings['seeds'])} seeds:",
+        f"{settings['batch_size']}, lr {settings['lr']:g}{warmup}, {len(settings['seeds'])} seeds:",
         "",
         "| | stock PEFT and Trainer | qlora_kit | difference |",
         "|---|--:|--:|--:|",
