@@ -77,6 +77,15 @@ def test_the_first_record_decides_which_language_is_translated(rows, decided):
     assert columns_of(source(rows).records, {"source": "a"}) == {"source": "a"}
 
 
+def test_languages_are_not_looked_for_in_data_of_another_shape():
+    languages = {"source": "translation.en", "target": "translation.de"}
+    assert pairs([{"source": "s", "target": "t"}], languages) == [("s", "t")]
+    with pytest.raises(UserError, match=r"'translation.de' must be text"):
+        pairs([{"translation": {"en": "a", "fr": "b"}}, {"translation": {"en": "a", "de": "b"}}], languages)
+    with pytest.raises(UserError, match="has no pair of a source and a target"):
+        pairs([{"a": "s", "b": "t"}], languages)
+
+
 @pytest.mark.parametrize("row", [{"source": "a"}, {"document": "a"}, {"text": "a"}, {"prompt": "a"}, {"question": "a"}])
 def test_questions_need_no_targets(row):
     assert [example.source for example in read_unanswered(source([row]))] == ["a"]

@@ -110,6 +110,8 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
     """How the records of a file are read. Raises `UserError` where its columns are not known."""
     there = {column for record in records for column in record.values}
     by_hand = _by_hand(source.columns)
+    if TRANSLATION not in there and all(column.startswith(TRANSLATION + PATH) for column in by_hand.values()):
+        by_hand = {}  # languages, of data with another shape than what the run was trained on
     if by_hand and (answered or "source" in by_hand):
         _check_there(records, there, by_hand, file, answered)
         return _of_columns(by_hand["source"], by_hand.get("target") if answered else None)
