@@ -249,7 +249,7 @@ def _regularized(result: dict[str, Any]) -> list[str]:
         lines.append(f"| {way} | {found['accuracy']:.2%} | {gain} | {found['cpu_ratio']:.2f} × |")
     lines += [
         "",
-        f"SST-2 with {settings['examples']:,} examples, {settings['epochs']:g} epochs, {len(settings['seeds'])} seeds "
+        f"SST-2 with {settings['examples']:,} examples, epochs: {settings['epochs']:g}, {len(settings['seeds'])} seeds "
         "(± is the standard error over them).",
         f"Measured on {place(result)}.",
     ]
