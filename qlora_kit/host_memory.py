@@ -1,21 +1,79 @@
-"""How the C library hands memory back to the system, for models that live in the host's memory."""
+"""How the C library hands memory back to the system, for models that live in the host's memory.
+
+glibc has one way for the whole process (mallopt(3), malloc_trim(3)), and neither its own nor any one of ours fits all
+through. While a model is built (loaded, quantized, merged) large blocks come and go once: each is mapped alone, and
+goes back when it is freed. While it runs (training, answers, scores) the same sizes come and go at every step: mapped
+alone, each would be given by the system page by page and zeroed again, so they stay in the heap.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-LARGE_BYTES = 1 << 20  # blocks from this size on go back to the system when they are freed
-_M_MMAP_THRESHOLD = -3  # glibc, malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 
 
-def return_large_blocks() -> bool:
-    """Make glibc give each freed block of `LARGE_BYTES` or more back at once; returns whether it could be told.
+@dataclass(frozen=True)
+class Policy:
+    """Blocks of `mapped_bytes` or more go back when freed; of smaller ones the heap keeps `kept_bytes` at its end."""
 
-    By default it raises its threshold up to 32 MiB as large blocks are freed, and then keeps them in heaps that
-    small blocks hold open: a step of gpt2-large on a CPU kept more than a GiB so. Source: mallopt(3).
-    """
-    if sys.platform != "linux":
+    mapped_bytes: int
+    kept_bytes: int
+
+
+# By default glibc raises the first up to 32 MiB as large blocks are freed, and small blocks then hold open the heaps
+# that had a model's garbage in them: more than a GiB. Once told anything it does not move by itself again.
+BUILDING = Policy(mapped_bytes=1 << 20, kept_bytes=128 << 10)  # the second is glibc's default
+RUNNING = Policy(mapped_bytes=32 << 20, kept_bytes=512 << 20)  # the first is the most that glibc takes
+
+_open_buildings = 0  # as the policy, of the whole process
+
+
+def apply(policy: Policy) -> bool:
+    """Let the C library follow `policy` from now on; returns whether it could be told: glibc can, others cannot."""
+    libc = _glibc()
+    if libc is None:
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES) == 1
+    limits = {_M_MMAP_THRESHOLD: policy.mapped_bytes, _M_TRIM_THRESHOLD: policy.kept_bytes}
+    return [libc.mallopt(limit, n_bytes) for limit, n_bytes in limits.items()] == [1, 1]
+
+
+@contextmanager
+def building(device_type: str = "cpu") -> Iterator[None]:
+    """Meanwhile `BUILDING`, and once the outermost has ended `RUNNING`; nothing for a model that is not on a CPU.
+
+    What the steps of an earlier model left in the heap goes back first.
+    """
+    global _open_buildings
+    if device_type != "cpu":
+        yield
+        return
+    if not _open_buildings:
+        apply(BUILDING)
+        _give_back()
+    _open_buildings += 1
+    try:
+        yield
+    finally:
+        _open_buildings -= 1
+        if not _open_buildings:
+            apply(RUNNING)
+
+
+def _give_back() -> None:
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """The C library of this process where it is glibc, else None."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None

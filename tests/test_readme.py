@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from qlora_kit.cli import COMMANDS
 from qlora_kit.config import SearchConfig, flag, settings
@@ -61,3 +62,14 @@ def test_every_command_flag_and_file_that_it_names_exists():
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])
 def test_make_knows_its_targets(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_installs_a_torch_that_the_package_takes():
+    """A set-up whose second line asked for another torch would fetch gigabytes."""
+    (asked,) = re.findall(r'"(torch[^"]+)"', (ROOT / "Makefile").read_text())
+    (taken,) = re.findall(r'"(torch[<>=][^"]+)"', (ROOT / "pyproject.toml").read_text())
+    versions = [f"2.{minor}.{patch}" for minor in range(30) for patch in range(3)]
+    installed, usable = (set(Requirement(r).specifier.filter(versions)) for r in (asked, taken))
+    assert installed <= usable
+    assert {"2.8.0", "2.13.0", "2.15.0"} <= usable
+    assert "2.16.0" not in usable

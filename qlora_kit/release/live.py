@@ -165,13 +165,17 @@ def main(job: Job) -> None:
     Writes into the folder `job.out`: first the questions, then the logits as `literal`, `live` and, to compare a
     merge into the original base with, `original`, each rounded as `rounded-…`; last of all `live.json`.
     """
+    quiet.quiet_libraries()
+    quiet.quiet_progress_bars()
+    with host_memory.building():  # it asks few questions, and makes each weight again and again
+        _answer(job)
+
+
+def _answer(job: Job) -> None:
     import torch
 
     from qlora_kit.release import questions
 
-    quiet.quiet_libraries()
-    quiet.quiet_progress_bars()
-    host_memory.return_large_blocks()
     config = RunConfig.from_flat(read_settings({"settings": job.config}))
     answers = _Answers(questions.ask(config, job.data_use, job.token_budget), Path(job.out))
     model: Any = load_literally(config.base, getattr(torch, job.seen_dtype), job.adapters)

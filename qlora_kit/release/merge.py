@@ -294,11 +294,10 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
     which needs no other process: for measuring the merge alone. Raises `UserError`.
     """
     quiet.quiet_libraries()
-    host_memory.return_large_blocks()
     say = console if console is not None else Console(stderr=True)
     place = Place.at(request.out)
     place.check(request.overwrite)
-    with _unreadable_files(request, place):
+    with host_memory.building(), _unreadable_files(request, place):
         return _merge(request, place, say, whole_model)
 
 
