@@ -281,6 +281,10 @@ def load_base(
     else:
         model = _load_pretrained(architecture, config, device, dtype, seed)
     _keep_weights_plain(model)
+    if device.type != "cpu":
+        from qlora_kit import sdpa
+
+        sdpa.put_on(model)
     if TASK_MODELS[task].has_new_head and not config.full:
         from qlora_kit import new_head
 
