@@ -290,6 +290,10 @@ def _build_base(
     else:
         model = _load_pretrained(architecture, config, device, dtype, seed)
     _keep_weights_plain(model)
+    if device.type != "cpu":
+        from qlora_kit import sdpa
+
+        sdpa.put_on(model)
     if TASK_MODELS[task].has_new_head and not config.full:
         from qlora_kit import new_head
 
@@ -567,8 +571,8 @@ def _materialize(
         if key == "weight" and module is not original:
             if isinstance(original, nn.Linear) is False:  # Conv1D stores in × out
                 value = value.T.contiguous()
-            kind = type(module.weight)
-            module.weight = kind(value, requires_grad=False, **module.weight.__dict__).to(device)
+            kind = type(module.weight)  # not `to`: 8-bit weights are quantized by it only on their way from a CPU
+            module.weight = kind(value, requires_grad=False, **module.weight.__dict__)._quantize(device)
         else:
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
 

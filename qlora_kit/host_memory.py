@@ -1,4 +1,4 @@
-"""How the C library hands memory back to the system, for models that live in the host's memory.
+"""The host's memory: how the C library hands it back to the system, and how much of it is available.
 
 glibc has one way for the whole process (mallopt(3), malloc_trim(3)), and neither its own nor any one of ours fits all
 through. While a model is built (loaded, quantized, merged) large blocks come and go once: each is mapped alone, and
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
@@ -77,3 +78,35 @@ def _glibc() -> Any:
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+def available_bytes() -> int | None:
+    """What a process can still take of the host's memory without swapping; None where the system does not tell.
+
+    In a container with a limit of its own (cgroup v2) it is no more than that leaves. Source: proc_meminfo(5).
+    """
+    told = (_meminfo_bytes(Path("/proc/meminfo")), _container_bytes(Path("/sys/fs/cgroup")))
+    return min((n_bytes for n_bytes in told if n_bytes is not None), default=None)
+
+
+def _meminfo_bytes(file: Path) -> int | None:
+    kib = _numbers(file).get("MemAvailable:")
+    return None if kib is None else kib * 1024
+
+
+def _container_bytes(folder: Path) -> int | None:
+    """The limit less what is in use; files that are only cached can go."""
+    limit, used = (_numbers(folder / name).get("") for name in ("memory.max", "memory.current"))
+    if limit is None or used is None:
+        return None
+    return limit - used + _numbers(folder / "memory.stat").get("inactive_file", 0)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The numbers in lines like `name number unit`, by name; of a line with a number alone the name is empty."""
+    try:
+        lines = [line.split() for line in file.read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return {}
+    named = [["", *words] if len(words) == 1 else words for words in lines]
+    return {words[0]: int(words[1]) for words in named if len(words) > 1 and words[1].isdigit()}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from qlora_kit import host_memory
 from qlora_kit.config import LeanConfig, RunConfig
-from qlora_kit.errors import UserError
+from qlora_kit.errors import Fault, UserError
 from qlora_kit.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -72,9 +73,27 @@ def plan_run(config: RunConfig, device: torch.device, longest_tokens: int, *, ch
         baselines = {said: found for said, found in possible if found is not None}
     except CannotPlanError as error:
         return Preflight(None, config.lean, reason=error.reason)
-    if budget is not None and planned.device_bytes > budget.n_bytes:
-        raise _too_large(config, gpu, budget, planned)
+    faults: list[Fault] = []
+    if budget is not None:
+        if planned.device_bytes > budget.n_bytes:
+            faults += _too_large(config, gpu, budget, planned).faults
+        faults += _host_faults(planned, host_memory.available_bytes())
+    if faults:
+        raise UserError(faults)
     return Preflight(planned, config.lean, baselines)
+
+
+def _host_faults(planned: MemoryPlan, available_bytes: int | None) -> list[Fault]:
+    """That the host lacks the memory in which the plan's checkpoints wait; None: it does not tell what it has."""
+    if available_bytes is None or planned.host_bytes <= available_bytes:
+        return []
+    rule = (
+        f"keeps {human_bytes(planned.host_bytes)} of checkpoints in the host's memory, of which "
+        f"{human_bytes(available_bytes)} are available"
+    )
+    shorter = planned.seq_len * max(available_bytes, 0) // planned.host_bytes
+    remedy = f"Use --offload-activations off, --seq-len {max(shorter, 2)}, or a smaller --batch-size."
+    return [Fault("--offload-activations", "on", rule, remedy)]
 
 
 def _too_large(config: RunConfig, gpu: Gpu | None, budget: Budget, planned: MemoryPlan) -> UserError:

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qlora_kit import adapters, tasks
+from qlora_kit import adapters, paged_states, tasks
 from qlora_kit.base import compute_dtype
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.errors import UserError
@@ -127,7 +127,9 @@ def _optimizer_of(model: Any, arguments: TrainingArguments) -> torch.optim.Optim
     if kind is torch.optim.AdamW and trains_split(model):
         kind = SplitAdamW
         del options["fused"]
-    return flat.connect(model, kind(groups, **options))
+    optimizer = kind(groups, **options)
+    paged_states.take_over(optimizer)
+    return flat.connect(model, optimizer)
 
 
 def trains_split(model: Any) -> bool:
@@ -172,7 +174,9 @@ class AdapterTrainer(Trainer):
         """The optimizer of the settings; that of factors is over the flat buffers, where they lie in some."""
         if self.optimizer is None and _is_adapter(self.model):
             self.optimizer = _optimizer_of(self.model, self.args)
-        return super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        paged_states.take_over(optimizer)
+        return optimizer
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         factors = flat.flat_factors(self.model)

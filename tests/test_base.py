@@ -15,6 +15,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from families import FAMILIES, save_tiny, tiny_model
 from transformers import GPT2Config
 
+from qlora_kit import base
 from qlora_kit.base import (
     compute_dtype,
     count_parameters,
@@ -26,6 +27,7 @@ from qlora_kit.base import (
     true_numel,
 )
 from qlora_kit.config import BaseConfig
+from qlora_kit.dense import dense_weight
 from qlora_kit.errors import UserError
 
 CPU = torch.device("cpu")
@@ -286,3 +288,43 @@ def test_the_hash_is_of_the_files_that_loading_reads(tmp_path, limit):
     assert before == old_hash(tmp_path)
     (tmp_path / "consolidated.safetensors").write_bytes(b"the same again")
     assert hash_base(config, 0) == before != old_hash(tmp_path)
+
+
+def random_base(device, bits):
+    config = BaseConfig(model="gpt2", weights="random", bits=bits)
+    with base._code_tables_kept():
+        return base._build_random(FAMILIES["llama"](), config, device, 0, torch.bfloat16)
+
+
+def assert_quantized(model, device):
+    layers = quantized_layers(model)
+    assert layers
+    for layer in layers.values():
+        assert (layer.weight.device.type, layer.weight.requires_grad) == (device.type, False)
+        if isinstance(layer, Linear4bit):
+            assert layer.weight.dtype == torch.uint8
+            assert layer.weight.quant_state.absmax.device.type == device.type
+        else:
+            assert layer.weight.dtype == layer.weight.CB.dtype == torch.int8
+            assert layer.weight.SCB.device.type == device.type
+            assert layer.weight.SCB.shape == (layer.out_features,)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_random_weights_are_quantized_on_whatever_device(device, bits):
+    """`meta` goes the way of every device that is not a CPU: from there bitsandbytes' `to` left 8-bit weights in 16."""
+    assert_quantized(random_base(torch.device(device), bits), torch.device(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_random_weights_on_a_gpu_are_those_of_16_bits_rounded(bits):
+    """Only a GPU's kernels quantize there."""
+    device = torch.device("cuda", 0)
+    quantized, plain = random_base(device, bits), random_base(device, 16)
+    assert_quantized(quantized, device)
+    for name, layer in quantized_layers(quantized).items():
+        weight_NK = plain.get_submodule(name).weight.float()
+        error = (dense_weight(layer).float() - weight_NK).norm() / weight_NK.norm()
+        assert error < {4: 0.15, 8: 0.02}[bits]

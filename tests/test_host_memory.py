@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+from qlora_kit import host_memory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator, /proc")
 
 # Frees blocks of 2 MiB, each held open by a small one behind it, after a larger free has raised glibc's threshold.
 KEPT = """
@@ -93,3 +95,20 @@ def test_a_step_maps_nothing_anew_and_has_the_same_loss():
 def test_a_model_on_a_gpu_leaves_the_host_alone():
     program = "from qlora_kit import host_memory\nhost_memory.apply = None\nwith host_memory.building('cuda'): print(1)"
     assert run_program(program) == [["1"]]
+
+
+def test_what_is_available_is_what_the_system_and_the_container_leave(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  16000 kB\nMemAvailable:   9000 kB\nHugePages_Total:  0\n")
+    assert host_memory._meminfo_bytes(meminfo) == 9000 * 1024
+    assert host_memory._meminfo_bytes(tmp_path / "none") is None
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\nactive_file 20\n")
+    for limit, left in (("1000\n", 400), ("max\n", None)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert host_memory._container_bytes(tmp_path) == left
+    assert host_memory._container_bytes(tmp_path / "none") is None
+
+
+def test_this_machine_tells():
+    assert 0 < host_memory.available_bytes() < 1 << 50

@@ -75,7 +75,6 @@ def test_whatever_the_factors(settings):
 def like_cuda(monkeypatch):
     """Tiles of a few tokens, chunks of a few rows, and checkpoints that travel: what CUDA does with long batches."""
     monkeypatch.setattr(mlp, "MIN_TILE_TOKENS", 8)
-    monkeypatch.setattr(mlp, "TILE_MULTIPLE", 1)
     monkeypatch.setattr(mlp, "WIDEST_BYTES", 1 << 12)
     monkeypatch.setattr(loss, "MAX_ROWS", 7)
 

@@ -175,12 +175,13 @@ def test_any_shape_agrees_with_the_naive_loss(case):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2000), st.integers(1, 300))
-def test_chunks_cover_every_row_once_and_are_even(n_rows, at_most):
+def test_chunks_cover_every_row_once_and_are_never_smaller_for_more_rows(n_rows, at_most):
     chunks = loss._chunks(n_rows, at_most)
     sizes = [chunk.stop - chunk.start for chunk in chunks]
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(n_rows))
     assert len(chunks) == math.ceil(n_rows / at_most)
     assert max(sizes, default=0) <= at_most
+    assert max(sizes, default=0) <= max(chunk.stop - chunk.start for chunk in loss._chunks(n_rows + 1, at_most))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 9), (3, 1), (3, 2)], ids=str)

@@ -28,14 +28,13 @@ from qlora_kit.memory.track import MemoryTracker, overall_peak
 
 WITH_MLP = [family for family in FAMILIES if family != "opt"]
 TILE = 8
-SIZES = {name: getattr(mlp, name) for name in ("MIN_TILE_TOKENS", "TILE_MULTIPLE", "WIDEST_BYTES")}
+SIZES = {name: getattr(mlp, name) for name in ("MIN_TILE_TOKENS", "WIDEST_BYTES")}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 8 tokens, whatever a token takes."""
     monkeypatch.setattr(mlp, "MIN_TILE_TOKENS", TILE)
-    monkeypatch.setattr(mlp, "TILE_MULTIPLE", TILE)
     monkeypatch.setattr(mlp, "WIDEST_BYTES", 1)
 
 
@@ -194,7 +193,7 @@ def test_a_checkpoint_does_not_run_the_mlp_once_more(family, dropout):
             module.register_forward_hook(lambda m, args, y: tokens_seen.append(y.shape[:-1].numel()))
     loss = model(input_ids=ids(2, 19), labels=ids(2, 19), use_cache=False).loss
     assert sum(tokens_seen) == 2 * 38  # two layers
-    assert max(tokens_seen) == 16
+    assert max(tokens_seen) == TILE
     loss.backward()
     assert sum(tokens_seen) == 4 * 38
 
@@ -207,9 +206,9 @@ def test_the_last_layer_knows_that_a_tile_is_computed_anew_for_its_graph_only(fa
         if name.endswith(("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2")):
             module.register_forward_hook(lambda m, args, y: unread.append(is_output_unread(m)))
     loss = model(input_ids=ids(2, 19), labels=ids(2, 19), use_cache=False).loss
-    assert unread == [False] * 6  # three tiles in each of two layers
+    assert unread == [False] * 10  # five tiles in each of two layers
     loss.backward()
-    assert unread == [False] * 6 + [True] * 6
+    assert unread == [False] * 10 + [True] * 10
     assert not any(is_output_unread(module) for module in model.modules())
 
 
@@ -270,17 +269,15 @@ def test_the_model_is_freed_at_once_when_it_goes():
 
 @settings(max_examples=30, deadline=None)
 @given(n_tokens=st.integers(1, 10**6), bytes_per_token=st.integers(1, 10**6))
-def test_tiles_are_even_and_bounded(n_tokens, bytes_per_token):
+def test_tiles_are_bounded_and_never_smaller_for_more_tokens(n_tokens, bytes_per_token):
     with mock.patch.multiple(mlp, **SIZES):
-        tile = mlp.tile_tokens(n_tokens, bytes_per_token)
-    n_tiles = -(-n_tokens // tile)
-    if n_tokens * bytes_per_token <= SIZES["WIDEST_BYTES"] or n_tokens < 2 * 1024:
-        assert tile == n_tokens
-        return
-    assert tile >= 1024
-    assert tile % 256 == 0
-    assert (tile - 256) * bytes_per_token <= max(SIZES["WIDEST_BYTES"], 2 * 1024 * bytes_per_token)
-    assert n_tiles * tile - n_tokens < n_tiles * 256
+        tile, next_tile = (mlp.tile_tokens(n, bytes_per_token) for n in (n_tokens, n_tokens + 1))
+    assert tile <= next_tile
+    assert tile * bytes_per_token <= max(SIZES["WIDEST_BYTES"], 1024 * bytes_per_token)
+    if tile < n_tokens:
+        assert tile >= 1024
+        assert tile % 256 == 0
+        assert 2 * tile * bytes_per_token > SIZES["WIDEST_BYTES"], "no smaller than need be"
 
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "cohere2", "olmo",
@@ -308,7 +305,6 @@ def test_every_class_that_is_known_is_tested():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_known_class_computes_what_it_did(kind, monkeypatch):
     monkeypatch.setattr(mlp, "MIN_TILE_TOKENS", 4)
-    monkeypatch.setattr(mlp, "TILE_MULTIPLE", 1)
     monkeypatch.setattr(mlp, "WIDEST_BYTES", 1)
     model, [one] = mlps_of(kind)
     assert "dropout(" not in inspect.getsource(type(one).forward).replace("self.dropout(", "")  # none without a module

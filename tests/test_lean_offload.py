@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -17,15 +18,15 @@ from checkpoint_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_cases import cpu_optimizer, real_batch, small_config
 from memory_cases import settings as run_settings
-from memory_cases import small_config
 
 from qlora_kit import assembly
 from qlora_kit.errors import UserError
 from qlora_kit.lean import half_blocks, offload
 from qlora_kit.memory import kernels
 from qlora_kit.memory.shortcut import MetaResults
-from qlora_kit.memory.simulate import make_batch, make_optimizer, run_step
+from qlora_kit.memory.simulate import Recipe, make_batch, make_optimizer, run_step, simulate
 from qlora_kit.memory.track import MemoryTracker, peaks_by_region
 from qlora_kit.memory.watch import watch
 
@@ -42,7 +43,7 @@ class LateTransport(offload.Transport):
 
     def to_host(self, x):
         ticket = self._ticket(x)
-        ticket.on_host.fill_(float("nan"))
+        offload.write(ticket, torch.full_like(x, float("nan")))
         self.pending.append((ticket, weakref.ref(x), False))
         self.sent.append(ticket)
         return ticket
@@ -60,9 +61,9 @@ class LateTransport(offload.Transport):
             if x is None:
                 assert first in self.forgotten, "a tensor died before its copy, and somebody may ask for it"
             elif back:
-                x.data.copy_(first.on_host)
+                offload.read(first, x.data)
             else:
-                first.on_host.copy_(x.detach())
+                offload.write(first, x)
 
     def forget(self, ticket, arriving):
         self.forgotten.append(ticket)
@@ -119,8 +120,9 @@ def test_every_buffer_is_free_again_after_a_step_and_serves_the_next(halves):
         for _ in range(3):
             gradients(model, plain_batch())
             assert set(transport.sent) == set(transport.forgotten)
-            seen.add(frozenset(id(buffer) for buffer in transport.pool.free))
-        assert len(seen) == 1
+            seen.add((transport.pool.allotted_bytes, free_bytes(transport.pool)))
+        ((allotted_bytes, free),) = seen
+        assert allotted_bytes == free
 
 
 def test_several_forward_passes_before_a_backward_pass():
@@ -238,29 +240,51 @@ def test_other_arguments_stay_where_they_are_and_get_their_gradients():
     assert len(transport.sent) == 1
 
 
+def free_bytes(pool):
+    return sum(end - first for _, first, end in pool._free) * offload.CHUNK_BYTES
+
+
 @settings(max_examples=60, deadline=None)
 @given(steps=st.lists(st.lists(st.integers(1, 5000), min_size=1, max_size=9), min_size=1, max_size=5))
-def test_the_pool_holds_no_more_than_was_taken_at_one_time(steps):
-    pool = offload.HostPool(pinned=False)
-    for sizes in steps:
-        taken = [pool.take(size) for size in sizes]
-        assert all(buffer.nbytes >= size for buffer, size in zip(taken, sizes, strict=True))
-        for index, buffer in enumerate(taken):
-            buffer.fill_(index)
-        assert all(bool((buffer == index).all()) for index, buffer in enumerate(taken))  # none overlaps
-        for buffer in taken:
-            pool.give_back(buffer)
-    largest = max(max(sizes) for sizes in steps)
-    assert all(buffer.nbytes == pool.buffer_bytes < largest + offload.ALIGNMENT_BYTES for buffer in pool.free)
-    slabs = {buffer.untyped_storage()._cdata: buffer.untyped_storage().nbytes() for buffer in pool.free}
-    assert all(n_bytes & (n_bytes - 1) == 0 for n_bytes in slabs.values())
-    one_slab = 2 * offload.BUFFERS_AT_ONCE * pool.buffer_bytes
-    assert sum(slabs.values()) < 1.25 * max(len(sizes) for sizes in steps) * pool.buffer_bytes + one_slab
+def test_the_pool_allots_what_was_taken_at_one_time_and_no_more(steps):
+    with mock.patch.object(offload, "CHUNK_BYTES", 512):
+        pool, counted = offload.HostPool(pinned=False), offload.CountedPool(pinned=False)
+        for sizes in steps:
+            taken = [pool.take(size) for size in sizes]
+            pieces = [pool.pieces(ranges, size) for ranges, size in zip(taken, sizes, strict=True)]
+            assert [sum(piece.nbytes for piece in own) for own in pieces] == sizes
+            for index, own in enumerate(pieces):
+                for piece in own:
+                    piece.fill_(index)
+            assert all(bool((p == index).all()) for index, own in enumerate(pieces) for p in own)  # none overlaps
+            for ranges in [counted.take(size) for size in sizes]:
+                counted.give_back(ranges)
+            for ranges in taken:
+                pool.give_back(ranges)
+        needed = [sum(-(-size // 512) * 512 for size in sizes) for sizes in steps]
+        assert pool.allotted_bytes == free_bytes(pool) == max(needed)
+        slabs = [slab.nbytes for slab in pool._slabs]
+    assert sum(slabs) == pool.allotted_bytes
+    assert all(n_bytes & (n_bytes - 1) == 0 for n_bytes in slabs), "which torch does not round up"
+    assert counted.allotted_bytes <= pool.allotted_bytes
+
+
+def test_a_long_sequence_takes_what_it_needs():
+    """33,280 tokens of an 8B in halves: 16.25 GiB, for which slabs of 2 GiB were 20."""
+    pool = offload.CountedPool(pinned=True)
+    for _ in range(2 * 32):
+        pool.take(33_280 * 4096 * 2)
+    assert pool.allotted_bytes == 64 * 260 * 2**20
 
 
 def test_a_host_without_room_is_a_user_error():
     with pytest.raises(UserError, match=r"--offload-activations.*finds no room"):
         offload.HostPool(pinned=False).take(1 << 55)
+    pool = offload.HostPool(pinned=False)
+    pool.give_back(pool.take(1))
+    with pytest.raises(UserError):
+        pool.take(1 << 55)
+    assert free_bytes(pool) == pool.allotted_bytes == offload.CHUNK_BYTES
 
 
 def on_meta(layers=2, **changes):
@@ -324,6 +348,24 @@ def test_halves_and_offload_each_lower_the_peak_of_the_backward_pass(plans):
     assert both < halves
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("changes", [{}, {"half_blocks": "off"}, {"grad_accum": 2}], ids=str)
+def test_the_plan_says_the_hosts_bytes_that_a_step_takes(family, changes, monkeypatch):
+    """The step is real, on the CPU; the plan is that of a GPU."""
+    monkeypatch.setattr(offload, "CHUNK_BYTES", 512)
+    pieces = {"offload_activations": "on", "half_blocks": "on", **changes}
+    config = run_settings(bits=16, batch_size=BATCH, seq_len=TOKENS, **pieces)
+    architecture = small_config(family, layers=7)
+    planned = simulate(config, Recipe(TOKENS, "adamw"), small_config(family, layers=7))
+
+    model, transport = assembly.build_model(config, CPU, architecture).train(), offload.Transport(CPU)
+    offloaded(model, transport)
+    for _ in range(2):
+        batches = [real_batch(config, architecture.vocab_size) for _ in range(config.optim.grad_accum)]
+        run_step(MemoryTracker("cpu"), model, cpu_optimizer(model, config), batches, 1.0)
+    assert planned.host_bytes == transport.pool.allotted_bytes >= 7 * KEPT_BYTES
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
 def test_on_a_gpu_gradients_are_the_same_and_memory_is_less(halves):
@@ -345,3 +387,16 @@ def test_on_a_gpu_gradients_are_the_same_and_memory_is_less(halves):
         found, with_bytes = step()
         assert_same(found, expected)
     assert with_bytes < without_bytes
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_torch_pins_what_the_pool_allots_and_no_more():
+    pool = offload.HostPool(pinned=True)
+
+    def pinned_bytes():
+        return torch.cuda.host_memory_stats()["allocated_bytes.current"]
+
+    before_bytes = pinned_bytes()
+    pieces = pool.pieces(pool.take(37 << 20), 37 << 20)
+    assert all(piece.is_pinned() for piece in pieces)
+    assert pinned_bytes() - before_bytes == pool.allotted_bytes == 37 << 20

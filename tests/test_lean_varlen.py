@@ -14,7 +14,7 @@ from memory_cases import settings as run_settings
 from memory_cases import small_config
 from transformers import AutoConfig
 
-from qlora_kit import adapters, inputs
+from qlora_kit import adapters, inputs, sdpa
 from qlora_kit.data import Collator, pack, prepare_tokenizer
 from qlora_kit.data.audit import AuditReport
 from qlora_kit.data.encode import Encoded, EncodedSet
@@ -206,7 +206,7 @@ def recorded(monkeypatch, lean, capability=(8, 0), example_tokens=256):
 def test_a_plan_has_no_mask_and_the_kernels_buffers(monkeypatch):
     mask_bytes = 2 * 1024 * 1024  # bool
     stock, lean = recorded(monkeypatch, False), recorded(monkeypatch, True)
-    assert lean.attention == varlen.NAMES["sdpa"]
+    assert lean.attention == varlen.NAMES[sdpa.NAME]  # its keys are grouped
     assert mask_bytes in {e.storage.n_bytes for e in stock.events if e.storage.category == "inputs"}
     assert mask_bytes not in {e.storage.n_bytes for e in lean.events if e.storage.category == "inputs"}
     assert overall_peak(lean.events).n_bytes < overall_peak(stock.events).n_bytes

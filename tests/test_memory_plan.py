@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from families import FAMILIES
-from hypothesis import Phase, given
+from hypothesis import Phase, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from memory_cases import cpu_optimizer, nothing_collected, real_batch, small_config
@@ -439,6 +439,7 @@ SIZES = st.fixed_dictionaries(
 @pytest.mark.parametrize("bits", [4, 16])
 @hypothesis_settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(sizes=SIZES, grown=st.sampled_from(["batch_size", "seq_len", "r", "layers"]), by=st.integers(1, 3))
+@example(sizes={"batch_size": 8, "seq_len": 33, "r": 1, "layers": 4}, grown="seq_len", by=3)  # from one chunk to two
 def test_more_of_anything_never_needs_less(tmp_path_factory, bits, sizes, grown, by):
     """With torch's AdamW: 8-bit states shrink where a factor reaches 4096 elements."""
     folder = tmp_path_factory.mktemp("models")

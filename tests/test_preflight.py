@@ -104,3 +104,30 @@ def test_what_does_not_fit_is_refused_with_a_remedy_that_does(monkeypatch):
         assert part in text
     monkeypatch.setattr("qlora_kit.memory.fit.present_device", lambda: (gpu, Budget(needed, "free on a test")))
     assert preflight.plan_run(config, torch.device("cuda"), 512).plan is not None
+
+
+def test_a_host_without_room_for_the_checkpoints_is_refused_with_everything_else_that_is_wrong(monkeypatch):
+    config = RunConfig(base=BaseConfig(model="gpt2", weights="random"), optim=OptimConfig(batch_size=4))
+    gpu = find_gpu("rtx3060")
+    planned = plan(preflight.with_rows(config, 512), gpu=gpu)
+    assert planned.host_bytes == 2 * 12 * 3 * 2**20  # 4 × 512 × 768 in bf16, of each half block
+    (extra,) = [extra for extra in planned.extras if "pinned" in extra.name]
+    assert (extra.n_bytes, extra.on_device, extra.moves) == (planned.host_bytes, False, False)
+    assert planned.to_dict()["host_bytes"] == planned.host_bytes
+
+    def refusal(free_bytes, available_bytes):
+        monkeypatch.setattr("qlora_kit.memory.fit.present_device", lambda: (gpu, Budget(free_bytes, "free on a test")))
+        monkeypatch.setattr("qlora_kit.host_memory.available_bytes", lambda: available_bytes)
+        try:
+            preflight.plan_run(config, torch.device("cuda"), 512)
+        except UserError as error:
+            return error
+        return None
+
+    enough, little = planned.device_bytes, planned.host_bytes // 2
+    assert refusal(enough, planned.host_bytes) is None
+    assert refusal(enough, None) is None, "a system that does not tell"
+    error = refusal(enough, little)
+    for part in ("--offload-activations = 'on'", "72 MiB of checkpoints", "36 MiB are available", "--seq-len 256"):
+        assert part in str(error)
+    assert [fault.setting for fault in refusal(enough - 1, little).faults] == ["--model", "--offload-activations"]

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_kit import sdpa
 from qlora_kit.lean.outcome import Outcome
 
 NAME = "sdpa_by_row"
@@ -40,7 +41,7 @@ def _reason_to_leave(base: Any) -> str:
         return "kernels for GPUs keep no scores"
     if not any(getattr(base.config, name, None) for name in DROPOUTS):
         return "no dropout in attention"
-    if base.config._attn_implementation != "sdpa" or not base._supports_attention_backend:
+    if base.config._attn_implementation not in ("sdpa", sdpa.NAME) or not base._supports_attention_backend:
         return f"{base.config._attn_implementation} attention"
     return ""
 
@@ -55,12 +56,12 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers, (B, T, H, D), as its sdpa gives it; without dropout, or of one row, that itself."""
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not dropout or query.shape[0] == 1 or options.get("position_bias") is not None:  # it may have rows, and train
-        return sdpa(module, query, key, value, attention_mask, dropout=dropout, **options)  # type: ignore[no-any-return]
+        return stock(module, query, key, value, attention_mask, dropout=dropout, **options)  # type: ignore[no-any-return]
 
     def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return sdpa(module, q, k, v, mask, dropout=dropout, **options)[0]  # type: ignore[no-any-return]
+        return stock(module, q, k, v, mask, dropout=dropout, **options)[0]  # type: ignore[no-any-return]
 
     return ByRow.apply(one, query, key, value, attention_mask), None  # type: ignore[no-untyped-call]
 

@@ -10,7 +10,6 @@ D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -129,11 +128,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(n_rows: int, at_most: int) -> list[slice]:
-    """Cut `n_rows` into the fewest chunks of at most so many rows, of even lengths."""
-    if not n_rows:
-        return []
-    size = math.ceil(n_rows / math.ceil(n_rows / at_most))
-    return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+    """Cut `n_rows` into chunks of `at_most` rows, the last one of what is left.
+
+    Of even lengths, 257 rows would have chunks of 129 and need less than 256 do, and the plan of a batch, in which all
+    tokens are supervised, would be too small for one in which fewer are.
+    """
+    return [slice(start, min(start + at_most, n_rows)) for start in range(0, n_rows, at_most)]
 
 
 def _logits(hidden_CD: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.dtype]:

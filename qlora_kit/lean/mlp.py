@@ -30,13 +30,10 @@ from qlora_kit.lean.outcome import Outcome
 from qlora_kit.lean.unread import output_unread
 
 WIDEST_BYTES = 64 << 20
-"""The widest activation of a tile takes at most so many bytes (but for the next two)."""
+"""The widest activation of a tile takes at most so many bytes (but for the next)."""
 
 MIN_TILE_TOKENS = 1024
 """A tile has at least so many tokens: below, dequantizing the weights for each tile takes a part of its time."""
-
-TILE_MULTIPLE = 256
-"""A tile is a multiple of so many tokens (but for the last one), as the tiles of a GPU's matrix products are."""
 
 GATED = (
     "LlamaMLP",
@@ -98,13 +95,11 @@ def _reason_to_leave(mlp: nn.Module) -> str:
 def tile_tokens(n_tokens: int, bytes_per_token: int) -> int:
     """The tokens of a tile, where a token's widest activation has so many bytes; `n_tokens` where one tile is enough.
 
-    The tiles are as few and as even as the constants above allow.
+    It is a power of two, so that usual batches fall into even tiles. More tokens never have smaller tiles: cut into
+    even ones, a few more of them would need less memory, and a shorter batch more than the plan of the longest one.
     """
-    n_tiles = min(-(-n_tokens * bytes_per_token // WIDEST_BYTES), n_tokens // MIN_TILE_TOKENS)
-    if n_tiles < 2:
-        return n_tokens
-    even = -(-n_tokens // n_tiles)
-    return -(-even // TILE_MULTIPLE) * TILE_MULTIPLE
+    fitting = max(MIN_TILE_TOKENS, WIDEST_BYTES // bytes_per_token)
+    return min(n_tokens, 1 << (fitting.bit_length() - 1))
 
 
 def _tiled_class(mlp: nn.Module) -> type[nn.Module]:

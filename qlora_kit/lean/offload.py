@@ -13,7 +13,7 @@ there when the backward pass begins, and does not come back.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_kit.errors import UserError
 from qlora_kit.lean.outcome import Outcome
 
-BUFFERS_AT_ONCE = 4  # at least so many are allocated together; see `HostPool`
-ALIGNMENT_BYTES = 512
+CHUNK_BYTES = 1 << 20  # of the host's memory; a checkpoint takes whole ones
+
+Range = tuple[int, int, int]  # which slab, and its chunks from the first to the one before the last
 
 
 def put_on(model: Any) -> Outcome:
-    """Let the checkpoints of `model` keep their inputs on the host. On `meta` they keep nothing: the host's is free."""
+    """Let the checkpoints of `model` keep their inputs on the host. On `meta` only their bytes there are counted."""
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return Outcome(left="checkpointing is off")
     device = next(model.parameters()).device
@@ -39,46 +40,89 @@ def put_on(model: Any) -> Outcome:
     for module in model.modules():
         if "_gradient_checkpointing_func" in vars(module):
             module._gradient_checkpointing_func = keeper.checkpoint
+    model.host_pool = keeper.transport.pool
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     return Outcome(done=f"what {len(blocks)} blocks keep for the recomputation")
 
 
-class HostPool:
-    """Buffers of one size in the host's memory, used again from step to step, for making a pinned one is slow.
+def host_bytes(model: Any) -> int:
+    """What the checkpoints of `model` have had allotted of the host's memory; on `meta`, what they would have."""
+    pool: HostPool | None = getattr(model, "host_pool", None)
+    return 0 if pool is None else pool.allotted_bytes
 
-    A larger size that is asked for takes the place of the former one. So there are no more buffers than were taken at
-    one time, all of the largest size, and what one allocation has too many. Several are allocated together, for torch
-    rounds what it pins up to a power of two.
+
+class HostPool:
+    """The host's memory for checkpoints, used again from step to step, for pinning it is slow.
+
+    It holds as many chunks as were taken at one time, and no more: torch rounds what it pins up to a power of two, so
+    every slab is one, of as many chunks as are missing or the next power of two below. A tensor may lie in several.
     """
 
     def __init__(self, pinned: bool) -> None:
         self.pinned = pinned
-        self.buffer_bytes = 0
-        self.free: list[torch.Tensor] = []
+        self.allotted_bytes = 0
+        self._slabs: list[torch.Tensor] = []
+        self._free: list[Range] = []
 
-    def take(self, n_bytes: int) -> torch.Tensor:
-        """A buffer of at least `n_bytes`, of dtype uint8. Raises `UserError` where the host has no more."""
-        if n_bytes > self.buffer_bytes:
-            self.buffer_bytes = -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            self.free.clear()
-        if not self.free:
-            self.free += self._more()
-        return self.free.pop()
+    def take(self, n_bytes: int) -> list[Range]:
+        """Room for `n_bytes`. Raises `UserError` where the host has no more; then nothing is taken."""
+        missing = -(-n_bytes // CHUNK_BYTES)
+        taken: list[Range] = []
+        while missing:
+            if not self._free:
+                try:
+                    self._free.append(self._more(missing))
+                except UserError:
+                    self.give_back(taken)
+                    raise
+            slab, first, end = self._free.pop(0)
+            middle = min(end, first + missing)
+            taken.append((slab, first, middle))
+            if middle < end:
+                self._free.insert(0, (slab, middle, end))
+            missing -= middle - first
+        return taken
 
-    def give_back(self, buffer: torch.Tensor) -> None:
-        """Take back a buffer that nobody uses any more; one of a former size is dropped."""
-        if buffer.nbytes == self.buffer_bytes:
-            self.free.append(buffer)
+    def give_back(self, ranges: list[Range]) -> None:
+        """Take back what nobody uses any more."""
+        merged: list[Range] = []
+        for slab, first, end in sorted([*self._free, *ranges]):
+            if merged and merged[-1][0] == slab and merged[-1][2] == first:
+                merged[-1] = (slab, merged[-1][1], end)
+            else:
+                merged.append((slab, first, end))
+        self._free = merged
 
-    def _more(self) -> list[torch.Tensor]:
-        n_bytes = 1 << (BUFFERS_AT_ONCE * self.buffer_bytes - 1).bit_length()
+    def pieces(self, ranges: list[Range], n_bytes: int) -> list[torch.Tensor]:
+        """The memory of `ranges`, of dtype uint8, `n_bytes` in all."""
+        found = []
+        for slab, first, end in ranges:
+            piece = self._slabs[slab][first * CHUNK_BYTES : min(end * CHUNK_BYTES, first * CHUNK_BYTES + n_bytes)]
+            n_bytes -= piece.nbytes
+            found.append(piece)
+        return found
+
+    def _more(self, missing: int) -> Range:
+        """A slab of at most `missing` chunks."""
+        n_chunks = 1 << (missing.bit_length() - 1)
+        n_bytes = n_chunks * CHUNK_BYTES
         try:
-            slab = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+            self._slabs.append(self._slab(n_bytes))
         except RuntimeError as error:
             rule = f"finds no room for another {n_bytes / 2**20:,.0f} MiB of checkpoints in the host's memory"
             raise UserError.of("--offload-activations", "on", rule, "Use --offload-activations off.") from error
-        n_buffers = n_bytes // self.buffer_bytes
-        return list(slab[: n_buffers * self.buffer_bytes].view(n_buffers, self.buffer_bytes).unbind())
+        self.allotted_bytes += n_bytes
+        return len(self._slabs) - 1, 0, n_chunks
+
+    def _slab(self, n_bytes: int) -> torch.Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self.pinned)
+
+
+class CountedPool(HostPool):
+    """The same without any memory, for plans: `allotted_bytes` is what the run will allot."""
+
+    def _slab(self, n_bytes: int) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 @dataclass(eq=False)
@@ -87,8 +131,8 @@ class Ticket:
 
     shape: torch.Size
     dtype: torch.dtype
-    on_host: torch.Tensor | None = None
-    buffer: torch.Tensor | None = None
+    ranges: list[Range]
+    on_host: list[torch.Tensor]  # pieces of its bytes, in their order
     copied: Any = None  # a CUDA event
 
 
@@ -102,26 +146,45 @@ class Transport:
     def to_host(self, x: torch.Tensor) -> Ticket:
         """Begin to copy `x`, which must stay as it is until `wait`."""
         ticket = self._ticket(x)
-        assert ticket.on_host is not None, "there is a buffer"
-        ticket.on_host.copy_(x.detach())
+        write(ticket, x)
         return ticket
 
     def to_device(self, ticket: Ticket) -> torch.Tensor:
         """Begin to copy back; the tensor may be used after `wait`."""
-        assert ticket.on_host is not None, "there is a buffer"
-        return ticket.on_host.clone()
+        x = torch.empty(ticket.shape, dtype=ticket.dtype, device=self.device)
+        read(ticket, x)
+        return x
 
     def wait(self, ticket: Ticket) -> None:
         """Let all further work on the device come after the last copy."""
 
     def forget(self, ticket: Ticket, arriving: torch.Tensor | None) -> None:
         """Nobody will ask for this tensor again, nor for the copy that may be on its way."""
-        if ticket.buffer is not None:
-            self.pool.give_back(ticket.buffer)
+        self.pool.give_back(ticket.ranges)
 
     def _ticket(self, x: torch.Tensor) -> Ticket:
-        buffer = self.pool.take(x.nbytes)
-        return Ticket(x.shape, x.dtype, buffer[: x.nbytes].view(x.dtype).view(x.shape), buffer)
+        ranges = self.pool.take(x.nbytes)
+        return Ticket(x.shape, x.dtype, ranges, self.pool.pieces(ranges, x.nbytes))
+
+
+def write(ticket: Ticket, x: torch.Tensor) -> None:
+    """Copy the contiguous `x` to the host; on CUDA in the order of the current stream."""
+    for piece, bytes_N in _pairs(ticket, x):
+        piece.copy_(bytes_N, non_blocking=True)
+
+
+def read(ticket: Ticket, x: torch.Tensor) -> None:
+    """Copy from the host into the contiguous `x`; on CUDA in the order of the current stream."""
+    for piece, bytes_N in _pairs(ticket, x):
+        bytes_N.copy_(piece, non_blocking=True)
+
+
+def _pairs(ticket: Ticket, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each piece on the host, and the bytes of `x` that belong there."""
+    bytes_N, begin = x.detach().view(-1).view(torch.uint8), 0
+    for piece in ticket.on_host:
+        yield piece, bytes_N[begin : begin + piece.nbytes]
+        begin += piece.nbytes
 
 
 class CudaTransport(Transport):
@@ -134,22 +197,20 @@ class CudaTransport(Transport):
     def to_host(self, x: torch.Tensor) -> Ticket:
         """Begin to copy `x`, which must stay as it is until `wait`."""
         ticket = self._ticket(x)
-        assert ticket.on_host is not None, "there is a buffer"
-        self._copy(ticket.on_host, x.detach(), ticket)
+        self._copy(write, ticket, x)
         return ticket
 
     def to_device(self, ticket: Ticket) -> torch.Tensor:
         """Begin to copy back; the tensor may be used after `wait`."""
-        assert ticket.on_host is not None, "there is a buffer"
         # Of the stream that computes, in whose order it will be freed.
         x = torch.empty(ticket.shape, dtype=ticket.dtype, device=self.device)
-        self._copy(x, ticket.on_host, ticket)
+        self._copy(read, ticket, x)
         return x
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor, ticket: Ticket) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # it made the source, or freed the target
+    def _copy(self, way: Callable[[Ticket, torch.Tensor], None], ticket: Ticket, x: torch.Tensor) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # it made `x`, or freed what lay there
         with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
+            way(ticket, x)
         ticket.copied = self.stream.record_event()
 
     def wait(self, ticket: Ticket) -> None:
@@ -164,11 +225,15 @@ class CudaTransport(Transport):
 
 
 class MetaTransport(Transport):
-    """Keeps nothing but the shape: on `meta` tensors stand for those of a GPU, and the host's are not counted."""
+    """Carries nothing: on `meta` tensors stand for those of a GPU, and of the host's memory the bytes are counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.pool = CountedPool(pinned=False)
 
     def to_host(self, x: torch.Tensor) -> Ticket:
         """Remember what `x` was."""
-        return Ticket(x.shape, x.dtype)
+        return Ticket(x.shape, x.dtype, self.pool.take(x.nbytes), [])
 
     def to_device(self, ticket: Ticket) -> torch.Tensor:
         """Give a tensor like the one sent."""

@@ -23,11 +23,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_kit import sdpa
 from qlora_kit.lean import attention
 from qlora_kit.lean.mask import NOT_CAUSAL
 from qlora_kit.lean.outcome import Outcome
 
-NAMES = {"sdpa": "sdpa_by_example", attention.NAME: f"{attention.NAME}_or_example"}
+NAMES = {
+    "sdpa": "sdpa_by_example",
+    **{name: f"{name}_or_example" for name in (attention.NAME, sdpa.NAME)},
+}
 """The attention of packed rows, by that of other batches; with "flash" in it transformers would ask the hub."""
 
 KNOWN_WINDOWS = ("mistral", "qwen2", "qwen3")
@@ -88,19 +92,17 @@ def attend(
         return ALL_ATTENTION_FUNCTIONS[otherwise](module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     assert segment_starts is not None, "the collator gives both"
     plain = all(options.get(name) is None for name in CHANGES_SCORES)
-    way = attend_at_once if plain and _is_for_flash(query, value) else attend_one_by_one
+    way = attend_at_once if plain and _is_for_flash(query, value, options.get("dropout", 0.0)) else attend_one_by_one
     return way(module, query, key, value, segment_lengths, segment_starts, **options), None
 
 
-def _is_for_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+def _is_for_flash(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
     """Whether flash attention takes these tensors; on `meta`, where runs are planned, as a GPU that has it would."""
-    width = query.shape[-1]
-    fits = query.dtype in (torch.float16, torch.bfloat16) and width == value.shape[-1] <= 256 and width % 8 == 0
-    if query.device.type == "meta":
-        return fits
-    if query.device.type != "cuda" or torch.version.hip is not None:
+    capability = sdpa.capability_of(query.device)
+    if capability is None or query.shape[-1] % 8:
         return False
-    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    call = sdpa.call_of(query, value, value, masked=False, causal=True, dropout=dropout)
+    return sdpa.kernel_of(call, capability) == sdpa.FLASH
 
 
 def attend_at_once(
@@ -154,12 +156,12 @@ def attend_one_by_one(
     sliding_window: int | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Each segment by transformers' own sdpa; (B, T, H, D)."""
+    """Each segment by transformers' sdpa; (B, T, H, D)."""
     parts = []
     for row, start, length in _places(lengths, query.shape[2]):
         q, k, v = (tensor[row : row + 1, :, start : start + length] for tensor in (query, key, value))
         mask = _window_mask(length, sliding_window, query.device)
-        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)
+        out, _ = sdpa.attend(module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)
         parts.append(out[0])
     return torch.cat(parts).view(query.shape[0], query.shape[2], *parts[0].shape[1:])
 

@@ -9,10 +9,13 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from qlora_kit import sdpa
+
 _LOWER = frozenset(
     (
         functional.linear,
         functional.scaled_dot_product_attention,
+        sdpa.attend,  # which casts before it chooses its kernel
         torch.addmm,
         torch.baddbmm,
         torch.bmm,

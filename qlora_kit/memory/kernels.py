@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from qlora_kit import sdpa
 from qlora_kit.lean import varlen
 from qlora_kit.memory import rules
 from qlora_kit.memory.track import MemoryTracker, StandIn
 
 aten = torch.ops.aten
-
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
-FLASH_MAX_HEAD = 256
-FLASH_CAPABILITY = (8, 0)
 
 
 def stand_ins() -> dict[Any, StandIn]:
@@ -228,7 +225,7 @@ class CudaChoices(TorchFunctionMode):
 
     def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__()
-        self.has_flash = capability >= FLASH_CAPABILITY
+        self.capability = capability
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -238,8 +235,11 @@ class CudaChoices(TorchFunctionMode):
         if func is torch.nn.functional.dropout:
             return _dropout(*args, **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention(self.has_flash, *args, **kwargs)
-        if func is varlen.attend_at_once and not self.has_flash:
+            return _attention(self.capability, *args, **kwargs)
+        if func is sdpa.attend:
+            with self:
+                return sdpa.attend_on(self.capability, *args, **kwargs)
+        if func is varlen.attend_at_once and self.capability < sdpa.FLASH_CAPABILITY:
             with self:  # each segment by the attention that this GPU has
                 return varlen.attend_one_by_one(*args, **kwargs)
         return func(*args, **kwargs)
@@ -261,7 +261,7 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 
 def _attention(
-    has_flash: bool,
+    capability: tuple[int, int],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -271,16 +271,21 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Flash attention where CUDA would take it, else memory-efficient attention; (B, H, T, D) each."""
+    """By the kernel that CUDA would take; (B, H, T, D) each."""
     flash, efficient = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention
-    fits = query.dtype in FLASH_DTYPES and query.shape[-1] == value.shape[-1] <= FLASH_MAX_HEAD
-    if attn_mask is None and has_flash and fits:
+    call = sdpa.call_of(query, key, value, masked=attn_mask is not None, causal=is_causal, dropout=dropout_p)
+    kernel = sdpa.kernel_of(call, capability)
+    if kernel == sdpa.MATH:  # which torch takes on `meta`, with all its scores
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if kernel == sdpa.FLASH:
         width = query.shape[-1]
         query, key, value = (_padded(t, 8) for t in (query, key, value))
         scale = scale if scale is not None else width**-0.5
         out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
         return out[..., :width]
-    if enable_gqa:  # only flash attention takes fewer keys than queries
+    if call.grouped:  # as if the kernel repeated them; ours come here repeated
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     bias = _bias(attn_mask, query, key)

@@ -56,7 +56,8 @@ class MemoryPlan:
     """The predicted memory of a run on a GPU; all sizes are bytes.
 
     `peak_bytes` predicts `torch.cuda.max_memory_allocated`, reached in `phase` at `operation`; `components` sums to
-    it exactly. `extras` come on top and outside that counter (context, fragmentation, paged states). `series` has a
+    it exactly. `extras` come on top and outside that counter (context, fragmentation, paged states); of them, and on
+    the host, are the `host_bytes` of checkpoints, in pinned memory. `series` has a
     point for every phase, and every block in it, in the order of the run: the second step, after what the first
     showed. `phases` is the peak of each phase over all steps. A step takes `passes` forward and backward passes over
     each batch.
@@ -68,6 +69,7 @@ class MemoryPlan:
     operation: str
     components: dict[str, int]
     extras: tuple[rules.Extra, ...]
+    host_bytes: int
     phases: dict[str, Point]
     series: tuple[Point, ...]
     n_parameters: int
@@ -213,7 +215,7 @@ def _run_shallow(
     more = layers // period - DEEP
     grown = {
         name: getattr(deep, name) + more * (getattr(deep, name) - getattr(shallow, name))
-        for name in ("paged_bytes", "n_parameters", "n_trainable")
+        for name in ("paged_bytes", "host_bytes", "n_parameters", "n_trainable")
     }
     return dataclasses.replace(deep, **grown), peaks
 
@@ -236,7 +238,8 @@ def _plan_of(
         block=highest.block,
         operation=highest.operation,
         components=highest.components,
-        extras=rules.extras(highest.live_bytes, record.paged_bytes, recipe.capability),
+        extras=rules.extras(highest.live_bytes, record.paged_bytes, record.host_bytes, recipe.capability),
+        host_bytes=record.host_bytes,
         phases=_by_phase(points),
         series=tuple(point for point in points if point.step == max(p.step for p in points)),
         n_parameters=record.n_parameters,

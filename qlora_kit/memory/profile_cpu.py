@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qlora_kit import assembly
+from qlora_kit import assembly, sdpa
 from qlora_kit.config import RunConfig
 from qlora_kit.lean import flat, mask, varlen
 from qlora_kit.memory import kernels
@@ -158,6 +158,9 @@ class _CpuChoices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention and _is_fused(kwargs):
             return _attention(*args, **kwargs)
+        if func is sdpa.attend:
+            with self:
+                return sdpa.attend_on(None, *args, **kwargs)
         if func is varlen.attend_at_once:
             with self:
                 return varlen.attend_one_by_one(*args, **kwargs)

@@ -203,7 +203,7 @@ def _components_table(plan: MemoryPlan) -> Table:
 def _extras_table(plan: MemoryPlan) -> Table:
     table = _table("\nBeside what torch counts", "what", "bytes", "size", "lies", "~basis")
     for extra in plan.extras:
-        lies = "GPU" if extra.on_device else "host or GPU"
+        lies = "GPU" if extra.on_device else "host or GPU" if extra.moves else "host"
         table.add_row(extra.name, f"{extra.n_bytes:,}", human_bytes(extra.n_bytes), lies, extra.basis)
     return table
 

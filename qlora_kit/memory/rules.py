@@ -33,12 +33,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Extra:
-    """Bytes beside those that torch counts as allocated. `on_device`: they must fit into the GPU's memory too."""
+    """Bytes beside those that torch counts as allocated.
+
+    `on_device`: they must fit into the GPU's memory too. `moves`: between the GPU's and the host's.
+    """
 
     name: str
     n_bytes: int
     on_device: bool
     basis: str
+    moves: bool = False
 
 
 _GIB = 1 << 30
@@ -145,13 +149,15 @@ def _workspace_of_present_gpu(capability: tuple[int, int]) -> int | None:
     return int(ask())
 
 
-def extras(peak_bytes: int, paged_bytes: int, capability: tuple[int, int]) -> tuple[Extra, ...]:
+def extras(peak_bytes: int, paged_bytes: int, host_bytes: int, capability: tuple[int, int]) -> tuple[Extra, ...]:
     """What comes beside the allocated bytes, each with its basis."""
+    pool = "source: our own pool allots them, in whole MiB for each checkpoint; they never leave the host"
     managed = "source: bitsandbytes keeps them in managed memory, which moves to the host when the GPU is full"
     return (
         Extra("CUDA context", context_bytes(capability), True, "estimate by compute capability"),
         Extra("fragmentation", fragmentation_bytes(peak_bytes), True, "estimate: 3 %, at least 20 MiB"),
-        Extra("paged optimizer states", paged_bytes, False, managed),
+        Extra("paged optimizer states", paged_bytes, False, managed, moves=True),
+        Extra("checkpoints on the host (pinned)", host_bytes, False, pool),
     )
 
 

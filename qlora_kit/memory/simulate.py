@@ -17,7 +17,7 @@ import torch
 
 from qlora_kit import assembly, base
 from qlora_kit.config import RunConfig
-from qlora_kit.lean import flat
+from qlora_kit.lean import flat, offload
 from qlora_kit.memory import kernels, rules
 from qlora_kit.memory.autocast import MetaAutocast
 from qlora_kit.memory.shortcut import MetaResults
@@ -58,10 +58,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Record:
-    """What a simulation saw: every change of live bytes, states outside torch's allocator, and the model's size."""
+    """What a simulation saw: every change of live bytes, states outside torch's allocator, and the model's size.
+
+    `host_bytes`: the pinned memory of the host that checkpoints lie in.
+    """
 
     events: list[Event]
     paged_bytes: int
+    host_bytes: int
     n_parameters: int
     n_trainable: int
     attention: str
@@ -104,8 +108,9 @@ def simulate(
                 del batches
         tracker.stop()
         attention = str(getattr(model.config, "_attn_implementation", ""))
+        host_bytes = offload.host_bytes(model)
     paged_bytes = sum(t.nbytes for t in paged)
-    return Record(tracker.events, paged_bytes, count.total, count.trainable, attention)
+    return Record(tracker.events, paged_bytes, host_bytes, count.total, count.trainable, attention)
 
 
 def run_step(
