@@ -145,7 +145,9 @@ def test_preview_shows_what_is_supervised_and_audits(inputs, capsys):
 def test_a_mistake_is_one_message_and_exit_code_two(tmp_path, inputs, capsys, flags, messages):
     model, data = inputs
     out = tmp_path / "run"
-    err = fails(capsys, "train", "--model", model, "--data", data, "--out", str(out), "--max-steps", "1", *flags)
+    given = {"--model": model, "--data": data, "--out": str(out), "--max-steps": "1"}
+    given |= dict(zip(flags[::2], flags[1::2], strict=True))
+    err = fails(capsys, "train", *(part for pair in given.items() for part in pair))
     for message in messages:
         assert message in err
     assert not list(tmp_path.iterdir())
