@@ -153,6 +153,33 @@ def test_a_mistake_is_one_message_and_exit_code_two(tmp_path, inputs, capsys, fl
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("args", "messages"),
+    [
+        (
+            ["train", "--data", "a.jsonl", "--data", "b.jsonl"],
+            ["--data = ['a.jsonl', 'b.jsonl']: is given more than once", "put them into a folder"],
+        ),
+        (["generate", "--run", "x", "--data=a", "--data", "b"], ["--data = ['a', 'b']", "put them into a folder"]),
+        (["train", "--lr", "1e-3", "--r", "4", "--lr=1e-4", "--r", "4"], ["--lr = ['1e-3', '1e-4']", "--r = ['4', "]),
+        (["train", "--batch-size", "3", "--batch_size", "4"], ["--batch-size = ['3', '4']", "Give it once"]),
+        (["plan", "--exact", "--no-exact"], ["--exact = ['--exact', '--no-exact']"]),
+        (["train", "--config", "a.yaml", "--config", "b.yaml"], ["--config = ['a.yaml', 'b.yaml']"]),
+        (["search", "--r", "4", "--r", "8"], ["--r = ['4', '8']", "--r 4,8,16"]),
+    ],
+)
+def test_a_flag_given_twice_is_refused(capsys, args, messages):
+    """Of two, tyro takes the last one and says nothing."""
+    err = fails(capsys, *args)
+    for message in messages:
+        assert message in err
+
+
+def test_a_prompt_may_be_given_several_times(capsys):
+    err = fails(capsys, "generate", "--model", "no/such", "--prompt", "a", "--prompt", "b")
+    assert "more than once" not in err
+
+
 def test_an_unknown_flag_suggests_the_nearest(capsys):
     assert "--batch-size" in fails(capsys, "train", "--batchsize", "3")
 

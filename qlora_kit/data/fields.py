@@ -50,10 +50,16 @@ class Fields(Mapping[str, Any]):
 
 
 def leave(values: Mapping[str, Any], *names: str | None) -> None:
-    """Count fields as read: they are answers where only questions are asked for."""
+    """Count fields as read, with all that is in them: they are answers where only questions are asked for."""
     for name in names:
         if name is not None:
-            values.get(name)
+            _look_through(values.get(name))
+
+
+def _look_through(value: object) -> None:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for part in parts:
+        _look_through(part)
 
 
 def _noting(value: object, below: Reads) -> object:
