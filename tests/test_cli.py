@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from families import save_tiny
-from refusals import fails
+from refusals import fails, with_flags
 
 from qlora_kit.cli import main
 
@@ -145,9 +145,8 @@ def test_preview_shows_what_is_supervised_and_audits(inputs, capsys):
 def test_a_mistake_is_one_message_and_exit_code_two(tmp_path, inputs, capsys, flags, messages):
     model, data = inputs
     out = tmp_path / "run"
-    given = {"--model": model, "--data": data, "--out": str(out), "--max-steps": "1"}
-    given |= dict(zip(flags[::2], flags[1::2], strict=True))
-    err = fails(capsys, "train", *(part for pair in given.items() for part in pair))
+    args = ["train", "--model", model, "--data", data, "--out", str(out), "--max-steps", "1"]
+    err = fails(capsys, *with_flags(args, flags))
     for message in messages:
         assert message in err
     assert not list(tmp_path.iterdir())

@@ -13,10 +13,10 @@ CALL = [{"id": "c1", "type": "function", "function": {"name": "track", "argument
 TOOLS = [{"type": "function", "function": {"name": "track", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def read(tmp_path, *rows):
+def read(tmp_path, *rows, columns=None):
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    return read_inputs(RunConfig(base=BaseConfig(model="demo"), data=DataConfig(data=str(file))))
+    return read_inputs(RunConfig(base=BaseConfig(model="demo"), data=DataConfig(data=str(file), columns=columns or {})))
 
 
 def chat(*turns, **others):
@@ -69,6 +69,11 @@ def test_what_was_said_before_is_refused(tmp_path, row):
     with pytest.raises(UserError, match="a 'history', which would not reach the prompt") as caught:
         read(tmp_path, row)
     assert "Give the whole as a conversation" in caught.value.faults[0].remedy
+
+
+def test_a_history_that_is_the_prompt_is_read(tmp_path):
+    columns = {"prompt": "history", "completion": "output"}
+    assert len(read(tmp_path, {"history": "What was said.", "output": "b"}, columns=columns).train) == 1
 
 
 HARMLESS = {"tool_calls": None, "function_call": {}, "reasoning_content": "", "weight": 1, "train": True}

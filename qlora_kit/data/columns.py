@@ -92,7 +92,8 @@ def _read_text(shape: Shape, record: Record) -> Iterator[Example]:
 
 def _read_pair(shape: Shape, record: Record) -> Iterator[Example]:
     """A prompt, its completion, and maybe a system text and an input that belongs to the prompt."""
-    check_pair(record.values)
+    if "history" not in shape.by_hand.values():
+        check_pair(record.values)
     prompt, completion = (_text(record, shape.column(part)) for part in shape.required)
     input_column = next((column for column in shape.optional if column != "system"), None)
     prompt = _with_input(prompt, _optional_text(record, input_column))
@@ -154,7 +155,7 @@ def _message(turn: object, number: int) -> Message:
     if not isinstance(turn, Mapping):
         raise BadValueError(f"message {number} must be an object with role and content")
     role, content = _first(turn, "role", "from"), _first(turn, "content", "value")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
     if isinstance(content, list):  # the parts of a multimodal message
         content = _joined_parts(content, number)

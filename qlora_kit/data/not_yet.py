@@ -72,7 +72,7 @@ def _reasons_of(turn: Mapping[str, Any], answering: Set[str]) -> Iterator[tuple[
 
 def _is_learned(turn: Mapping[str, Any], weight: object, answering: Set[str]) -> bool:
     """Whether a `weight` lets a turn be learned as it is: an answer in full, and anything else not at all."""
-    return is_empty(weight) or weight == 1 or answering.isdisjoint((turn.get("role"), turn.get("from")))
+    return is_empty(weight) or weight == 1 or answering.isdisjoint((str(turn.get("role")), str(turn.get("from"))))
 
 
 def check_pair(values: Mapping[str, Any]) -> None:
