@@ -23,10 +23,11 @@ from qlora_kit.config import (
     SearchConfig,
     default_of,
     fields_of,
+    flag,
     read_settings_file,
     settings,
 )
-from qlora_kit.errors import Faults, UserError
+from qlora_kit.errors import Fault, Faults, UserError
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,8 @@ COMMANDS = {
         helps=SEARCH_HELPS,
     ),
 }
+FILES = ("data", "eval_data")
+ONE_FOLDER = "Give one; to read several files, put them into a folder and give that."
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
@@ -333,10 +336,30 @@ def _parse(name: str, command: Command, args: list[str]) -> dict[str, Any]:
         shown = "" if default in (None, {}, ()) or command.settings is not None else f"(default: {default})"
         text = (command.settings or command.helps).get(setting.name) or setting.metadata["help"]
         fields[setting.name] = _flag(bool if hint is bool else str, text, shown)
+    once = [key for key in fields if key not in own or own[key].kind is not list]
+    _check_once(once, args, "Give several values in one, as in --r 4,8,16." if command.lists else "Give it once.")
     flags_type = TypedDict("Flags", fields, total=False)  # type: ignore[misc]
     lists: Any = {key: [] for key, flag in own.items() if flag.kind is list}  # tyro cannot leave these out
     parsed = tyro.cli(flags_type, prog=f"qlora-kit {name}", description=command.help, args=args, default=lists)
     return {key: value for key, value in parsed.items() if value != []}
+
+
+def _check_once(names: Sequence[str], args: Sequence[str], remedy: str) -> None:
+    """Check that no flag of `names` is given twice, where tyro takes the last. Raises one `UserError` for all."""
+    given: dict[str, list[str]] = {name: [] for name in names}
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        written, has_value, value = arg.partition("=")
+        name = written.removeprefix("--").replace("-", "_")
+        name = name if name in given else name.removeprefix("no_")
+        if written.startswith("--") and name in given:
+            given[name].append(value if has_value else arg if following.startswith("--") else following)
+    faults = [
+        Fault(flag(name), values, "is given more than once", ONE_FOLDER if name in FILES else remedy)
+        for name, values in given.items()
+        if len(values) > 1
+    ]
+    if faults:
+        raise UserError(faults)
 
 
 def _flag(kind: type, text: str, default: str) -> Any:

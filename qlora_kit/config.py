@@ -13,7 +13,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -624,10 +625,34 @@ def _unknown(name: str, value: object, known: list[str]) -> Fault:
     return Fault(flag(name), value, "is not a setting", remedy)
 
 
+class _TwiceError(ValueError):
+    """A setting that a file gives twice, of which the last would win unsaid."""
+
+    @classmethod
+    def check(cls, names: Iterable[object]) -> None:
+        """Raise it where one of `names` is there twice."""
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise cls(f"gives {' and '.join(repr(str(name)) for name in twice)} more than once")
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Reads YAML in which no mapping has a key twice. Raises `_TwiceError`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _TwiceError.check(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        return super().construct_mapping(node, deep)
+
+
+def _object_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    _TwiceError.check(name for name, _ in pairs)
+    return dict(pairs)
+
+
 def read_settings_file(path: Path) -> dict[str, object]:
     """The settings in a YAML or JSON file, flat; a run's `run.json` gives those that repeat the run.
 
-    Raises `UserError` where the file is missing or is not a mapping of settings.
+    Raises `UserError` where the file is missing, is not a mapping of settings, or gives one twice.
     """
     try:
         content = _parsed(path.read_text(encoding="utf-8"))
@@ -637,9 +662,18 @@ def read_settings_file(path: Path) -> dict[str, object]:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError.of("--config", str(path), f"is neither YAML nor JSON ({error})", "Mend the file.") from None
+    except _TwiceError as error:
+        raise _given_twice(path, error) from None
     if not isinstance(content, dict):
         raise UserError.of("--config", str(path), "must be a mapping of settings", "For example: {r: 16, lr: 2e-4}.")
-    return read_settings(content)
+    try:
+        return read_settings(content)
+    except _TwiceError as error:  # in a group and outside, or with - and with _
+        raise _given_twice(path, error) from None
+
+
+def _given_twice(path: Path, error: _TwiceError) -> UserError:
+    return UserError.of("--config", str(path), str(error), "Give each setting once.")
 
 
 def read_settings(content: Mapping[object, Any]) -> dict[str, object]:
@@ -652,16 +686,21 @@ def read_settings(content: Mapping[object, Any]) -> dict[str, object]:
 def _parsed(text: str) -> object:
     """JSON, or YAML (which forbids the tabs that JSON may be indented with)."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object_once)
     except json.JSONDecodeError:
-        return yaml.safe_load(text)
+        return yaml.load(text, _OnceLoader)  # noqa: S506  # a safe one
 
 
 def _flat(content: Mapping[object, object]) -> dict[str, object]:
-    flat: dict[str, object] = {}
+    pairs = list(_pairs(content))
+    _TwiceError.check(name for name, _ in pairs)
+    return dict(pairs)
+
+
+def _pairs(content: Mapping[object, object]) -> Iterator[tuple[str, object]]:
+    """Each setting by its name, also of those in groups."""
     for key, value in content.items():
         if key in GROUPS and isinstance(value, dict):
-            flat.update({str(k): v for k, v in value.items()})
+            yield from ((str(k), v) for k, v in value.items())
         else:
-            flat[str(key).replace("-", "_")] = value
-    return flat
+            yield str(key).replace("-", "_"), value

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import base, data, inputs, reopening, scoring
+from qlora_kit import base, data, inputs, narration, reopening, scoring
 from qlora_kit.config import DEFAULT_ASKED, BaseConfig, RunConfig
 from qlora_kit.errors import UserError, said_of
-from qlora_kit.progress import counted
+from qlora_kit.progress import counted, say_line
 from qlora_kit.reopening import FinishedRun, Opened
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Material:
     encoded: data.EncodedSet
     asked: list[data.Example]
     seq_len: int
+    unread: inputs.Unread
 
     @property
     def longest_tokens(self) -> int:
@@ -94,11 +95,11 @@ def read_material(run: FinishedRun, source: str | None) -> Material:
 
 
 def _read(config: RunConfig, source: str | None, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Material:
-    examples, described = inputs.examples_to_score(config, source)
+    examples, described, unread = inputs.examples_to_score(config, source)
     encoded = inputs.encode(config, examples, tokenizer, seq_len, "--data")
     asked = [example for example in examples if example.prompt is not None or example.messages is not None]
     count = config.evaluation.exact_match or DEFAULT_ASKED
-    return Material(described, tokenizer, encoded, asked[:count], seq_len)
+    return Material(described, tokenizer, encoded, asked[:count], seq_len, unread)
 
 
 def evaluate(run: FinishedRun, source: str | None, release: str | None, console: Console) -> Evaluation:
@@ -108,6 +109,7 @@ def evaluate(run: FinishedRun, source: str | None, release: str | None, console:
     for all but weights that cannot be read.
     """
     material = read_material(run, source)
+    _say_unread(material, console)
     device = base.resolve_device(run.config.base.device)
     with console.status("checking the base"):
         warning = reopening.check_base(run)
@@ -128,6 +130,7 @@ def evaluate_model(config: RunConfig, opened: Opened, source: str, console: Cons
     """
     seq_len = data.resolve_seq_len(config.data.seq_len, opened.tokenizer, opened.positions)
     material = _read(config, source, opened.tokenizer, seq_len)
+    _say_unread(material, console)
     with console.status(f"loading {config.base.model}"):
         model = opened.load()
     inputs.check_vocabulary(material.tokenizer, model)
@@ -135,6 +138,11 @@ def evaluate_model(config: RunConfig, opened: Opened, source: str, console: Cons
         "model", f"{config.base.model}, {_saved_as(model)}", model, material, config.optim.batch_size, console
     )
     return Evaluation(source, seq_len, material.encoded.report, len(material.asked), {"model": score}, None)
+
+
+def _say_unread(material: Material, console: Console) -> None:
+    for line in narration.unread_lines(material.unread):
+        say_line(console, line)
 
 
 Loaded = tuple[str, str, Any, AbstractContextManager[Any]]

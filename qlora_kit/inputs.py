@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import base, data, new_head, tasks
@@ -16,6 +16,11 @@ from qlora_kit.tasks import Source, Task
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+Unread = dict[str, dict[str, int]]
+"""The fields that nothing reads, of what in words (`DATA`, …), each with the number of records that have it."""
+DATA, HELD_OUT = "the data", "the held-out data"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Inputs:
     seq_len: int
     report: data.AuditReport  # on the training examples
     plain_text: bool  # no training example has a prompt, so that none went through a template
+    unread: Unread = field(default_factory=dict)
 
     @property
     def longest_row(self) -> int:
@@ -56,6 +62,7 @@ class Material:
     task: Task
     train: list[Any]
     held_out: list[Any]
+    unread: Unread = field(default_factory=dict)
 
 
 def read_inputs(config: RunConfig, given: Examples | None = None) -> Inputs:
@@ -107,10 +114,12 @@ def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, 
     split = None if rows is None else faults.collect(lambda: _read_training(config, task, named, rows))
     if split is not None:
         resolved = faults.collect(lambda: _resolve(task, named, *split))
-    held_out = faults.collect(lambda: _read_held_out(config, task, resolved or named))
-    if split is None or held_out is None or resolved is None:
+    rest = faults.collect(lambda: _read_held_out(config, task, resolved or named))
+    if split is None or rest is None or resolved is None:
         return None
-    return Material(dataclasses.replace(config, base=resolved), task, split[0], split[1] or held_out)
+    held_out, of_held_out = rest
+    unread = {DATA: data.unread_fields(rows or []), HELD_OUT: of_held_out}
+    return Material(dataclasses.replace(config, base=resolved), task, split[0], split[1] or held_out, unread)
 
 
 def with_columns(config: RunConfig, task: Task, records: list[data.Record]) -> RunConfig:
@@ -140,13 +149,14 @@ def _resolve(task: Task, named: BaseConfig, train: list[Any], held_out: list[Any
     return task.reader.resolve(of_all, train, "--data") if held_out else of_all
 
 
-def _read_held_out(config: RunConfig, task: Task, resolved: BaseConfig) -> list[Any]:
-    """The examples of a held-out source; empty where there is none."""
+def _read_held_out(config: RunConfig, task: Task, resolved: BaseConfig) -> tuple[list[Any], dict[str, int]]:
+    """The examples of a held-out source, and the fields that were not read; empty where there is none."""
     source = config.data.held_out_source
     if source is None:
-        return []
+        return [], {}
     rows = data.read_rows(source, config.data.columns, "--eval-data")
-    return task.reader.read(Source(rows, source, config.data.columns, "--eval-data"), resolved)
+    examples = task.reader.read(Source(rows, source, config.data.columns, "--eval-data"), resolved)
+    return examples, data.unread_fields(rows)
 
 
 def _check_settings(config: RunConfig, task: Task) -> None:
@@ -194,6 +204,7 @@ def _encoded(material: Material, tokenizer: PreTrainedTokenizerBase, seq_len: in
         seq_len,
         train_set.report,
         plain_text=generates and all(e.prompt is None and e.messages is None for e in material.train),
+        unread=material.unread,
     )
     if not config.data.pack:
         return inputs
@@ -201,36 +212,39 @@ def _encoded(material: Material, tokenizer: PreTrainedTokenizerBase, seq_len: in
     return dataclasses.replace(inputs, train=data.pack(train_set, seq_len), evaluation=packed_eval)
 
 
-def held_out_examples(config: RunConfig) -> list[Any]:
+def held_out_examples(config: RunConfig) -> tuple[list[Any], dict[str, int]]:
     """The examples that a run of `config` does not train on: its own data for it, or the share that it splits off.
 
-    Empty where it holds nothing out. Raises `UserError` for data that cannot be read.
+    With them the fields of that data that were not read, and how many records have each. Empty where it holds nothing
+    out. Raises `UserError` for data that cannot be read.
     """
     task = tasks.task_named(config.base.task)
     if not config.data.eval_fraction:
         return _read_held_out(config, task, config.base)
     rows = data.read_rows(config.data.data, config.data.columns)
     examples = task.reader.read(Source(rows, config.data.data, config.data.columns), config.base)
-    return data.split_examples(examples, config.data.eval_fraction, config.seed)[1]
+    held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)[1]
+    return held_out, data.unread_fields(rows)
 
 
-def examples_to_score(config: RunConfig, source: str | None) -> tuple[list[Any], str]:
+def examples_to_score(config: RunConfig, source: str | None) -> tuple[list[Any], str, Unread]:
     """The examples in `source`, or without one those that a run of `config` held out; and in words what they are.
 
-    Raises `UserError` where there are none, or they cannot be read.
+    With them the fields that were not read. Raises `UserError` where there are none, or they cannot be read.
     """
     if source is not None:
         held_out = dataclasses.replace(config.data, eval_data=source, eval_fraction=0.0)
         config = dataclasses.replace(config, data=held_out)
     with said_of("--data", instead_of="--eval-data"):
-        examples = held_out_examples(config)
+        examples, fields = held_out_examples(config)
+    unread = {DATA: fields}
     if not examples:
         raise UserError.of("--data", source, "is needed: the run held no data out", "Give --data FILE.")
     if source is not None:
-        return examples, source
+        return examples, source, unread
     if config.data.eval_fraction:
-        return examples, f"{config.data.data} (the {config.data.eval_fraction:g} of it that the run held out)"
-    return examples, f"{config.data.held_out_source} (held out by the run)"
+        return examples, f"{config.data.data} (the {config.data.eval_fraction:g} of it that the run held out)", unread
+    return examples, f"{config.data.held_out_source} (held out by the run)", unread
 
 
 def encode(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import base, data, inputs, reopening, tasks
+from qlora_kit import base, data, inputs, narration, reopening, tasks
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.errors import UserError, said_of
-from qlora_kit.progress import counted
+from qlora_kit.progress import counted, say_line
 from qlora_kit.reopening import FinishedRun, Opened
 from qlora_kit.tasks import Asked, Scores, Task
 
@@ -107,7 +107,9 @@ def _judge(
     console: Console,
 ) -> Judgement:
     task = tasks.task_named(config.base.task)
-    examples, described = inputs.examples_to_score(config, source)
+    examples, described, unread = inputs.examples_to_score(config, source)
+    for line in narration.unread_lines(unread):
+        say_line(console, line)
     most = min(data.resolve_seq_len(seq_len, one.tokenizer, one.positions) for one in opened.values())
     encoded = {
         name: inputs.encode(_settings_of(config, one), examples, one.tokenizer, most, "--data")

@@ -13,6 +13,8 @@ from qlora_kit.progress import human_bytes
 from qlora_kit.task_models import GENERATION, QUESTION_ANSWERING
 from qlora_kit.tasks.labels import shown
 
+SHOWN_FIELDS, SHOWN_CHARACTERS = 8, 40  # of the fields of the data that nothing reads, and of the name of one
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,6 +42,23 @@ def task_lines(asked: BaseConfig, resolved: BaseConfig) -> list[str]:
     labels = f": {len(resolved.labels)} labels, {shown(resolved.labels)}" if resolved.labels else ""
     several = ", several to an example" if resolved.multi_label else ""
     return [f"task: {resolved.task}{why}{labels}{several}"]
+
+
+def unread_lines(unread: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What nothing reads of the data (in words): each field, and how many records have it."""
+    return [f"not read of {what}: {_counted(fields)}" for what, fields in unread.items() if fields]
+
+
+def _counted(fields: Mapping[str, int]) -> str:
+    parts = [
+        f"{_shortened(name)} ({count:,} {'record' if count == 1 else 'records'})" for name, count in fields.items()
+    ]
+    more = [f"and {len(parts) - SHOWN_FIELDS} more"] if len(parts) > SHOWN_FIELDS else []
+    return ", ".join([*parts[:SHOWN_FIELDS], *more])
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= SHOWN_CHARACTERS else f"{name[: SHOWN_CHARACTERS - 1]}…"
 
 
 def step_table(outcomes: Mapping[str, Outcome]) -> Table:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import data, scoring, tasks
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
-from qlora_kit.inputs import batches_of
+from qlora_kit.inputs import DATA, Unread, batches_of
 from qlora_kit.reopening import Opened
 from qlora_kit.tasks import Answering, Asked, Source, Task
 from qlora_kit.tasks.source_targets import has_column
@@ -28,6 +28,7 @@ class Questions:
     examples: Sequence[Any]
     encoded: Any
     collate: Callable[[Sequence[Any]], dict[str, Any]]
+    unread: Unread
 
 
 def read_questions(
@@ -52,7 +53,9 @@ def read_questions(
     examples = task.answering.read(Source(rows, source, columns))
     encoded = task.answering.encode(examples, opened.tokenizer, tokens, opened.config)
     collate = task.collator(opened.tokenizer, tokens, opened.config)
-    return Questions(task, task.answering, opened.tokenizer, examples, encoded, collate)
+    return Questions(
+        task, task.answering, opened.tokenizer, examples, encoded, collate, {DATA: data.unread_fields(rows)}
+    )
 
 
 def _is_there(column: str, rows: Sequence[data.Record]) -> bool:

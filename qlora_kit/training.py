@@ -89,6 +89,8 @@ def train(config: RunConfig, console: Console | None = None, examples: Examples 
     asked, config = config, inputs.config
     for line in [*narration.opening(config, device), *narration.task_lines(asked.base, config.base)]:
         say_line(say, line)
+    for line in narration.unread_lines(inputs.unread):
+        say_line(say, line)
     planned = None
     if config.preflight:
         with say.status("planning the memory"):

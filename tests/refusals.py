@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from qlora_kit.cli import main
@@ -16,3 +18,15 @@ def fails(capsys, *args: str) -> str:
     assert "Traceback" not in err
     assert not out
     return err
+
+
+def with_flags(args: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The command `args`, with `flags` in the place of those that it has already: none may be given twice."""
+    name, given = "", {"": []}
+    for arg in [*args, *flags]:
+        if arg.startswith("--"):
+            name = arg
+            given[name] = []
+        else:
+            given[name].append(arg)
+    return [part for name, values in given.items() for part in ([name] if name else []) + values]

@@ -161,14 +161,16 @@ def test_pairs_several_labels_and_numbers(workshop):
 def test_predictions_are_those_of_stock_peft(workshop, kind, capsys):
     folder = workshop.run(kind)
     out = workshop.root / f"{kind}.jsonl"
-    asked = save_rows(workshop.root / "asked.jsonl", [{"text": row["text"]} for row in ROWS[:9]])
+    asked = save_rows(workshop.root / "asked.jsonl", [{"text": row["text"], "note": 1} for row in ROWS[:9]])
     main(["predict", "--run", str(folder), "--data", str(asked), "--out", str(out), "--batch-size", "4"])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["text"] for line in lines] == [row["text"] for row in ROWS[:9]]
     assert sum(line["label"] == row["label"] for line, row in zip(lines, ROWS, strict=False)) >= 8
     main(["predict", "--run", str(folder), "--data", str(asked), "--batch-size", "1"])
-    one_by_one = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed, said = capsys.readouterr()
+    one_by_one = [json.loads(line) for line in printed.splitlines()]
     assert [line["label"] for line in one_by_one] == [line["label"] for line in lines]
+    assert "not read of the data: note (9 records)" in said
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from families import save_tiny
-from refusals import fails
+from refusals import fails, with_flags
 
 from qlora_kit.cli import main
 
@@ -145,10 +145,38 @@ def test_preview_shows_what_is_supervised_and_audits(inputs, capsys):
 def test_a_mistake_is_one_message_and_exit_code_two(tmp_path, inputs, capsys, flags, messages):
     model, data = inputs
     out = tmp_path / "run"
-    err = fails(capsys, "train", "--model", model, "--data", data, "--out", str(out), "--max-steps", "1", *flags)
+    args = ["train", "--model", model, "--data", data, "--out", str(out), "--max-steps", "1"]
+    err = fails(capsys, *with_flags(args, flags))
     for message in messages:
         assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "messages"),
+    [
+        (
+            ["train", "--data", "a.jsonl", "--data", "b.jsonl"],
+            ["--data = ['a.jsonl', 'b.jsonl']: is given more than once", "put them into a folder"],
+        ),
+        (["generate", "--run", "x", "--data=a", "--data", "b"], ["--data = ['a', 'b']", "put them into a folder"]),
+        (["train", "--lr", "1e-3", "--r", "4", "--lr=1e-4", "--r", "4"], ["--lr = ['1e-3', '1e-4']", "--r = ['4', "]),
+        (["train", "--batch-size", "3", "--batch_size", "4"], ["--batch-size = ['3', '4']", "Give it once"]),
+        (["plan", "--exact", "--no-exact"], ["--exact = ['--exact', '--no-exact']"]),
+        (["train", "--config", "a.yaml", "--config", "b.yaml"], ["--config = ['a.yaml', 'b.yaml']"]),
+        (["search", "--r", "4", "--r", "8"], ["--r = ['4', '8']", "--r 4,8,16"]),
+    ],
+)
+def test_a_flag_given_twice_is_refused(capsys, args, messages):
+    """Of two, tyro takes the last one and says nothing."""
+    err = fails(capsys, *args)
+    for message in messages:
+        assert message in err
+
+
+def test_a_prompt_may_be_given_several_times(capsys):
+    err = fails(capsys, "generate", "--model", "no/such", "--prompt", "a", "--prompt", "b")
+    assert "more than once" not in err
 
 
 def test_an_unknown_flag_suggests_the_nearest(capsys):

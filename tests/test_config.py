@@ -120,6 +120,30 @@ def test_a_configuration_file_that_is_no_mapping_is_refused(tmp_path, content):
         read_settings_file(file)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "twice"),
+    [
+        ("a.yaml", "lr: 1e-3\nr: 4\nlr: 2e-3\nr: 8\n", "'lr' and 'r'"),
+        ("a.yaml", "adapter:\n  r: 4\n  r: 8\n", "'r'"),
+        ("a.yaml", "adapter:\n  r: 4\nr: 8\n", "'r'"),
+        ("a.yaml", "batch-size: 2\nbatch_size: 4\n", "'batch_size'"),
+        ("a.json", '{"lr": 1, "lr": 2}', "'lr'"),
+        ("a.json", '{"settings": {"adapter": {"r": 2, "r": 4}}}', "'r'"),
+    ],
+)
+def test_a_setting_that_a_file_gives_twice_is_refused(tmp_path, name, content, twice):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"{name}': gives {twice} more than once"):
+        read_settings_file(file)
+
+
+def test_what_a_yaml_file_merges_may_be_given_anew(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("adapter: &own {r: 4, dropout: 0.1}\noptim:\n  <<: {lr: 1e-3, batch_size: 2}\n  lr: 2e-3\n")
+    assert read_settings_file(file) == {"r": 4, "dropout": 0.1, "lr": "2e-3", "batch_size": 2}
+
+
 def test_a_missing_configuration_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_settings_file(tmp_path / "none.yaml")

@@ -121,6 +121,7 @@ def test_wrong_mapping(columns, values):
         {"messages": "hello"},
         {"messages": ["hello"]},
         {"messages": [{"role": "wizard", "content": "x"}]},
+        {"messages": [{"role": ["user"], "content": "x", "weight": 0}]},
         {"messages": [{"role": "user", "content": None}]},
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         {"messages": [{"role": "assistant", "content": "x"}]},

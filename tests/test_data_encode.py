@@ -124,6 +124,71 @@ def test_template_that_drops_thoughts_of_earlier_answers():
     assert learned(encoded, tokenizer) == ["aa<|im_end|>", f"<think></think>b<|im_end|>{EOS}"]
 
 
+ONLY_TWO = CHATML.replace("for m in messages", "for m in messages if m['role'] in ['user', 'assistant']")
+NO_ANSWERS = CHATML.replace("for m in messages", "for m in messages if m['role'] != 'assistant'")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "said"),
+    [
+        (ONLY_TWO, [("system", "Be brief."), ("user", "u"), ("assistant", "a")], "its system turn"),
+        (ONLY_TWO, [("system", "user"), ("user", "u"), ("assistant", "a")], "its system turn"),  # "user" is in the text
+        (ONLY_TWO, [("user", "u"), ("assistant", "a"), ("tool", "t"), ("assistant", "b")], "its tool turn"),
+        (ONLY_TWO, [("system", "s"), ("user", "u"), ("assistant", "a"), ("tool", "t")], "its system turn and its tool"),
+        (NO_ANSWERS, [("user", "u"), ("assistant", "a")], "its assistant turn"),
+    ],
+)
+def test_a_turn_that_the_template_leaves_out_is_refused(template, turns, said):
+    tokenizer = prepare_tokenizer(byte_level(chat_template=template))
+    with pytest.raises(UserError) as caught:
+        encode_set([chat(*turns)] * 3, tokenizer, seq_len=LONG, train_on="answer", setting="--eval-data")
+    (fault,) = caught.value.faults
+    assert fault.setting == "--eval-data"
+    assert fault.rule.startswith(f"the chat template leaves out {said}")
+    assert fault.rule.endswith("(the first of 3 such places)")
+    assert "--tokenizer" in fault.remedy
+
+
+def test_a_prompt_of_which_the_template_leaves_out_a_turn_is_refused():
+    tokenizer = prepare_tokenizer(byte_level(chat_template=ONLY_TWO))
+    with pytest.raises(UserError, match="leaves out its system turn") as caught:
+        encode_prompt(chat(("system", "s"), ("user", "u")), tokenizer)
+    assert "remove it" in caught.value.faults[0].remedy
+
+
+def test_what_the_template_leaves_out_of_some_conversations_only_is_refused_there():
+    """The proof for the first one, of the same roles, does not cover the second."""
+    choosy = CHATML.replace("for m in messages", "for m in messages if not m['content'].startswith('secret')")
+    tokenizer = prepare_tokenizer(byte_level(chat_template=choosy))
+    examples = [chat(("system", text), ("user", "u"), ("assistant", "a")) for text in ("open", "secret one")]
+    with pytest.raises(UserError, match="leaves out its system turn"):
+        encode_set(examples, tokenizer, seq_len=LONG, train_on="answer")
+
+
+@pytest.mark.parametrize(
+    "shown",
+    ["m['content'] | trim", "m['content'] | tojson", "m['content'].split('</think>')[-1]", "m['content'] | upper"],
+)
+def test_a_content_that_the_template_lays_out_its_own_way_is_not_missed(shown):
+    tokenizer = prepare_tokenizer(byte_level(chat_template=CHATML.replace("m['content']", f"({shown})")))
+    thoughtful = "<think>a\n</think>\n b  "
+    turns = [("system", ' say "a"\n'), ("user", ""), ("assistant", thoughtful), ("user", thoughtful)]
+    encoded = encode_example(chat(*turns), tokenizer, LONG, "answer")
+    assert any(encoded.supervised)
+
+
+def test_the_proof_is_made_once_for_an_order_of_roles(monkeypatch):
+    tokenizer = prepare_tokenizer(byte_level(chat_template=CHATML))
+    rendered = []
+    plain = type(tokenizer).apply_chat_template
+    monkeypatch.setattr(
+        type(tokenizer), "apply_chat_template", lambda *args, **kw: rendered.append(1) or plain(*args, **kw)
+    )
+    examples = [chat(("system", f"s{n}"), ("user", f"u{n}"), ("assistant", f"a{n}")) for n in range(40)]
+    encode_set(examples, tokenizer, seq_len=LONG, train_on="answer")
+    assert len(rendered) == 2 * 40 + 1
+
+
 def test_template_that_is_not_stable_is_refused():
     shifting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer = prepare_tokenizer(byte_level(chat_template=shifting))

@@ -62,6 +62,20 @@ def test_separated(tmp_path, name, mark):
     assert [example.origin.rsplit(":")[-1] for example in examples] == ["2", "5"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "a.jsonl:2"),
+        ("a.json", '[{"messages": [{"role": "user", "role": "tool"}]}]', "a.json"),
+    ],
+)
+def test_a_name_that_stands_twice_in_an_object_is_refused(tmp_path, name, content, place):
+    """Python's json takes the last one and says nothing."""
+    with pytest.raises(UserError, match=r"names '(text|role)' more than once in one object") as caught:
+        read_examples(str(write(tmp_path / name, content)), {})
+    assert caught.value.faults[0].value == str(tmp_path / place)
+
+
 def test_long_csv_field(tmp_path):
     long = "x" * 200_000
     assert read_examples(str(write(tmp_path / "a.csv", f"text\n{long}\n")), {})[0].completion == long

@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES, save_tiny
 from matplotlib.image import imread
+from refusals import with_flags
 
 from qlora_kit.cli import main
 
@@ -152,7 +153,7 @@ def test_it_says_what_a_regularized_step_takes_of_time(tiny, capsys, flags, pass
 
 def test_a_saving_below_nothing_is_said_as_such(tiny, capsys):
     wide = ["--r", "64", "--adapter-dtype", "fp32", "--no-gradient-checkpointing", "--bits", "32"]
-    out = prints(capsys, *tiny, *wide)
+    out = prints(capsys, *with_flags(tiny, wide))
     assert "takes more" in out
 
 
@@ -194,7 +195,7 @@ def test_fit_lists_what_fits(tiny, capsys):
 
 
 def test_what_does_not_fit_comes_with_ranked_remedies(tiny, capsys):
-    big = [*tiny, "--batch-size", "128", "--no-gradient-checkpointing", "--no-baselines"]
+    big = with_flags(tiny, ["--batch-size", "128", "--no-gradient-checkpointing", "--no-baselines"])
     out = " ".join(prints(capsys, *big, "--fit", "520MiB").split())
     for said in (
         "Does not fit into 520 MiB",
@@ -248,7 +249,7 @@ def test_a_mistake_is_one_message_and_exit_code_two(tiny, tmp_path, capsys, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("qlora_kit.hub.hub_reachable", lambda: False)
     monkeypatch.chdir(tmp_path)
-    err = fails(capsys, *tiny, *flags)
+    err = fails(capsys, *with_flags(tiny, flags))
     for message in messages:
         assert message in err
     assert not list(tmp_path.iterdir())

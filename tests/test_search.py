@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from classifiers import save_base
-from refusals import fails
+from refusals import fails, with_flags
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from search_cases import N_EXAMPLES, ROWS, light_collections, note_trainings, search_of, settings_of, trainings
@@ -282,8 +282,11 @@ def test_a_terminal_shows_how_many_folds_are_done(tiny_runs, tmp_path):
 def test_a_mistake_is_one_message_and_leaves_nothing(tiny_runs, tmp_path, capsys, flags, messages):
     out = tmp_path / "x"
     flat = settings_of(tiny_runs, out)
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in flat.items() if name not in ("r", "preflight")]
-    err = fails(capsys, "search", *given, "--no-preflight", *flags)
+    given = [
+        (f"--{name.replace('_', '-')}", str(value)) for name, value in flat.items() if name not in ("r", "preflight")
+    ]
+    args = ["search", *(part for pair in given for part in pair), "--no-preflight"]
+    err = fails(capsys, *with_flags(args, flags))
     for message in messages:
         assert message in err
     assert not list(tmp_path.iterdir())

@@ -12,10 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_kit import data
+from qlora_kit import data, narration
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError, said_of
 from qlora_kit.generating import Prompt, answer_in_order, encode_prompts, stream, typed_prompt
+from qlora_kit.inputs import DATA
 from qlora_kit.progress import counted, say_line
 from qlora_kit.reopening import Opened
 from qlora_kit.scoring import Answer, Sampling
@@ -34,10 +35,14 @@ class Session:
     say: Console
 
 
-def prompts_of_file(config: RunConfig, opened: Opened, raw: bool) -> list[Prompt]:
-    """The prompts of the data that `config` names. Raises `UserError`."""
+def prompts_of_file(config: RunConfig, opened: Opened, raw: bool, say: Console) -> list[Prompt]:
+    """The prompts of the data that `config` names; what is not read of it is said. Raises `UserError`."""
+    source, columns = config.data.data, config.data.columns
     with said_of("--data", instead_of="--eval-data"):  # the held-out part, where a source has several
-        examples = data.read_prompts(config.data.data, config.data.columns, "--eval-data")
+        rows = data.read_rows(source, columns, "--eval-data")
+        examples = data.prompts_from(rows, columns, source, "--eval-data")
+    for line in narration.unread_lines({DATA: data.unread_fields(rows)}):
+        say_line(say, line)
     return encode_prompts(examples, opened, raw, "--data")
 
 

@@ -55,7 +55,7 @@ def run(
 
     config, opened = open_chosen(given, run, base, "seed", check_task, say)
     raw = opened.is_plain_text if raw is None else raw
-    from_file = prompts_of_file(config, opened, raw) if "data" in given else None
+    from_file = prompts_of_file(config, opened, raw, say) if "data" in given else None
     asked = asked_prompts(prompt, opened, raw, say) if from_file is None else iter(())
     with memory_errors(config.base.device):
         with say.status("loading the model"):

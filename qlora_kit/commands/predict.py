@@ -28,6 +28,7 @@ def run(given: Mapping[str, Any], run: str | None = None, base: str | None = Non
     """
     _check(given, run, base)
     quiet.quiet_libraries()
+    from qlora_kit.narration import unread_lines
     from qlora_kit.predicting import predict, read_questions
     from qlora_kit.progress import counted, say_line
     from qlora_kit.reopening import memory_errors
@@ -40,6 +41,8 @@ def run(given: Mapping[str, Any], run: str | None = None, base: str | None = Non
         runs.check_file(out)
     columns = RunConfig.from_flat({"columns": given["columns"]}).data.columns if "columns" in given else {}
     questions = read_questions(opened, given["data"], columns, config.data.seq_len, config.data.columns)
+    for line in unread_lines(questions.unread):
+        say_line(say, line)
     with memory_errors(config.base.device):
         with say.status("loading the model"):
             model = opened.load()

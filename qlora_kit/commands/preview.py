@@ -14,17 +14,20 @@ from qlora_kit.data import (
     AuditReport,
     EncodedSet,
     Example,
+    Record,
     encode_example,
     encode_set,
     pack,
     prepare_tokenizer,
-    read_examples,
     read_rows,
     resolve_seq_len,
+    unread_fields,
 )
 from qlora_kit.data.encode import Encoded
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.inputs import with_columns
+from qlora_kit.inputs import DATA, HELD_OUT, with_columns
+from qlora_kit.narration import unread_lines
+from qlora_kit.progress import say_line
 from qlora_kit.task_models import GENERATION
 
 if TYPE_CHECKING:
@@ -53,13 +56,17 @@ def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
     source = tasks.Source(records, config.data.data, config.data.columns)
     examples = task.reader.read(source, config.base)
     _check_rows(rows, len(examples))
+    _say_unread(console, DATA, records)
     if task.name != GENERATION:
         _preview_answers(console, config, task, examples, rows, tokenizer, seq_len)
         return
     _print_examples(console, examples, rows, tokenizer, seq_len, config.data.train_on)
     sets = {"--data": examples}
     if config.data.eval_data is not None:
-        sets["--eval-data"] = read_examples(config.data.eval_data, config.data.columns, "--eval-data")
+        held_out = read_rows(config.data.eval_data, config.data.columns, "--eval-data")
+        of_eval = tasks.Source(held_out, config.data.eval_data, config.data.columns, "--eval-data")
+        sets["--eval-data"] = task.reader.read(of_eval, config.base)
+        _say_unread(console, HELD_OUT, held_out)
     for setting, members in sets.items():
         encoded = encode_set(members, tokenizer, seq_len=seq_len, train_on=config.data.train_on, setting=setting)
         console.print(_audit_table(setting, encoded, seq_len, config.data.pack))
@@ -99,6 +106,7 @@ def _preview_answers(
         held_out = read_rows(config.data.held_out_source, config.data.columns, "--eval-data")
         of_eval = tasks.Source(held_out, config.data.held_out_source, config.data.columns, "--eval-data")
         sets["--eval-data"] = task.reader.read(of_eval, config.base)
+        _say_unread(console, HELD_OUT, held_out)
     for setting, members in sets.items():
         encoded = task.answering.encode(members, tokenizer, seq_len, config.base)
         report, table = encoded.report, _table(setting)
@@ -111,6 +119,12 @@ def _preview_answers(
             table.add_row(Text(name), Text(value))
         console.print(table)
     task.reader.resolve(config.base, examples, "--data")  # after all that can be seen: what training would refuse
+
+
+def _say_unread(console: Console, what: str, records: Sequence[Record]) -> None:
+    """Say which fields of `records` were not read, now that their examples are."""
+    for line in unread_lines({what: unread_fields(records)}):
+        say_line(console, f"{line}\n")
 
 
 def _length_lines(report: AuditReport, seq_len: int) -> list[tuple[str, str]]:

@@ -43,7 +43,7 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     quiet.quiet_progress_bars()
     inputs = read_inputs(config)
     asked, config = config, inputs.config  # its task and labels, where the data say them
-    for line in narration.task_lines(asked.base, config.base):
+    for line in [*narration.task_lines(asked.base, config.base), *narration.unread_lines(inputs.unread)]:
         say_line(console, line)
     inputs = dataclasses.replace(inputs, train=_longest(inputs.train, _rows(config)), evaluation=None, held_out=[])
     planned = preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight)

@@ -2,7 +2,7 @@
 
 from qlora_kit.data.audit import AuditReport
 from qlora_kit.data.collate import Collator, packed_mask_dtype, segment_tensors
-from qlora_kit.data.columns import Example, Message, prompt_of
+from qlora_kit.data.columns import Example, Message, prompt_of, prompts_from
 from qlora_kit.data.encode import (
     Encoded,
     EncodedSet,
@@ -13,7 +13,7 @@ from qlora_kit.data.encode import (
     encode_text,
     resolve_seq_len,
 )
-from qlora_kit.data.load import read_examples, read_prompts, read_rows, split_examples
+from qlora_kit.data.load import read_examples, read_prompts, read_rows, split_examples, unread_fields
 from qlora_kit.data.pack import PackedSet, pack
 from qlora_kit.data.read import Record
 from qlora_kit.data.tokenizer import prepare_tokenizer
@@ -36,10 +36,12 @@ __all__ = [
     "packed_mask_dtype",
     "prepare_tokenizer",
     "prompt_of",
+    "prompts_from",
     "read_examples",
     "read_prompts",
     "read_rows",
     "resolve_seq_len",
     "segment_tensors",
     "split_examples",
+    "unread_fields",
 ]

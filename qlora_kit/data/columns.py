@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+from qlora_kit.data.fields import leave
+from qlora_kit.data.not_yet import check_chat, check_pair
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text, is_missing
@@ -22,6 +24,7 @@ ROLES = {
     "model": "assistant",
     "tool": "tool",
 }
+ANSWERING = {name for name, role in ROLES.items() if role == "assistant"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Shape:
-    """A way to lay out examples in columns: the columns that must be there, those that may, and how to read one."""
+    """A way to lay out examples in columns: the columns that must be there, those that may, and how to read one.
+
+    `by_hand` has the columns that the user named for some of these.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[Shape, Record], Iterator[Example]]
+    by_hand: Mapping[str, str] = field(default_factory=dict)
+
+    def column(self, part: str) -> str:
+        """The column in which a part of an example stands."""
+        return self.by_hand.get(part, part)
 
     def __str__(self) -> str:
         return "/".join(self.required) + "".join(f"[/{column}]" for column in self.optional)
@@ -76,15 +87,17 @@ def _optional_text(record: Record, column: str | None) -> str:
 
 
 def _read_text(shape: Shape, record: Record) -> Iterator[Example]:
-    yield Example(None, _text(record, shape.required[0]), None, record.origin)
+    yield Example(None, _text(record, shape.column(shape.required[0])), None, record.origin)
 
 
 def _read_pair(shape: Shape, record: Record) -> Iterator[Example]:
     """A prompt, its completion, and maybe a system text and an input that belongs to the prompt."""
-    prompt, completion = (_text(record, column) for column in shape.required)
+    if "history" not in shape.by_hand.values():
+        check_pair(record.values)
+    prompt, completion = (_text(record, shape.column(part)) for part in shape.required)
     input_column = next((column for column in shape.optional if column != "system"), None)
     prompt = _with_input(prompt, _optional_text(record, input_column))
-    yield _pair(_optional_text(record, "system"), prompt, completion, record.origin)
+    yield _pair(_optional_text(record, shape.column("system")), prompt, completion, record.origin)
 
 
 def _with_input(instruction: str, given: str) -> str:
@@ -104,7 +117,7 @@ def _read_instances(shape: Shape, record: Record) -> Iterator[Example]:
     if not isinstance(instances, list) or not instances:
         raise BadValueError("column 'instances' must be a list with at least one {input, output}")
     for number, values in enumerate(instances, start=1):
-        if not isinstance(values, dict):
+        if not isinstance(values, Mapping):
             raise BadValueError(f"instance {number} must be an object with an output")
         origin = record.origin if len(instances) == 1 else f"{record.origin} instance {number}"
         nested = Record(record.file, origin, values)
@@ -113,13 +126,13 @@ def _read_instances(shape: Shape, record: Record) -> Iterator[Example]:
 
 
 def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
-    turns = record.values.get(shape.required[0])
+    column = shape.column(shape.required[0])
+    turns = record.values.get(column)
     if not isinstance(turns, list) or not turns:
-        raise BadValueError(f"column {shape.required[0]!r} must be a list with at least one message")
+        raise BadValueError(f"column {column!r} must be a list with at least one message")
+    check_chat(record.values, turns, ANSWERING)
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
-    system = _optional_text(record, "system")
-    if system.strip() and messages[0].role != "system":
-        messages.insert(0, Message("system", system))
+    messages = _with_system(messages, _optional_text(record, shape.column("system")), shape.column("system"))
     if messages[0].role == "assistant":
         raise BadValueError("the conversation begins with the assistant, so nothing says what it answers")
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -128,21 +141,38 @@ def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
     yield Example(prompt, messages[first].content if answers else "", tuple(messages), record.origin)
 
 
+def _with_system(messages: list[Message], system: str, column: str) -> list[Message]:
+    if not system.strip():
+        return messages
+    if messages[0].role != "system":
+        return [Message("system", system), *messages]
+    if messages[0].content.strip() != system.strip():
+        raise BadValueError(f"has a system text in column {column!r}, and another one in its first message")
+    return messages
+
+
 def _message(turn: object, number: int) -> Message:
-    if not isinstance(turn, dict):
+    if not isinstance(turn, Mapping):
         raise BadValueError(f"message {number} must be an object with role and content")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if role not in ROLES:
+    role, content = _first(turn, "role", "from"), _first(turn, "content", "value")
+    if not isinstance(role, str) or role not in ROLES:
         raise BadValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
     if isinstance(content, list):  # the parts of a multimodal message
         content = _joined_parts(content, number)
     return Message(ROLES[role], as_text(content, f"the content of message {number}"))
 
 
+def _first(turn: Mapping[str, Any], name: str, other: str) -> Any:
+    """What stands under the one name, or where nothing does under the other."""
+    value = turn.get(name)
+    return turn.get(other) if is_missing(value) else value
+
+
 def _joined_parts(parts: list[Any], number: int) -> str:
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
         raise BadValueError(f"message {number} has parts that are not text")
+    for part in parts:
+        leave(part, "type")  # text, as there is one
     return "".join(part["text"] for part in parts)
 
 
@@ -176,7 +206,7 @@ def prompts_from(records: list[Record], columns: Mapping[str, str], source: str,
     for _, group in groupby(records, key=lambda record: record.file):
         in_file = list(group)
         answers = _answer_column(in_file, columns)
-        unanswered += [_without(record, answers) for record in in_file]
+        unanswered += in_file if answers is None else [record.with_value(answers, "") for record in in_file]
     return [_without_answer(example) for example in examples_from(unanswered, columns, source, setting)]
 
 
@@ -188,10 +218,6 @@ def _answer_column(records: list[Record], columns: Mapping[str, str]) -> str | N
     whole = next((shape for shape in SHAPES if set(shape.required) <= there), None)
     found = whole or next((shape for shape in PAIRED if shape.required[0] in there), None)
     return found.required[1] if found is not None and found in PAIRED else None
-
-
-def _without(record: Record, answers: str | None) -> Record:
-    return record if answers is None else Record(record.file, record.origin, {**record.values, answers: ""})
 
 
 def _without_answer(example: Example) -> Example:
@@ -222,11 +248,7 @@ def examples_from(records: list[Record], columns: Mapping[str, str], source: str
     for file, group in groupby(records, key=lambda record: record.file):
         in_file = list(group)
         there = list(dict.fromkeys(column for record in in_file for column in record.values))
-        if columns:
-            shape = _mapped_shape(columns, there, file)
-            in_file = [_renamed(record, columns) for record in in_file]
-        else:
-            shape = _recognised_shape(there, file, setting)
+        shape = _mapped_shape(columns, there, file) if columns else _recognised_shape(there, file, setting)
         examples.extend(_read_all(shape, in_file, problems))
     problems.raise_if_any()
     return examples
@@ -237,7 +259,7 @@ def _read_all(shape: Shape, records: list[Record], problems: Problems) -> Iterat
         try:
             yield from shape.read(shape, record)
         except BadValueError as error:
-            problems.add(record.origin, str(error))
+            error.add_to(problems, record.origin)
 
 
 def _recognised_shape(there: list[str], file: str, setting: str) -> Shape:
@@ -296,10 +318,4 @@ def _mapped_shape(columns: Mapping[str, str], there: list[str], file: str) -> Sh
     ]
     if faults:
         raise UserError(faults)
-    return shape
-
-
-def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
-    others = {column: value for column, value in record.values.items() if column not in columns}
-    renamed = {target: record.values[column] for target, column in columns.items() if column in record.values}
-    return Record(record.file, record.origin, {**others, **renamed})
+    return replace(shape, by_hand=columns)

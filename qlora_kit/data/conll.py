@@ -25,11 +25,15 @@ BLANK = " \t"  # other white space, such as that without a break, may be a word
 
 @dataclass
 class Sentence:
-    """Words with their tags (none where the file has none), and the number of the line on which it begins."""
+    """Words with their tags (none where the file has none), and the number of the line on which it begins.
+
+    `width` is the number of columns in the file: what stands between the word and its tag is not taken over.
+    """
 
     line: int
     words: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    width: int = 1
 
 
 def looks_like_conll(text: str) -> bool:
@@ -58,7 +62,7 @@ def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentenc
         if rule is not None:
             problems.add(f"{path}:{number}", rule)
             continue
-        sentence.line = sentence.line or number
+        sentence.line, sentence.width = sentence.line or number, layout.width
         sentence.words.append(columns[0])
         if layout.width > 1:
             sentence.tags.append(columns[-1])

@@ -11,7 +11,7 @@ from qlora_kit.config import DEFAULT_SEQ_LEN
 from qlora_kit.data.audit import AuditReport, audit
 from qlora_kit.data.columns import Example, Message
 from qlora_kit.data.problems import Problems
-from qlora_kit.data.template import Segment, TemplateError, opening_of, segments_of
+from qlora_kit.data.template import Segment, Shown, TemplateError, opening_of, segments_of
 from qlora_kit.data.tokenizer import continuation_ids, leading_ids, token_ids
 from qlora_kit.errors import UserError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that the loss skips
 ANY_ANSWER = "x"  # stands where an answer is to come; an empty one would be left out by some templates
 BATCH_SIZE = 1000  # examples tokenized at once
-TEMPLATE_REMEDY = "Mend the conversation, or give a --tokenizer with another chat template."
 
 
 @dataclass(frozen=True)
@@ -128,11 +127,11 @@ def _opening_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return opening_of(example, tokenizer)
     except TemplateError as error:
-        raise UserError.of("--data", example.origin, str(error), TEMPLATE_REMEDY) from error
+        raise UserError.of("--data", example.origin, str(error), error.remedy) from error
 
 
 def _template_problems(setting: str) -> Problems:
-    return Problems(setting, "chat template", TEMPLATE_REMEDY)
+    return Problems(setting, "chat template", TemplateError.remedy)
 
 
 def encode_set(
@@ -199,7 +198,8 @@ def _tokenize(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, problems: Problems
 ) -> list[tuple[list[int], list[bool]]]:
     """For each example its tokens and whether each is part of an answer; empty where `problems` took note."""
-    laid_out = [_segments_or_problem(example, tokenizer, problems) for example in examples]
+    shown: Shown = set()
+    laid_out = [_segments_or_problem(example, tokenizer, problems, shown) for example in examples]
     firsts = iter(token_ids(tokenizer, [segments[0].text for segments in laid_out if segments]))
     rest_texts = [segment.text for segments in laid_out for segment in segments[1:]]
     rests = iter(continuation_ids(tokenizer, rest_texts))
@@ -217,9 +217,11 @@ def _tokenize(
     return rows
 
 
-def _segments_or_problem(example: Example, tokenizer: PreTrainedTokenizerBase, problems: Problems) -> list[Segment]:
+def _segments_or_problem(
+    example: Example, tokenizer: PreTrainedTokenizerBase, problems: Problems, shown: Shown
+) -> list[Segment]:
     try:
-        return segments_of(example, tokenizer)
-    except TemplateError as problem:
-        problems.add(example.origin, str(problem))
+        return segments_of(example, tokenizer, shown)
+    except TemplateError as error:
+        error.add_to(problems, example.origin)
         return []

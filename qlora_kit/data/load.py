@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from qlora_kit.data.columns import Example, examples_from, prompts_from
+from qlora_kit.data.fields import Fields, Reads
 from qlora_kit.data.headerless import with_all_rows
 from qlora_kit.data.read import Record, read_records
 from qlora_kit.errors import UserError
@@ -26,9 +28,20 @@ def read_examples(source: str, columns: Mapping[str, str], setting: str = "--dat
 def read_rows(source: str, columns: Mapping[str, str], setting: str = "--data") -> list[Record]:
     """Every record of `source`; a separated file without a header has its columns by position, or text and label.
 
-    Raises `UserError` as `read_records` does.
+    What a reader then looks up in them is noted: see `unread_fields`. Raises `UserError` as `read_records` does.
     """
-    return with_all_rows(read_records(source, setting), columns)
+    reads: defaultdict[str, Reads] = defaultdict(dict)
+    records = with_all_rows(read_records(source, setting), columns)
+    return [Record(record.file, record.origin, Fields(record.values, reads[record.file])) for record in records]
+
+
+def unread_fields(records: Sequence[Record]) -> dict[str, int]:
+    """The fields of `records` that no reader has looked up, each with the number of records where it holds something.
+
+    The most frequent first. To be asked once the examples are read.
+    """
+    counts = Counter(name for record in records if isinstance(record.values, Fields) for name in record.values.unread())
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def read_prompts(source: str, columns: Mapping[str, str], setting: str = "--data") -> list[Example]:

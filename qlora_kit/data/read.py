@@ -12,7 +12,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import Any
 
 from qlora_kit import demo
 from qlora_kit.data import conll
+from qlora_kit.data.fields import Fields
 from qlora_kit.data.problems import Problems
+from qlora_kit.data.values import BadValueError
 from qlora_kit.errors import UserError
 
 HUB_TIMEOUT_S = 5.0
@@ -37,7 +39,13 @@ class Record:
 
     file: str
     origin: str
-    values: dict[str, Any]
+    values: Mapping[str, Any]
+
+    def with_value(self, column: str, value: object) -> Record:
+        """The same record with another value in `column`."""
+        if isinstance(self.values, Fields):
+            return Record(self.file, self.origin, self.values.with_value(column, value))
+        return Record(self.file, self.origin, {**self.values, column: value})
 
 
 def read_records(source: str, setting: str = "--data") -> list[Record]:
@@ -142,11 +150,26 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line.removesuffix("\r")
 
 
+def _object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadValueError(f"names {twice!r} more than once in one object")
+    return values
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object_once)
+
+
 def _read_jsonl(path: Path, data: bytes, problems: Problems) -> Iterator[Record]:
     for number, line in _lines(_decode(path, data, problems)):
         origin = f"{path}:{number}"
         try:
-            values = json.loads(line)
+            values = JSON.decode(line)
+        except BadValueError as error:
+            problems.add(origin, str(error))
+            continue
         except (ValueError, RecursionError) as error:
             problems.add(origin, f"is not JSON ({error})")
             continue
@@ -162,7 +185,10 @@ def _read_json(path: Path, data: bytes, problems: Problems) -> Iterator[Record]:
     if not text.strip():
         return
     try:
-        content = json.loads(text)
+        content = JSON.decode(text)
+    except BadValueError as error:
+        problems.add(str(path), str(error))
+        return
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _read_jsonl(path, data, problems)
@@ -268,7 +294,8 @@ def _read_conll(path: Path, data: bytes, problems: Problems) -> Iterator[Record]
     """A sentence is a record: its words, and their tags where the file has some."""
     for sentence in conll.read_sentences(_decode(path, data, problems), str(path), problems):
         tags = {TAGS: sentence.tags} if sentence.tags else {}
-        yield Record(str(path), f"{path}:{sentence.line}", {WORDS: sentence.words, **tags})
+        others = {f"column {number}": True for number in range(2, sentence.width)}  # named where nothing reads them
+        yield Record(str(path), f"{path}:{sentence.line}", {WORDS: sentence.words, **tags, **others})
 
 
 READERS: dict[str, Callable[[Path, bytes, Problems], Iterator[Record]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -12,6 +12,11 @@ from qlora_kit.data.columns import Example, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qlora_kit.data.problems import Problems
+
+MARK = "8147-{}-5093"  # stands in no text by chance, and no filter for letters changes it
+Shown = set[tuple[str, ...]]  # orders of roles of which it is proven that the template shows every one
 
 # Every text as it is: a newline after one that does not end in white space, the end-of-text token after an answer.
 PLAIN_TEMPLATE = (
@@ -32,16 +37,35 @@ class Segment:
 class TemplateError(ValueError):
     """The tokenizer's chat template cannot lay out a conversation; says why."""
 
+    remedy = "Mend the conversation, or give a --tokenizer with another chat template."
 
-def segments_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    def add_to(self, problems: Problems, origin: str) -> None:
+        """Note it of the example at `origin`."""
+        problems.add(origin, str(self))
+
+
+class DroppedError(TemplateError):
+    """The chat template leaves out what some role says."""
+
+    remedy = "Say it in a turn that the template has, remove it, or give a --tokenizer with another chat template."
+
+    def add_to(self, problems: Problems, origin: str) -> None:
+        """Note it once for all examples of which it is so."""
+        problems.add_kind(origin, str(self), self.remedy)
+
+
+def segments_of(example: Example, tokenizer: PreTrainedTokenizerBase, shown: Shown) -> list[Segment]:
     """The text of `example` in order, cut where answers begin and end; an end-of-turn mark belongs to its answer.
 
-    Raises `TemplateError` where the chat template refuses the conversation or rewrites its earlier turns.
+    `shown` spares proofs: it is filled with what they show, for other examples of the same tokenizer.
+    Raises `TemplateError` where the chat template refuses the conversation, leaves out a turn or rewrites an earlier
+    one.
     """
     if example.prompt is None and example.messages is None:
         return [Segment(example.completion, is_answer=True)]
     messages = example.messages or (Message("user", example.prompt or ""), Message("assistant", example.completion))
     whole = _render(tokenizer, messages)
+    _check_shown(tokenizer, messages, whole, shown)
     segments, position = [], 0
     for index, message in enumerate(messages):
         if message.role == "assistant":
@@ -56,7 +80,32 @@ def segments_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Se
 def opening_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that a conversation without an answer opens with, up to where the answer would begin."""
     assert example.messages is not None
-    return _render(tokenizer, example.messages, add_generation_prompt=True)
+    text = _render(tokenizer, example.messages, add_generation_prompt=True)
+    _check_shown(tokenizer, example.messages, text, set())
+    return text
+
+
+def _check_shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str, shown: Shown) -> None:
+    """Check that the chat template leaves out no turn in `text`. Raises `DroppedError`.
+
+    The proof is a mark behind each content, which must be in what is rendered then: a template may trim a content,
+    escape it, move it, or cut thoughts out of it. It is made once for each order of roles, and where a content is not
+    in the text as it stands.
+    """
+    roles = tuple(message.role for message in messages)
+    if roles in shown and all(message.content.strip() in text for message in messages):
+        return
+    marked = [replace(message, content=f"{message.content} {MARK.format(n)}") for n, message in enumerate(messages)]
+    try:
+        proof = _render(tokenizer, marked)
+    except TemplateError:
+        return  # it looks into contents, so that nothing can be put behind them
+    dropped = {m.role for n, m in enumerate(messages) if m.content.strip() and MARK.format(n) not in proof}
+    if dropped:
+        turns = " turn and its ".join(sorted(dropped))
+        raise DroppedError(f"the chat template leaves out its {turns} turn")
+    if all(message.content.strip() for message in messages):
+        shown.add(roles)
 
 
 def _answer_span(

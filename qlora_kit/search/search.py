@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_kit import base, hub, quiet, runs, tasks
+from qlora_kit import base, hub, narration, quiet, runs, tasks
 from qlora_kit.config import GROUPS, PER_CALL, RunConfig, SearchConfig, flag
 from qlora_kit.errors import Fault, Faults, UserError
 from qlora_kit.inputs import Examples, read_inputs, read_material
@@ -56,7 +56,7 @@ def search(space: Space, settings: SearchConfig, console: Console) -> SearchResu
     device_type = base.resolve_device(config.base.device).type
     _check(space, settings, folder, device_type)
     quiet.quiet_progress_bars()
-    space, settings, examples = _resolved(space, settings)
+    space, settings, examples = _resolved(space, settings, console)
     config = space.config
     folds = make_folds(examples, settings.folds, config.seed, config.data.data)
     check_settings(config, folds[0])
@@ -113,12 +113,14 @@ def _check_request(config: RunConfig) -> None:
         raise UserError(faults)
 
 
-def _resolved(space: Space, settings: SearchConfig) -> tuple[Space, SearchConfig, list[Any]]:
+def _resolved(space: Space, settings: SearchConfig, console: Console) -> tuple[Space, SearchConfig, list[Any]]:
     """The space and the settings with what the data decides, and the examples to divide. Raises `UserError`.
 
     A metric of the task is the one that the runs follow, too.
     """
     material = read_material(space.config)
+    for line in narration.unread_lines(material.unread):
+        say_line(console, line)
     metric = material.task.judge.default if settings.metric == "auto" else settings.metric
     config = material.config
     counts = config.evaluation.exact_match is not None

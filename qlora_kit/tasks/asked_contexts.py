@@ -8,9 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from qlora_kit.config import BaseConfig
+from qlora_kit.data.fields import leave
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
-from qlora_kit.data.values import BadValueError, as_text
+from qlora_kit.data.values import BadValueError, as_text, named_kind
 from qlora_kit.errors import UserError
 from qlora_kit.tasks.mapped_columns import check_targets, check_there
 from qlora_kit.tasks.task import Source
@@ -89,25 +90,26 @@ def _flat(records: list[Record], problems: Problems) -> Iterator[Record]:
             continue
         for number, paragraph in _objects(record.values, "paragraphs", record.origin, problems):
             origin = f"{record.origin} paragraph {number}"
-            context = {"context": paragraph.get("context")}
+            context = paragraph.get("context")
             for place, asked in _objects(paragraph, "qas", origin, problems):
                 named = f" (id {asked['id']})" if "id" in asked else ""
-                yield Record(record.file, f"{origin} question {place}{named}", {**asked, **context})
+                own = Record(record.file, f"{origin} question {place}{named}", asked)
+                yield own.with_value("context", context)
 
 
 def _objects(
     values: Mapping[str, Any], name: str, origin: str, problems: Problems
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The objects in the list `name` of `values`, numbered from 1; what is none is a problem."""
     items = values.get(name)
     if not isinstance(items, list):
         problems.add(origin, f"must have a list {name!r}")
         return
     for number, item in enumerate(items, start=1):
-        if isinstance(item, dict):
+        if isinstance(item, Mapping):
             yield number, item
         else:
-            problems.add(origin, f"entry {number} of {name!r} must be an object, not {type(item).__name__}")
+            problems.add(origin, f"entry {number} of {name!r} must be an object, not {named_kind(item)}")
 
 
 # ------------------------------------------------------------------------------------------------------- columns
@@ -137,6 +139,8 @@ def _example(record: Record, names: Mapping[str, str], labelled: bool) -> AskedC
     own_id = values.get(names["id"])
     if own_id is not None:
         own_id = as_text(str(own_id), f"column {names['id']!r}")
+    if not labelled:
+        leave(values, names["answers"], "is_impossible")
     answers = _answers(values, names["answers"], context) if labelled else ()
     return AskedContext(question, context, answers, own_id, record.origin)
 
@@ -156,13 +160,13 @@ def _pairs(value: object, name: str, impossible: object) -> list[tuple[object, o
     """The texts and starts in a column of answers. Raises `BadValueError`."""
     if value is None and impossible is True:
         return []
-    if isinstance(value, dict) and {"text", "answer_start"} <= value.keys():
+    if isinstance(value, Mapping) and {"text", "answer_start"} <= value.keys():
         texts, starts = (own if isinstance(own, list) else [own] for own in (value["text"], value["answer_start"]))
         if len(texts) != len(starts):
             raise BadValueError(f"column {name!r} has {len(texts)} texts and {len(starts)} of 'answer_start'")
         return list(zip(texts, starts, strict=True))
     if isinstance(value, list) and all(
-        isinstance(one, dict) and {"text", "answer_start"} <= one.keys() for one in value
+        isinstance(one, Mapping) and {"text", "answer_start"} <= one.keys() for one in value
     ):
         return [(one["text"], one["answer_start"]) for one in value]
     raise BadValueError(f'column {name!r} must be {{"text": [...], "answer_start": [...]}}, empty where there is none')

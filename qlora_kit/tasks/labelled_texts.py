@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from qlora_kit.config import BaseConfig
+from qlora_kit.data.fields import leave
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text
@@ -120,6 +121,7 @@ def _example(record: Record, columns: _Columns, several: bool | None, labelled: 
         if any(span is not None for span in spans.values()):
             text = marked(text, spans)
     if not labelled:
+        leave(values, *LABELS, columns.label)
         return LabelledText(text, pair, (), False, record.origin)
     assert columns.label is not None, "looked for before"
     try:
@@ -149,7 +151,7 @@ def marked(text: str, spans: Mapping[str, object]) -> str:
 
 
 def _span(value: object, text: str, name: str) -> tuple[int, int]:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = [value.get("start"), value.get("end")]
     if isinstance(value, str):
         value = [int(part) if part.strip().isdecimal() else None for part in value.replace(":", ",").split(",")]

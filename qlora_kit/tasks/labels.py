@@ -10,7 +10,7 @@ from typing import Protocol
 
 from qlora_kit.config import BaseConfig, flag
 from qlora_kit.data.problems import Problems
-from qlora_kit.data.values import HALF_A_PAIR, is_whole
+from qlora_kit.data.values import HALF_A_PAIR, is_whole, named_kind
 from qlora_kit.errors import Faults, UserError
 
 SHOWN = 8  # labels named in a message
@@ -71,7 +71,7 @@ def _name(value: object, may_be_empty: bool = False) -> str:
     if isinstance(value, int):
         return str(value)
     if not isinstance(value, str):
-        raise LabelError(f"must be a name or a number, not {'null' if value is None else type(value).__name__}")
+        raise LabelError(f"must be a name or a number, not {named_kind(value)}")
     if not value.strip() and not may_be_empty:
         raise LabelError("is empty")
     if not is_whole(value):

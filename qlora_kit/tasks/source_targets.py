@@ -56,9 +56,11 @@ def columns_of(records: Sequence[Record], by_hand: dict[str, str]) -> dict[str, 
 
     Else a file that names them in the other order would be read the other way round.
     """
-    between = {frozenset(own) if isinstance(own := r.values.get(TRANSLATION), dict) else frozenset() for r in records}
-    named = any(set(pair) <= set(record.values) for pair in PAIRS for record in records)
-    if by_hand or named or len(between) != 1 or len(next(iter(between))) != 2:
+    if by_hand or any(set(pair) <= set(record.values) for pair in PAIRS for record in records):
+        return by_hand
+    texts = [record.values.get(TRANSLATION) for record in records]
+    between = {frozenset(own) if isinstance(own, Mapping) else frozenset() for own in texts}
+    if len(between) != 1 or len(next(iter(between))) != 2:
         return by_hand
     languages = records[0].values[TRANSLATION]
     return {part: f"{TRANSLATION}{PATH}{language}" for part, language in zip(TARGETS, languages, strict=True)}
@@ -85,7 +87,7 @@ def _read(source: Source, answered: bool) -> list[SourceTarget]:
             try:
                 examples.append(_checked(reader(record), answered))
             except BadValueError as error:
-                problems.add(record.origin, str(error))
+                error.add_to(problems, record.origin)
     problems.raise_if_any()
     return examples
 
@@ -114,10 +116,10 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
         by_hand = {}  # languages, of data with another shape than what the run was trained on
     if by_hand and (answered or "source" in by_hand):
         _check_there(records, there, by_hand, file, answered)
-        return _of_columns(by_hand["source"], by_hand.get("target") if answered else None)
+        return _of_columns(by_hand["source"], by_hand.get("target"), answered)
     pair = next((pair for pair in PAIRS if set(pair) <= there), None)
     if pair is not None:
-        return _of_columns(pair[0], pair[1] if answered else None)
+        return _of_columns(*pair, answered)
     if TRANSLATION in there:
         return _of_languages(records, answered)
     shape = _prompt_shape(there, answered)
@@ -125,7 +127,7 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
         return _of_prompts(shape, answered)
     alone = next((name for name in SOURCES if name in there), None)
     if alone is not None and not answered:
-        return _of_columns(alone, None)
+        return _of_columns(alone, None, answered)
     rule = f"has no pair of a source and a target among {', '.join(repr(name[:40]) for name in sorted(there))}"
     remedy = f"Say which is which, e.g. --columns source=NAME,target=NAME. Known: {KNOWN}."
     raise UserError.of(source.setting, file, rule, remedy)
@@ -168,21 +170,29 @@ def _check_there(records: list[Record], there: Set[str], by_hand: Mapping[str, s
 def has_column(values: Mapping[str, Any], column: str) -> bool:
     """Whether there is the column, or the name within one: `translation.en`."""
     outer, _, inner = column.partition(PATH)
-    return column in values or (isinstance(values.get(outer), dict) and inner in values[outer])
+    return column in values or (isinstance(values.get(outer), Mapping) and inner in values[outer])
 
 
 def _text(record: Record, column: str) -> str:
-    """The text in a column, or in an object in one: `translation.en`. Raises `BadValueError`."""
+    """The text in a column, or in an object in one. Raises `BadValueError`."""
+    return as_text(_value(record, column), f"column {column!r}")
+
+
+def _value(record: Record, column: str) -> object:
+    """What stands in a column, or in an object in one: `translation.en`."""
     values = record.values
     outer, _, inner = column.partition(PATH)
-    if column not in values and isinstance(values.get(outer), dict):
-        return as_text(values[outer].get(inner), f"column {column!r}")
-    return as_text(values.get(column), f"column {column!r}")
+    within = None if column in values else values.get(outer)
+    return within.get(inner) if isinstance(within, Mapping) else values.get(column)
 
 
-def _of_columns(source: str, target: str | None) -> Read:
+def _of_columns(source: str, target: str | None, answered: bool) -> Read:
+    """How a source in a column is read, with its target; unless that is to be `answered`, it is left."""
+
     def read_one(record: Record) -> SourceTarget:
-        answer = None if target is None else _text(record, target)
+        if target is not None and not answered:
+            _value(record, target)
+        answer = _text(record, target) if target is not None and answered else None
         return SourceTarget(_text(record, source), answer, record.origin)
 
     return read_one
@@ -191,12 +201,12 @@ def _of_columns(source: str, target: str | None) -> Read:
 def _of_languages(records: list[Record], answered: bool) -> Read:
     """From the first language of the first record to its second; all records must have them."""
     languages: list[str] = next(
-        (list(r.values[TRANSLATION]) for r in records if isinstance(r.values.get(TRANSLATION), dict)), []
+        (list(own) for r in records if isinstance(own := r.values.get(TRANSLATION), Mapping)), []
     )
 
     def read_one(record: Record) -> SourceTarget:
         texts = record.values.get(TRANSLATION)
-        if not isinstance(texts, dict):
+        if not isinstance(texts, Mapping):
             raise BadValueError(f"column {TRANSLATION!r} must be an object with a text for each of two languages")
         if not languages or (len(languages) != 2 and answered):
             raise BadValueError(
@@ -204,15 +214,14 @@ def _of_languages(records: list[Record], answered: bool) -> Read:
                 "--columns source=translation.en,target=translation.de"
             )
         source, *others = (f"{TRANSLATION}{PATH}{language}" for language in languages)
-        return _of_columns(source, others[0] if answered else None)(record)
+        return _of_columns(source, next(iter(others), None), answered)(record)
 
     return read_one
 
 
 def _of_prompts(shape: Shape, answered: bool) -> Read:
     def read_one(record: Record) -> SourceTarget:
-        values = record.values if answered else {**record.values, shape.required[1]: ""}
-        (example,) = shape.read(shape, Record(record.file, record.origin, values))
+        (example,) = shape.read(shape, record if answered else record.with_value(shape.required[1], ""))
         return SourceTarget(_prompt(example), example.completion if answered else None, record.origin)
 
     return read_one

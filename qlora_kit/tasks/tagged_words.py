@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from qlora_kit.config import BaseConfig, flag
+from qlora_kit.data.fields import leave
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
-from qlora_kit.data.values import BadValueError, as_text
+from qlora_kit.data.values import BadValueError, as_text, named_kind
 from qlora_kit.errors import UserError
 from qlora_kit.task_models import TAGGING
 from qlora_kit.tasks.labels import in_order, shown
@@ -63,6 +64,8 @@ def _read(source: Source, labels: Sequence[str] | None, tagged: bool) -> list[Ta
             try:
                 own = _words(record, words, text)
                 own_tags = _tags(record, tags, len(own), labels) if tagged else None
+                if not tagged:
+                    leave(record.values, *TAGS, tags)
                 examples.append(TaggedWords(own, own_tags, record.origin))
             except BadValueError as error:
                 problems.add(record.origin, str(error))
@@ -111,9 +114,7 @@ def _tags(record: Record, column: str, count: int, labels: Sequence[str] | None)
 def _list(record: Record, column: str) -> list[object]:
     values = record.values.get(column)
     if not isinstance(values, list):
-        raise BadValueError(
-            f"column {column!r} must be a list, not {'null' if values is None else type(values).__name__}"
-        )
+        raise BadValueError(f"column {column!r} must be a list, not {named_kind(values)}")
     return values
 
 

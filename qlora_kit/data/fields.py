@@ -1,0 +1,88 @@
+"""The fields of a record, and which of them were read: what nothing reads is named, so that none vanishes unsaid.
+
+A reader declares nothing: what it looks up is what it reads. So a new one cannot forget a field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qlora_kit.data.values import is_empty
+
+Reads = dict[str, Any]  # the names that were read, each with those read in the objects below it
+
+
+class Fields(Mapping[str, Any]):
+    """The values of a record by name, which takes note of those that are looked up, also in objects and lists of them.
+
+    To ask which names there are reads nothing. `reads` is where notes are taken; the records of a file share it.
+    """
+
+    __slots__ = ("_reads", "_values")
+
+    def __init__(self, values: Mapping[str, Any], reads: Reads) -> None:
+        self._values, self._reads = values, reads
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._values[name]
+        below = self._reads.get(name)
+        if below is None:
+            below = self._reads[name] = {}
+        return _noting(value, below)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def with_value(self, name: str, value: object) -> Fields:
+        """The same fields with another value under `name`; what is read of them is noted as for these."""
+        return Fields({**self._values, name: value}, self._reads)
+
+    def unread(self) -> set[str]:
+        """The fields that hold something and were not read; of an object that was, those in it ("meta.source")."""
+        return set(_unread(self._values, self._reads, ""))
+
+
+def leave(values: Mapping[str, Any], *names: str | None) -> None:
+    """Count fields as read, with all that is in them: they are answers where only questions are asked for."""
+    for name in names:
+        if name is not None:
+            _look_through(values.get(name))
+
+
+def _look_through(value: object) -> None:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for part in parts:
+        _look_through(part)
+
+
+def _noting(value: object, below: Reads) -> object:
+    if isinstance(value, dict):
+        return Fields(value, below)
+    if isinstance(value, list):
+        return [_noting(one, below) if isinstance(one, (dict, list)) else one for one in value]
+    return value
+
+
+def _unread(values: Mapping[str, Any], reads: Reads, path: str) -> Iterator[str]:
+    for name, value in values.items():
+        below = reads.get(name)
+        if below is not None:
+            yield from _unread_within(value, below, f"{path}{name}.")
+        elif not is_empty(value):
+            yield f"{path}{name}"
+
+
+def _unread_within(value: object, reads: Reads, path: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from _unread(value, reads, path)
+    elif isinstance(value, list):
+        for one in value:
+            if isinstance(one, (dict, list)):
+                yield from _unread_within(one, reads, path)

@@ -1,0 +1,81 @@
+"""What records may say of an example that is not supported yet, and would train something else than they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
+
+from qlora_kit.data.problems import Problems
+from qlora_kit.data.values import BadValueError, is_empty
+
+CALLS = ("tool_calls", "function_call")
+TOOLS = ("tools", "functions")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+WEIGHTS = {"weight": "1", "train": "true", "training": "true"}  # and the value with which a turn is learned as any is
+NOT_YET = "that is not supported yet"
+TOOL_REMEDY = (
+    "Write them into the system text as the model's chat template has them, or remove {} to train without them."
+)
+CALL_REMEDY = (
+    "Write the calls into the contents as the model's chat template has them, or leave these conversations out."
+)
+THOUGHT_REMEDY = (
+    "Write them into the contents as the model's chat template has them (<think>…</think> before the answer), or "
+    "remove {} to train without them."
+)
+WEIGHT_REMEDY = "Remove {} to learn these answers like the others, or leave these conversations out."
+HISTORY_REMEDY = (
+    "Give the whole as a conversation, {messages: [{role, content}, …]}, or remove 'history' to train without it."
+)
+
+
+class NotYetError(BadValueError):
+    """A record that cannot be trained as it is meant; has a rule and a remedy for each reason."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(reasons))
+        self._reasons = reasons
+
+    def add_to(self, problems: Problems, origin: str) -> None:
+        """Note every reason; a data set has the same ones in many places."""
+        for rule, remedy in self._reasons.items():
+            problems.add_kind(origin, rule, remedy)
+
+
+def check_chat(values: Mapping[str, Any], turns: Sequence[object], answering: Set[str]) -> None:
+    """Check a conversation for tools, and its `turns` for calls, thoughts, and weights of those of `answering` roles.
+
+    Raises `NotYetError`.
+    """
+    reasons = {
+        f"has {name!r} beside its messages, which would not reach the prompt: {NOT_YET}": TOOL_REMEDY.format(repr(name))
+        for name in TOOLS
+        if name in values and not is_empty(values[name])
+    }
+    for turn in turns:
+        if isinstance(turn, Mapping):
+            reasons.update(_reasons_of(turn, answering))
+    if reasons:
+        raise NotYetError(reasons)
+
+
+def _reasons_of(turn: Mapping[str, Any], answering: Set[str]) -> Iterator[tuple[str, str]]:
+    """The rules that a turn breaks, each with its remedy."""
+    for name in turn:
+        if name in (*CALLS, *THOUGHTS) and not is_empty(turn[name]):
+            remedy = CALL_REMEDY if name in CALLS else THOUGHT_REMEDY.format(repr(name))
+            yield f"has a message with {name!r}, which would be left out: {NOT_YET}", remedy
+        elif name in WEIGHTS and not _is_learned(turn, turn[name], answering):
+            rule = f"has an answer whose {name!r} is not {WEIGHTS[name]}, and it would be learned in full: {NOT_YET}"
+            yield rule, WEIGHT_REMEDY.format(repr(name))
+
+
+def _is_learned(turn: Mapping[str, Any], weight: object, answering: Set[str]) -> bool:
+    """Whether a `weight` lets a turn be learned as it is: an answer in full, and anything else not at all."""
+    return is_empty(weight) or weight == 1 or answering.isdisjoint((str(turn.get("role")), str(turn.get("from"))))
+
+
+def check_pair(values: Mapping[str, Any]) -> None:
+    """Check a prompt and its answer for what was said before them. Raises `NotYetError`."""
+    if not is_empty(values.get("history")):
+        raise NotYetError({f"has a 'history', which would not reach the prompt: {NOT_YET}": HISTORY_REMEDY})
