@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from qlora_kit.lean.outcome import Outcome
+    from qlora_kit.unquantized import Unquantized
 
 
 def opening(config: RunConfig, device: torch.device) -> list[str]:
@@ -40,6 +41,13 @@ def task_lines(asked: BaseConfig, resolved: BaseConfig) -> list[str]:
     labels = f": {len(resolved.labels)} labels, {shown(resolved.labels)}" if resolved.labels else ""
     several = ", several to an example" if resolved.multi_label else ""
     return [f"task: {resolved.task}{why}{labels}{several}"]
+
+
+def unquantized_lines(found: Unquantized | None) -> list[str]:
+    """What 4 or 8 bits leave in 16, where that is much of the model and the settings allow it."""
+    if found is None:
+        return []
+    return [f"{found.said} stay in 16 bits, and {found.said_of_factors}: stacks like {found.example}"]
 
 
 def step_table(outcomes: Mapping[str, Outcome]) -> Table:
