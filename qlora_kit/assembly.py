@@ -9,7 +9,7 @@ import dataclasses
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import adapters, base, host_memory
+from qlora_kit import adapters, base, host_memory, unquantized
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean.apply import make_lean
@@ -25,7 +25,8 @@ def build_model(config: RunConfig, device: torch.device, architecture: Pretraine
 
     What the lean step did to it stands in its `lean_outcomes`; a model that trains every weight keeps the stock step.
     Where CUDA has no bf16 the factors are fp32, for fp16 training scales their gradients. `architecture` overrides
-    the one that the settings name; see `base.load_base`. Raises `UserError`.
+    the one that the settings name; see `base.load_base`. Raises `UserError`, for a base that 4 or 8 bits leave in 16
+    before it is loaded.
     """
     with host_memory.building(device.type):
         return _assemble(config, device, architecture)
@@ -41,6 +42,8 @@ def _assemble(config: RunConfig, device: torch.device, architecture: PretrainedC
     if config.base.full and in_fp16:
         rule = "cannot train 16-bit weights on a device without bf16"
         raise UserError.of("--full", True, rule, "Use --bits 32, or adapters.")
+    if device.type != "meta" and not config.base.trust_remote_code:  # a model's own code is run by its loading alone
+        unquantized.check(config, unquantized.foresee(config, architecture))
     model: Any = base.load_base(config.base, device, config.seed, architecture)
     task = task_of(config.base.task, model.config)
     if TASK_MODELS[task].loss is not None:
@@ -51,6 +54,7 @@ def _assemble(config: RunConfig, device: torch.device, architecture: PretrainedC
         with device if device.type == "meta" else nullcontext():  # copies of weights that PEFT makes stay there
             settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
             model = adapters.inject(model, settings, task, originals=_originals(config, device))
+        unquantized.check(config, model)
     if config.optim.gradient_checkpointing:
         enable_checkpointing(model)
     model.lora_plus = None if config.base.full else config.optim.lora_plus  # the flat buffers keep A and B apart by it

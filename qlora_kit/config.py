@@ -149,6 +149,9 @@ class BaseConfig(_Checked):
     bits: int = setting(4, "4 (NF4) | 8 (LLM.int8) | 16 (plain LoRA) | 32 (debugging)", one_of(4, 8, 16, 32))
     quant_type: str = setting("nf4", "4-bit data type: nf4 | fp4", one_of("nf4", "fp4"))
     double_quant: bool = setting(True, "quantize the quantization constants too (4 bits)")
+    allow_16_bit_experts: bool = setting(
+        False, "train a mixture of experts at 4 or 8 bits although its experts stay in 16, without factors"
+    )
     full: bool = setting(False, "train every weight instead of adapters (needs --bits 16 or 32)")
     tokenizer: str | None = setting(None, "tokenizer folder or hub id; unset: the model's own")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")

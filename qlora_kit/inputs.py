@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -210,6 +212,15 @@ def _encoded(material: Material, tokenizer: PreTrainedTokenizerBase, seq_len: in
         return inputs
     packed_eval = data.pack(eval_set, seq_len) if eval_set is not None else None
     return dataclasses.replace(inputs, train=data.pack(train_set, seq_len), evaluation=packed_eval)
+
+
+def digest_of(examples: Sequence[Any]) -> str:
+    """A hash of what the examples hold, wherever they stand."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        content = {name: value for name, value in dataclasses.asdict(example).items() if name != "origin"}
+        hashed.update(json.dumps(content, sort_keys=True).encode())
+    return f"sha256:{hashed.hexdigest()}"
 
 
 def held_out_examples(config: RunConfig) -> tuple[list[Any], dict[str, int]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from qlora_kit.lean.outcome import Outcome
+    from qlora_kit.unquantized import Unquantized
 
 
 def opening(config: RunConfig, device: torch.device) -> list[str]:
@@ -59,6 +60,13 @@ def _counted(fields: Mapping[str, int]) -> str:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= SHOWN_CHARACTERS else f"{name[: SHOWN_CHARACTERS - 1]}…"
+
+
+def unquantized_lines(found: Unquantized | None) -> list[str]:
+    """What 4 or 8 bits leave in 16, where that is much of the model and the settings allow it."""
+    if found is None:
+        return []
+    return [f"{found.said} stay in 16 bits, and {found.said_of_factors}: stacks like {found.example}"]
 
 
 def step_table(outcomes: Mapping[str, Outcome]) -> Table:

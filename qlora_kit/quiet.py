@@ -17,8 +17,13 @@ LOG_MESSAGES = {
         "`use_cache=True` is incompatible",
         "We strongly recommend passing in an `attention_mask`",  # `lean.mask` says why there is none
     ),
-    "transformers.trainer": ("The tokenizer has new PAD/BOS/EOS tokens", "Could not estimate the number of tokens"),
+    "transformers.trainer": (
+        "The tokenizer has new PAD/BOS/EOS tokens",
+        "Could not estimate the number of tokens",
+        "The best checkpoint",  # of a resumed run whose folder was renamed: `trainer` finds it, or says that it is gone
+    ),
     "transformers.trainer_utils": (
+        "Warning: The following arguments do not match",  # a resumed run obeys its own settings
         "mtime may not be reliable",
         "The tokenizer has new PAD/BOS/EOS tokens",
     ),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,17 +20,18 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qlora_kit import adapters, paged_states, tasks
 from qlora_kit.base import compute_dtype
-from qlora_kit.config import BaseConfig, RunConfig
+from qlora_kit.config import BaseConfig, OptimConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean import flat
 from qlora_kit.progress import TrainingProgress
 from qlora_kit.rank_penalty import add_gradients
-from qlora_kit.runs import RunFolder, append_metrics
+from qlora_kit.runs import STATE_FILE, RunFolder, append_metrics
 from qlora_kit.scoring import undisturbed
 from qlora_kit.split_adamw import SplitAdamW
 from qlora_kit.tasks import Asked, Scores, Task
@@ -252,7 +254,7 @@ class AdapterTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warm up for whole steps only: rounding up would give a short run no learning at all."""
-        self.args.warmup_steps = int(self.warmup * num_training_steps)
+        self.args.warmup_steps = warmup_steps(self.warmup, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
 
@@ -273,10 +275,12 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock and the bar; find the best checkpoint again where the run folder was renamed."""
-        if self.resumed_from is not None and state.best_model_checkpoint is not None:
-            best = self.resumed_from.parent / Path(state.best_model_checkpoint).name
-            state.best_model_checkpoint = str(best) if best.is_dir() else None
+        """Start the clock and the bar; a resumed run goes on from the checkpoint's state, with its own settings."""
+        if self.resumed_from is not None:
+            into = self.folder.checkpoints if args.load_best_model_at_end else None
+            if not _find_best_again(state, self.resumed_from, into):
+                self.progress.say("the best checkpoint so far is gone: the best is chosen among those from here on")
+            state.compute_steps(args, state.max_steps)  # when to evaluate and save, else those of the checkpoint
         self.progress.start(state.global_step, state.max_steps)
 
     def on_step_begin(
@@ -345,7 +349,7 @@ def build_trainer(
     callback = RunCallback(folder, progress, resumed_from, sample)
     callbacks: list[TrainerCallback] = [callback]
     if config.evaluation.early_stopping is not None:
-        callbacks.append(EarlyStoppingCallback(config.evaluation.early_stopping))
+        callbacks.append(_EarlyStopping(config.evaluation.early_stopping))
     if "tensorboard" in config.report_to:
         callbacks.append(_tensorboard(folder))
     arguments = training_arguments(config, folder, device, eval_set is not None)
@@ -359,6 +363,42 @@ def build_trainer(
     return trainer, callback
 
 
+def _find_best_again(state: TrainerState, checkpoint: Path, into: Path | None) -> bool:
+    """Take the best checkpoint so far, which lies beside `checkpoint`, along to the folder `into`; None for no need.
+
+    Its path in the state may be that of a folder which got its final name since. One that is gone is forgotten.
+    Returns whether it is there, or there was none.
+    """
+    saved = TrainerState.load_from_json(str(checkpoint / STATE_FILE)).best_model_checkpoint
+    state.best_model_checkpoint = None
+    if saved is None or into is None:
+        return True
+    best = checkpoint.parent / Path(saved).name
+    if not best.is_dir():
+        state.best_metric = state.best_global_step = None
+        return False
+    own = into / best.name
+    if not own.is_dir():
+        shutil.copytree(best, own)
+    state.best_model_checkpoint = str(own)
+    return True
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """Counts the evaluations before a resumption too, which transformers' own forgets."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count those that the state has, and have a place in it."""
+        state.stateful_callbacks[type(self).__name__] = self.state()  # that of a run without early stopping has none
+        best, counter = None, 0
+        for figure in (line[args.metric_for_best_model] for line in state.log_history if "eval_loss" in line):
+            is_better = best is None or (figure > best if args.greater_is_better else figure < best)
+            best, counter = (figure, 0) if is_better else (best, counter + 1)
+        self.early_stopping_patience_counter = counter
+
+
 def planned_steps(config: RunConfig, rows: int) -> int:
     """The optimizer steps of a run over `rows` training rows, as the Trainer counts them."""
     if config.optim.max_steps is not None:
@@ -367,9 +407,21 @@ def planned_steps(config: RunConfig, rows: int) -> int:
     return math.ceil(config.optim.epochs * math.ceil(batches / config.optim.grad_accum))
 
 
+def warmup_steps(share: float, total: int) -> int:
+    """The steps spent warming up in a run of `total`."""
+    return int(share * total)
+
+
+def share_of_rate(optim: OptimConfig, total: int, step: int) -> float:
+    """The learning rate of a step (from 0) of a run of `total`, as a share of `lr`, as the Trainer's scheduler says."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))])
+    scheduler: Any = get_scheduler(optim.schedule, optimizer, warmup_steps(optim.warmup, total), total)
+    return float(scheduler.lr_lambdas[0](step))
+
+
 def take_over(trainer: AdapterTrainer, checkpoint: Path) -> None:
     """Take weights and state from a checkpoint of the last step: resumed from it, the Trainer would take one more."""
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     trainer._load_from_checkpoint(str(checkpoint))
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         best = checkpoint.parent / Path(trainer.state.best_model_checkpoint).name
@@ -403,9 +455,10 @@ def final_scores(trainer: AdapterTrainer) -> Scores:
 
 
 def _kept_step(trainer: AdapterTrainer) -> int:
-    """The step of the weights after training."""
-    best = trainer.state.best_global_step
-    return best if trainer.args.load_best_model_at_end and best is not None else trainer.state.global_step
+    """The step of the weights after training; that of the best evaluation may have had no checkpoint."""
+    best = trainer.state.best_model_checkpoint
+    is_best = trainer.args.load_best_model_at_end and best is not None
+    return int(Path(best).name.rpartition("-")[2]) if is_best else trainer.state.global_step
 
 
 def _tensorboard(folder: RunFolder) -> TrainerCallback:

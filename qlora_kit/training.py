@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,13 +25,15 @@ from qlora_kit import (
     preflight,
     quiet,
     reopening,
+    resuming,
     runs,
     scoring,
+    unquantized,
 )
 from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.inputs import Examples, Inputs, check_vocabulary, make_collator, read_inputs, weigh_labels
+from qlora_kit.inputs import Examples, Inputs, check_vocabulary, digest_of, make_collator, read_inputs, weigh_labels
 from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
 from qlora_kit.task_models import GENERATION
 from qlora_kit.trained_base import TrainedBase
@@ -45,9 +46,7 @@ if TYPE_CHECKING:
     from qlora_kit.trainer import AdapterTrainer
 
 PLAN_FILE = "plan.json"
-RESUME_REMEDY = "Leave it as it was, or start a new run."
 SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
-FROM_DATA = ("task", "labels", "multi_label")  # settings of the base that unset are taken from the data
 OF_HELD_OUT = ("early_stopping", "exact_match", "eval_steps", "metric")  # settings that need held-out data
 
 
@@ -77,15 +76,13 @@ def train(config: RunConfig, console: Console | None = None, examples: Examples 
     quiet.quiet_libraries()
     say = console if console is not None else Console(stderr=True)
     check_settings(config, examples)
-    point = runs.find_resume_point(config.resume) if config.resume else None
-    if point is not None:
-        config = _as_before(config, point)
-        _check_resumable(config, point)
     device = base.resolve_device(config.base.device)
-    if point is None and config.out is not None:
-        runs.RunFolder.at(Path(config.out)).check_place(config.overwrite)
+    config, point = _continued(config, device)
+    runs.check_place(point, config.out, config.overwrite)
     quiet.quiet_progress_bars()
     inputs = read_inputs(config, examples)
+    if point is not None:
+        resuming.check_held_out(config, point, digest_of(inputs.held_out))
     asked, config = config, inputs.config
     for line in [*narration.opening(config, device), *narration.task_lines(asked.base, config.base)]:
         say_line(say, line)
@@ -98,20 +95,33 @@ def train(config: RunConfig, console: Console | None = None, examples: Examples 
         config = dataclasses.replace(config, lean=planned.lean)
     with say.status(f"loading {config.base.model}"):
         model = build_model(config, device)
-    if model.lean_outcomes:
-        say.print(narration.step_table(model.lean_outcomes))
+    _say_model(model, config, say)
     check_vocabulary(inputs.tokenizer, model)
     weigh_labels(model, inputs)
     name = Path(config.base.model.rstrip("/")).name
-    if point is None:
-        folder = runs.RunFolder.create(config.out, name, config.overwrite)
-    else:
-        folder = runs.continue_run(point, config.out, name, config.overwrite)
+    folder = runs.begin(point, config.out, name, config.overwrite)
     with _kept_or_discarded(folder, say), runs.disk_errors(folder.final):
         runs.require_space(folder.working, _needed_bytes(config, model))
         if planned is not None and planned.plan is not None:
             runs.write_json(folder.working / PLAN_FILE, planned.plan.to_dict())
         return _run(config, folder, device, model, inputs, point, planned, say)
+
+
+def _continued(config: RunConfig, device: torch.device) -> tuple[RunConfig, runs.ResumePoint | None]:
+    """The settings, with what the run to resume took from its data, and where it goes on. Raises `UserError`."""
+    if config.resume is None:
+        return config, None
+    point = runs.find_resume_point(config.resume)
+    config = resuming.as_before(config, point)
+    resuming.check_resumable(config, point, device)
+    return config, point
+
+
+def _say_model(model: Any, config: RunConfig, say: Console) -> None:
+    for line in narration.unquantized_lines(unquantized.of_run(config, model)):
+        say_line(say, line)
+    if model.lean_outcomes:
+        say.print(narration.step_table(model.lean_outcomes))
 
 
 def check_settings(config: RunConfig, examples: Examples | None = None) -> None:
@@ -152,41 +162,6 @@ def _faults_of_adapters(config: RunConfig) -> Iterator[Fault]:
         yield Fault("--rank-penalty", optim.rank_penalty, rule, "Drop one of the two.")
 
 
-def _settings_before(point: runs.ResumePoint) -> RunConfig:
-    settings = json.loads(point.settings_file.read_text(encoding="utf-8"))["settings"]
-    return RunConfig.from_flat(read_settings({"settings": settings}))
-
-
-def _as_before(config: RunConfig, point: runs.ResumePoint) -> RunConfig:
-    """`config` with what the run to resume took from its data, where it is unset."""
-    before = _settings_before(point).base
-    unset = {name: getattr(before, name) for name in FROM_DATA if getattr(config.base, name) is None}
-    return dataclasses.replace(config, base=dataclasses.replace(config.base, **unset))
-
-
-def _check_resumable(config: RunConfig, point: runs.ResumePoint) -> None:
-    """Check that what the checkpoint depends on is as it was. Raises `UserError` with every difference."""
-    before, now = _settings_before(point), config
-    kept = {
-        "base": None,
-        "adapter": None,
-        "data": None,
-        "optim": ("optim", "lora_plus", "batch_size", "grad_accum", "class_weights"),
-        "lean": ("lean", "flat_buffer"),  # the optimizer's states are those of the flat buffer or of each factor
-    }
-    faults = [Fault("--seed", now.seed, f"was {before.seed} in the run to resume", RESUME_REMEDY)] * (
-        now.seed != before.seed
-    )
-    for group, names in kept.items():
-        old, new = dataclasses.asdict(getattr(before, group)), dataclasses.asdict(getattr(now, group))
-        for name in names or old:
-            if old[name] != new[name] and name not in ("device", "eval_data"):
-                rule = f"was {old[name]!r} in the run to resume"
-                faults.append(Fault(flag(name), new[name], rule, RESUME_REMEDY))
-    if faults:
-        raise UserError(faults)
-
-
 def _needed_bytes(config: RunConfig, model: Any) -> int:
     """Space for the trained weights and the checkpoints with their optimizer states: two moments, at most fp32."""
     from qlora_kit import factor_parts
@@ -198,13 +173,15 @@ def _needed_bytes(config: RunConfig, model: Any) -> int:
 
 @contextmanager
 def _kept_or_discarded(folder: runs.RunFolder, say: Console) -> Iterator[None]:
-    """When the run stops early, keep what can be resumed and remove the rest."""
+    """When the run stops early, keep what can be resumed and remove the rest; let go of the folder at the end."""
     try:
         yield
     except BaseException:
         if folder.working.exists() and not folder.discard_if_empty():
             say_line(say, f"stopped; go on with --resume {folder.final}")
         raise
+    finally:
+        folder.release()
 
 
 def _run(
@@ -354,6 +331,7 @@ def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs,
         "parameters": dataclasses.asdict(count),
         "lean": {name: dataclasses.asdict(outcome) for name, outcome in model.lean_outcomes.items()},
         "examples": {"train": len(inputs.train), "evaluation": len(inputs.evaluation) if inputs.evaluation else 0},
+        "held_out_hash": digest_of(inputs.held_out),
         "truncated": inputs.report.truncated,
         "dropped": inputs.report.examples - inputs.report.kept,
         "plain_text": inputs.plain_text,

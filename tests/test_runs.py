@@ -14,6 +14,7 @@ from qlora_kit.errors import UserError
 from qlora_kit.runs import (
     RunFolder,
     append_metrics,
+    check_place,
     complete_checkpoints,
     continue_run,
     disk_errors,
@@ -23,6 +24,14 @@ from qlora_kit.runs import (
     write_json,
     write_text,
 )
+
+RECORD = {"settings": {}, "base_hash": "sha256:0"}  # what a run's record is known by
+
+
+def killed(folder: RunFolder) -> RunFolder:
+    """The process of the run is gone, and what it held with it."""
+    folder.release()
+    return folder
 
 
 def checkpoint(folder: RunFolder, step: int, whole: bool = True) -> Path:
@@ -67,10 +76,10 @@ def test_a_run_without_a_name_gets_one_of_its_own(tmp_path, monkeypatch):
 
 def test_nothing_is_overwritten_unasked(tmp_path):
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "run.json").write_text("{}")
+    write_json(tmp_path / "x" / "run.json", RECORD)
     with pytest.raises(UserError, match="already exists"):
         RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
-    RunFolder.create(str(tmp_path / "y"), "", overwrite=False)
+    killed(RunFolder.create(str(tmp_path / "y"), "", overwrite=False))
     with pytest.raises(UserError, match="unfinished run"):
         RunFolder.create(str(tmp_path / "y"), "", overwrite=False)
     folder = RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
@@ -93,7 +102,7 @@ def test_what_is_no_run_folder_is_never_replaced(tmp_path, overwrite):
 
 
 def test_an_unfinished_run_is_offered_for_resuming_only_if_it_can_be(tmp_path):
-    folder = RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
+    folder = killed(RunFolder.create(str(tmp_path / "x"), "", overwrite=False))
     with pytest.raises(UserError) as caught:
         folder.check_place(overwrite=False)
     assert "--resume" not in str(caught.value)
@@ -105,7 +114,7 @@ def test_an_unfinished_run_is_offered_for_resuming_only_if_it_can_be(tmp_path):
 def test_an_interrupted_replacement_is_what_is_resumed(tmp_path):
     done = RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
     checkpoint(done, 9)
-    write_json(done.working / "run.json", {})
+    write_json(done.working / "run.json", RECORD)
     done.finish()
     again = RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
     checkpoint(again, 3)
@@ -118,6 +127,7 @@ def test_metrics_survive_odd_characters_and_a_line_that_was_cut(tmp_path):
     checkpoint(folder, 1)
     with (folder.working / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "lo')
+    killed(folder)
     continue_run(find_resume_point(str(tmp_path / "x")), None, "", overwrite=False)
     lines = (folder.working / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["sample"] for line in lines if line] == ["one\u2028two\u0085three"]
@@ -162,6 +172,7 @@ def test_an_unfinished_run_goes_on_in_its_own_folder(tmp_path):
     for step in (2, 4, 6):
         checkpoint(folder, step)
     checkpoint(folder, 7, whole=False)
+    killed(folder)
     continued = continue_run(find_resume_point(str(folder.checkpoints / "checkpoint-4")), None, "", overwrite=False)
     assert continued == folder
     assert names(folder.checkpoints) == {"checkpoint-2", "checkpoint-4"}
@@ -207,3 +218,126 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
 
 def test_versions_name_what_a_result_depends_on():
     assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= set(versions())
+
+
+# ------------------------------------------------------------------------------------------ what is not ours, and locks
+
+
+def content(folder: Path) -> dict[str, bytes | str]:
+    """Everything in `folder`: the bytes of files, where links lead, and folders."""
+    found = sorted(folder.rglob("*"))
+    return {
+        str(path.relative_to(folder)): str(path.readlink())
+        if path.is_symlink()
+        else (path.read_bytes() if path.is_file() else "")
+        for path in found
+    }
+
+
+FOREIGN = {
+    "notes": {"thesis.txt": "precious"},
+    "a record of another tool": {"run.json": '{"lr": 1}', "model.bin": "precious"},
+    "no JSON": {"run.json": "precious"},
+    "checkpoints of another tool": {"checkpoints/epoch1.pt": "precious"},
+    "a lock of another tool": {".lock": "", "data.db": "precious"},
+    "a run's files without a record": {"metrics.jsonl": "{}", "README.md": "precious"},
+}
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("where", ["x", "x.partial"])
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_what_no_run_has_made_is_never_removed(tmp_path, where, files, overwrite):
+    for name, text in files.items():
+        file = tmp_path / where / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    before = content(tmp_path)
+    for act in (RunFolder.at(tmp_path / "x").check_place, lambda o: RunFolder.create(str(tmp_path / "x"), "", o)):
+        with pytest.raises(UserError, match="never replaced"):
+            act(overwrite)
+    RunFolder.at(tmp_path / "x").remove_unfinished()
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("where", ["x", "x.partial"])
+@pytest.mark.parametrize("leads_to", ["run", "nowhere"])
+def test_a_link_is_never_replaced(tmp_path, where, leads_to):
+    run = RunFolder.create(str(tmp_path / "run"), "", overwrite=False)
+    write_json(run.working / "run.json", RECORD)
+    run.finish()
+    (tmp_path / where).symlink_to(tmp_path / leads_to)
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="never replaced"):
+        RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
+    RunFolder.at(tmp_path / "x").remove_unfinished()
+    assert content(tmp_path) == before
+
+
+def test_a_file_in_the_place_of_the_working_folder_stays(tmp_path):
+    (tmp_path / "x.partial").write_text("precious")
+    with pytest.raises(UserError, match="which no run has made"):
+        RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
+    assert (tmp_path / "x.partial").read_text() == "precious"
+
+
+@pytest.mark.parametrize("left", ["at once", "a checkpoint", "before locks, at once", "before locks, a record"])
+def test_a_half_made_run_of_ours_is_replaced_when_asked(tmp_path, left):
+    folder = killed(RunFolder.create(str(tmp_path / "x"), "", overwrite=False))
+    if left == "a checkpoint":
+        checkpoint(folder, 5)
+    if left.startswith("before"):
+        (folder.working / ".qlora_kit.lock").unlink()
+    if left.endswith("record"):
+        write_json(folder.working / "run.json", RECORD)
+        (folder.checkpoints / "old").mkdir()
+    with pytest.raises(UserError, match="an unfinished run is in"):
+        RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
+    again = RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
+    assert names(again.working) == {".qlora_kit.lock", "checkpoints"}
+    assert not names(again.checkpoints)
+    again.finish()
+    assert names(tmp_path) == {"x"}
+    assert names(tmp_path / "x") == {"checkpoints"}
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_run_at_work_is_not_disturbed(tmp_path, overwrite):
+    """Neither by a second run in its place, nor by one that would go on where it is."""
+    first = RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
+    append_metrics(first, {"step": 1})
+    checkpoint(first, 1)
+    before, point = content(tmp_path), find_resume_point(str(tmp_path / "x"))
+    for act in (
+        lambda: RunFolder.create(str(tmp_path / "x"), "", overwrite),
+        lambda: check_place(None, str(tmp_path / "x"), overwrite),
+        lambda: check_place(point, None, overwrite),
+        lambda: continue_run(point, None, "", overwrite),
+    ):
+        with pytest.raises(UserError, match=r"another run is at work in .*x\.partial"):
+            act()
+    RunFolder.at(tmp_path / "x").remove_unfinished()
+    assert content(tmp_path) == before
+    first.finish()
+    assert names(tmp_path / "x") == {"checkpoints", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_came_into_the_final_place_meanwhile_stays(tmp_path, overwrite):
+    run = RunFolder.create(str(tmp_path / "x"), "", overwrite)
+    (run.working / "result").write_text("of the run")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="was made by somebody else while the run went on, which is whole in"):
+        run.finish()
+    assert (tmp_path / "x" / "thesis.txt").read_text() == "precious"
+    assert (tmp_path / "x.partial" / "result").read_text() == "of the run"
+
+
+def test_a_run_that_came_meanwhile_is_replaced_only_when_asked(tmp_path):
+    run = RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
+    (tmp_path / "x").mkdir()
+    write_json(tmp_path / "x" / "run.json", RECORD)
+    with pytest.raises(UserError, match="was made by somebody else"):
+        run.finish()
+    assert names(tmp_path / "x") == {"run.json"}

@@ -171,6 +171,27 @@ def test_overwrite_begins_anew_and_nothing_else_is_ever_replaced(tiny_runs, tmp_
     assert names(mine) == {"thesis.txt"}
 
 
+def test_a_search_behind_a_link_is_not_replaced(tiny_runs, tmp_path):
+    flat = settings_of(tiny_runs, tmp_path / "x")
+    search_of(flat)
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    with pytest.raises(UserError, match="is a symbolic link, which is never replaced"):
+        search_of({**flat, "out": str(tmp_path / "link"), "overwrite": True})
+    assert results_of(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["fold-1", "fold-1.partial"])
+def test_what_no_fold_has_made_stays_where_a_fold_would_be(tiny_runs, tmp_path, name):
+    flat = settings_of(tiny_runs, tmp_path / "x")
+    theirs = tmp_path / "x" / "runs" / "r=2" / name
+    theirs.mkdir(parents=True)
+    (theirs / "thesis.txt").write_text("dear")
+    (tmp_path / "x" / "search.lock").touch()
+    with pytest.raises(UserError, match="never replaced"):
+        search_of(flat)
+    assert (theirs / "thesis.txt").read_text() == "dear"
+
+
 def test_weights_are_kept_when_asked_for(tiny_runs, tmp_path):
     search_of(settings_of(tiny_runs, tmp_path / "x"), keep_runs=True)
     for fold in (tmp_path / "x" / "runs").glob("*/fold-[0-9]"):

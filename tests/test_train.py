@@ -245,6 +245,43 @@ def test_a_killed_run_resumes_to_the_same_weights(config, tmp_path):
     assert same(factors(resumed.adapter), factors(whole.adapter))
 
 
+def test_a_second_run_into_a_folder_where_one_is_at_work_is_refused_and_does_the_first_no_harm(config):
+    alone = train(changed(config, out=config.out + "-alone"), QUIET)
+    refusals = []
+
+    class Interrupting(io.StringIO):
+        def write(self, text: str) -> int:
+            if "step 4:" in text and not refusals:
+                for other in ({"overwrite": True}, {"overwrite": False}, {"resume": config.out, "out": None}):
+                    with pytest.raises(UserError) as caught:
+                        train(changed(config, **other), QUIET)
+                    refusals.append(str(caught.value))
+            return super().write(text)
+
+    first = train(config, Console(file=Interrupting(), width=200))
+    assert len(refusals) == 3
+    assert all(f"another run is at work in {config.out}.partial" in text for text in refusals)
+    assert same(factors(first.adapter), factors(alone.adapter))
+    assert [m.get("loss") for m in metrics(first.folder)] == [m.get("loss") for m in metrics(alone.folder)]
+
+
+@pytest.mark.parametrize("where", ["", ".partial"])
+def test_a_users_own_folder_is_not_removed_when_told_to_overwrite(config, where):
+    theirs = Path(config.out + where)
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="never replaced"):
+        train(changed(config, overwrite=True), QUIET)
+    assert [(p.name, p.read_text()) for p in theirs.iterdir()] == [("thesis.txt", "precious")]
+    assert [p.name for p in theirs.parent.iterdir()] == [theirs.name]
+
+
+def test_a_run_that_fails_lets_go_of_its_folder(config):
+    with pytest.raises(UserError, match="Lower --lr"):
+        train(changed(config, optim={"lr": 1e30, "schedule": "constant", "clip": 1e30, "optim": "sgd"}), QUIET)
+    assert train(changed(config, overwrite=True), QUIET).steps == 6
+
+
 def test_the_best_checkpoint_is_what_is_left(config, contrary_data):
     """The last evaluation is not the best."""
     config = changed(config, optim={**STEADY, "max_steps": 4}, evaluation={"keep_best": True})
@@ -380,7 +417,7 @@ def test_resuming_with_other_settings_names_each_that_differs(config):
     )
     with pytest.raises(UserError) as caught:
         train(dataclasses.replace(other, out=config.out + "2"), QUIET)
-    assert {f.setting for f in caught.value.faults} == {"--r", "--adapter-dtype", "--optim", "--seed"}
+    assert {f.setting for f in caught.value.faults} == {"--r", "--adapter-dtype", "--optim", "--lr", "--seed"}
     assert not Path(config.out + "2.partial").exists()
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qlora_kit.memory import rules
     from qlora_kit.memory.fit import Budget
     from qlora_kit.memory.report import Compared, PlanReport
+    from qlora_kit.unquantized import Unquantized
 
 WIDTH = 118  # columns where the output is no terminal
 DATA_OF_NONE = DataConfig().data  # where no data was named
@@ -62,6 +63,8 @@ def run(
 
     def say_early(early: PlanReport) -> None:
         for line in [] if config.base.task is None else narration.task_lines(asked.base, config.base):
+            say_line(console, line)
+        for line in narration.unquantized_lines(_left_in_16_bits(config)):
             say_line(console, line)
         report.say_plan(early, console)
 
@@ -151,6 +154,16 @@ def _of_its_data(config: RunConfig) -> RunConfig:
         return named
     source = tasks.Source(records, config.data.data, config.data.columns)
     return replace(config, base=task.reader.resolve(named.base, task.reader.read(source, named.base), "--data"))
+
+
+def _left_in_16_bits(config: RunConfig) -> Unquantized | None:
+    """What the bits leave in 16 of a model that was planned all the same, as the settings allow."""
+    from qlora_kit import unquantized
+    from qlora_kit.memory.plan import resolve_architecture
+
+    if not config.base.allow_16_bit_experts:
+        return None
+    return unquantized.of_run(config, unquantized.foresee(config, resolve_architecture(config)))
 
 
 def _check_model(config: RunConfig) -> None:

@@ -28,7 +28,7 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     The run folder gets run.json, profile.json, profile.png, and with `snapshot` on CUDA a file for PyTorch's memory
     viewer; no weights. Raises `UserError`.
     """
-    from qlora_kit import base, narration, training
+    from qlora_kit import base, narration, training, unquantized
     from qlora_kit.inputs import check_vocabulary, read_inputs
     from qlora_kit.memory.profile import save_profile
     from qlora_kit.memory.profile_picture import draw_profile
@@ -49,6 +49,8 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     planned = preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight)
     config = dataclasses.replace(config, lean=planned.lean)
     model = assembly.build_model(config, device)
+    for line in narration.unquantized_lines(unquantized.of_run(config, model)):
+        say_line(console, line)
     check_vocabulary(inputs.tokenizer, model)
     name = Path(config.base.model.rstrip("/")).name
     folder = runs.RunFolder.create(config.out, f"{name}-profile", config.overwrite)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import base, shapes
+from qlora_kit import base, shapes, unquantized
 from qlora_kit.adversarial import passes_of
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.memory import rules
 from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
 from qlora_kit.memory.shortcut import MetaResults
-from qlora_kit.memory.simulate import META, Recipe, Record, resolve_cuda_optim, simulate
+from qlora_kit.memory.simulate import Recipe, Record, resolve_cuda_optim, simulate
 from qlora_kit.memory.track import CATEGORIES, Peak, peaks_by_region
 
 if TYPE_CHECKING:
@@ -154,11 +154,6 @@ def with_layers(architecture: PretrainedConfig, layers: int) -> PretrainedConfig
     return shallow
 
 
-def _structure(config: RunConfig, architecture: PretrainedConfig) -> Any:
-    plain = dataclasses.replace(config.base, bits=16, full=False)
-    return base.load_base(plain, META, architecture=copy.deepcopy(architecture))
-
-
 def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
     """After how many layers the same kinds come again: 1 where all are equal; None where they never repeat whole.
 
@@ -182,7 +177,11 @@ def _run(
 ) -> tuple[Record, list[Peak], bool]:
     """The record and the peaks of the run, and whether every layer was simulated."""
     own_blocks = config.adapter.differs_by_block and not config.base.full
-    period = None if exact or own_blocks else _period(architecture, _structure(config, architecture))
+    period = None
+    if not (exact or own_blocks):
+        whole = unquantized.foresee(config, architecture)
+        period = _period(architecture, whole)
+        unquantized.check(config, whole)  # here it has all its layers
     if period is not None:
         try:
             return *_run_shallow(config, recipe, architecture, period), False

@@ -61,7 +61,7 @@ def _train(config: RunConfig, examples: Examples, folder: Path) -> None:
     except torch.OutOfMemoryError:
         raise EndedEarlyError(OUT_OF_MEMORY) from None
     finally:  # a finished run has moved to its place
-        shutil.rmtree(folder.with_name(folder.name + runs.PARTIAL), ignore_errors=True)
+        runs.RunFolder.at(folder).remove_unfinished()
 
 
 def _forget_last_run() -> None:

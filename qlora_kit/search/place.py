@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_kit import runs
 from qlora_kit.errors import UserError
-from qlora_kit.search.locks import locked, take
+from qlora_kit.locks import is_held, locked
 
 DB_FILE, LOCK_FILE, RUNS = "search.db", "search.lock", "runs"
 
@@ -19,12 +19,7 @@ def exists(folder: Path) -> bool:
 
 def is_idle(folder: Path) -> bool:
     """Whether no process works on a trial of the search in `folder`; call it with the lock of the search."""
-    for file in folder.glob(f"{RUNS}/*/{LOCK_FILE}"):
-        lock = take(file, wait=False)
-        if lock is None:
-            return False
-        lock.release()
-    return True
+    return not any(is_held(file) for file in folder.glob(f"{RUNS}/*/{LOCK_FILE}"))
 
 
 def check_place(folder: Path) -> None:
@@ -40,6 +35,9 @@ def remove(folder: Path) -> None:
     """Remove the search in `folder`, where there is one. Raises `UserError` where another process works in it."""
     if not exists(folder):
         return
+    if folder.is_symlink():
+        remedy = f"Give the folder that it leads to, {folder.resolve()}, or choose another."
+        raise UserError.of("--out", str(folder), "is a symbolic link, which is never replaced", remedy)
     with locked(folder / LOCK_FILE):
         if not is_idle(folder):
             rule = "is being worked on by another process"
@@ -48,9 +46,15 @@ def remove(folder: Path) -> None:
 
 
 def discard_if_empty(folder: Path) -> bool:
-    """Remove the search unless a fold is finished or another process works in it; returns whether it is gone."""
+    """Remove the search unless a fold is finished or another process works in it; returns whether it is gone.
+
+    It stays, too, where there is anything in it that a search without a finished fold has not.
+    """
     with locked(folder / LOCK_FILE):
-        if any(folder.glob(f"{RUNS}/*/fold-*[0-9]/{runs.RUN_FILE}")) or not is_idle(folder):
+        files = (file for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())
+        if not all(file.name.startswith((DB_FILE, LOCK_FILE)) or file.suffix == ".log" for file in files):
             return False
-        shutil.rmtree(folder)
+        if not is_idle(folder):
+            return False
+        shutil.rmtree(folder.resolve())  # behind a link, which stays
     return True

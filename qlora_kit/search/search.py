@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +15,7 @@ from rich.console import Console
 from qlora_kit import base, hub, narration, quiet, runs, tasks
 from qlora_kit.config import GROUPS, PER_CALL, RunConfig, SearchConfig, flag
 from qlora_kit.errors import Fault, Faults, UserError
-from qlora_kit.inputs import Examples, read_inputs, read_material
+from qlora_kit.inputs import Examples, digest_of, read_inputs, read_material
 from qlora_kit.progress import counted, say_line
 from qlora_kit.search import picture, place, report
 from qlora_kit.search.choice import Tried, best_of, choose, higher_is_better, metric_of
@@ -29,7 +27,13 @@ from qlora_kit.search.space import Space, label_of
 from qlora_kit.search.store import BASE, DATA, Claim, Store, opened
 from qlora_kit.training import check_settings
 
-FREE = (*PER_CALL, "device", "preflight", "report_to")  # settings that may be others when a search goes on
+FREE = (
+    *PER_CALL,
+    "allow_16_bit_experts",
+    "device",
+    "preflight",
+    "report_to",
+)  # settings that may be others when a search goes on
 FREE_OF_SEARCH = ("trials", "keep_runs")
 OF_EVERY_RUN = ("eval_loss", "exact_match")  # beside the metrics of its task
 
@@ -140,7 +144,7 @@ def _described(space: Space, settings: SearchConfig, examples: Sequence[Any]) ->
     flat |= {name: list(values) for name, values in space.values.items()}
     kept = {name: value for name, value in flat.items() if name not in FREE}
     own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_OF_SEARCH}
-    return {**kept, **own, DATA: _digest(examples), BASE: _identity(space.config)}
+    return {**kept, **own, DATA: digest_of(examples), BASE: _identity(space.config)}
 
 
 def _identity(config: RunConfig) -> str:
@@ -149,15 +153,6 @@ def _identity(config: RunConfig) -> str:
     if config.base.weights == "random" or Path(source).is_dir():
         return base.hash_base(config.base, config.seed)
     return hub.fetch_model_file(source, "config.json", config.base.revision).parent.name
-
-
-def _digest(examples: Sequence[Any]) -> str:
-    """A hash of what the examples hold, wherever they stand."""
-    hashed = hashlib.sha256()
-    for example in examples:
-        content = {name: value for name, value in dataclasses.asdict(example).items() if name != "origin"}
-        hashed.update(json.dumps(content, sort_keys=True).encode())
-    return f"sha256:{hashed.hexdigest()}"
 
 
 @contextmanager

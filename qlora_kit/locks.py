@@ -31,7 +31,7 @@ def take(file: Path, wait: bool) -> Lock | None:
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:  # the folder was removed meanwhile
             continue
         try:
@@ -54,6 +54,14 @@ def _is_at(file: Path, descriptor: int) -> bool:
         return False
     held = os.fstat(descriptor)
     return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
+
+def is_held(file: Path) -> bool:
+    """Whether another holds the lock of `file`; nothing is made where it is missing."""
+    lock = take(file, wait=False) if file.is_file() else None
+    if lock is not None:
+        lock.release()
+    return lock is None and file.is_file()
 
 
 @contextmanager
