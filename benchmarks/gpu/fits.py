@@ -1,4 +1,4 @@
-"""Does the shape of Llama-3.1-8B train inside 6 GiB, and with a long context inside 8? Shown by a cap on the allocator."""
+"""Does the shape of Llama-3.1-8B train inside 6 GiB, and with a long context inside 8? By a cap on the allocator."""
 
 from __future__ import annotations
 

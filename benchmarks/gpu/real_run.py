@@ -63,9 +63,9 @@ def run(part: str, *arguments: str) -> bool:
 
 
 def killed_at(sizes: Sizes, out: Path) -> int:
-    """Train, and kill the process as soon as a checkpoint is whole and a step of the next is done; that checkpoint's step.
+    """Train, and kill the process when a checkpoint is whole and a step after it done; gives that checkpoint's step.
 
-    0 where it ended before.
+    0 where it ended before it could be killed.
     """
     working = out.with_name(out.name + ".partial")
     process = start("train", *sizes.flags, "--out", str(out))

@@ -50,9 +50,8 @@ def validated(text: str, results: Path) -> str:
     for device in devices_in(results):
         errors = planner_errors({name: go.rows for name, go in held_in(results, device).items()})
         if errors:
-            said.append(
-                f"{len(errors)} cases on {device} differ by {median(errors):.2%} at the median, {max(errors):.2%} at most"
-            )
+            far = f"{median(errors):.2%} at the median, {max(errors):.2%} at most"
+            said.append(f"{len(errors)} cases on {device} differ by {far}")
     return text.replace(NOT_VALIDATED, f" ({'; '.join(said)})") if said else text
 
 
