@@ -17,7 +17,7 @@ from typing import Any
 DONE = "done"
 FILE = "results.jsonl"
 KEPT = "on_gpu_{place}.jsonl"  # the same lines where results are committed
-MOST_BYTES = 50 << 20  # of a journal
+MOST_BYTES = 12 << 20  # of a journal: what comes back from a lent machine has its limits
 MOST_LINE_BYTES = 1 << 16
 
 
