@@ -9,9 +9,11 @@ from typing import Any
 
 from gpu.journal import DONE, Found
 from gpu.phases import MODELS
+from step import judged
 
 GIB = 1 << 30
 DOES_NOT_FIT = float("inf")  # bytes
+STOCK_OF = {"speed-unsloth": "speed-llama", "speed-cudnn": "speed-llama"}  # the phase with stock's row of their case
 Row = Mapping[str, Any]
 Rows = Mapping[str, list[dict[str, Any]]]  # by phase
 
@@ -109,7 +111,13 @@ def _one(rows: Iterable[Row], **wanted: Any) -> Row | None:
 
 
 def _contender(rows: Rows, phase: str, name: str) -> Row | None:
-    return _one(rows.get(phase, ()), contender=name, status="ok")
+    """The row of a contender; None where it is void, for its losses are not those of stock on the same case."""
+    row = _one(rows.get(phase, ()), contender=name, status="ok")
+    case = STOCK_OF.get(phase, phase)
+    stock = _one(rows.get(case, ()), contender="stock", status="ok")
+    if row is None or stock is None or row is stock:
+        return row
+    return _one(judged([dict(stock), dict(row)])[1:], status="ok")
 
 
 def _ratio(key: str, of: tuple[str, str], to: tuple[str, str]) -> Callable[[Rows], float | None]:
