@@ -54,12 +54,23 @@ def run(part: str, *arguments: str) -> bool:
     """Run a command of the kit to its end; where it fails, a row says so with what it printed last."""
     began_s = time.monotonic()
     process = start(*arguments)
-    said, _ = process.communicate(timeout=PART_S)
+    said, how = _end_of(process)
     if process.returncode:
-        say(part, status=f"failed: exit code {process.returncode}", said=said[-1500:])
+        say(part, status=how, said=said[-1500:])
     else:
         say(part, status="ok", seconds=round(time.monotonic() - began_s, 1))
     return process.returncode == 0
+
+
+def _end_of(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a command printed, and how it failed if it did; one that takes too long is ended."""
+    try:
+        said, _ = process.communicate(timeout=PART_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, _ = process.communicate()
+        return said, f"failed: not done in {PART_S} s"
+    return said, f"failed: exit code {process.returncode}"
 
 
 def killed_at(sizes: Sizes, out: Path) -> int:
@@ -77,8 +88,8 @@ def killed_at(sizes: Sizes, out: Path) -> int:
             process.wait()
             return sizes.save_steps
         time.sleep(0.02)
-    said, _ = process.communicate(timeout=PART_S)
-    say("kill", status="failed: it ended before it could be killed", said=said[-1500:])
+    said, how = _end_of(process)
+    say("kill", status=f"{how}, and was to be killed before", said=said[-1500:])
     return 0
 
 
