@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import RESULTS, error_of_difference
+from gpu import tables
 
 from qlora_kit.runs import write_text
 
@@ -84,7 +85,7 @@ def memory() -> str:
         "",
         f"Of `torch.cuda.max_memory_allocated`, r = {settings['r']}, with gradient checkpointing, planned for",
     ]
-    lines += [f"{settings['predicted_for']}; full: {result['rows'][0]['recipe']}."]
+    lines += [f"{tables.validated(settings['predicted_for'], RESULTS)}; full: {result['rows'][0]['recipe']}."]
     lines += ["At 8 bits bitsandbytes keeps every layer's input, which checkpointing cannot drop."]
     lines += [f"Made on {place(result)}."]
     return "\n".join(lines)
@@ -113,7 +114,7 @@ def step() -> str:
     for name, shown in names.items():
         cells = [f"{peaks[case, name] / 10**9:.2f}" for case in cases]
         lines.append("| " + " | ".join([shown, *cells]) + " |")
-    lines += ["", f"4 bits, r = {result['rows'][0]['case']['r']}; peaks {result['peaks']}."]
+    lines += ["", f"4 bits, r = {result['rows'][0]['case']['r']}; peaks {tables.validated(result['peaks'], RESULTS)}."]
     lines += [f"Made on {place(result)}.", "", _on_cpu()]
     return "\n".join(lines)
 
@@ -160,8 +161,10 @@ def fits() -> str:
     """The sentence on what trains in little memory."""
     result = read("fit_cpu")
     batch, longest = result["rows"]
+    shown = tables.longest_context(RESULTS)
+    planned = "Planned, and not yet shown on a GPU" if shown is None else f"{shown}\nPlanned"
     return (
-        f"Planned, and not yet shown on a GPU: {result['model']} at {batch['case']} takes "
+        f"{planned}: {result['model']} at {batch['case']} takes "
         f"{batch['predicted_peak_bytes'] / 2**30:.2f} GiB of {batch['cap_bytes'] / 2**30:.0f}, and at batch 1, r = 32, "
         f"{longest['tokens']:,} tokens fit into {longest['cap_bytes'] / 2**30:.0f} GiB (embedding on the host).\n"
         f"Made on {place(result)}."
@@ -319,8 +322,20 @@ def draw_parity(file: Path) -> None:
     plt.close(figure)
 
 
+def gpu() -> str:
+    """What was measured on GPUs."""
+    return tables.speed_and_promises(RESULTS)
+
+
+def gpu_limits() -> str:
+    """What was not."""
+    return tables.limits(RESULTS)
+
+
 BLOCKS = {
     "accuracy": accuracy,
+    "gpu": gpu,
+    "gpu-limits": gpu_limits,
     "memory": memory,
     "model-states": model_states,
     "parity": parity,
