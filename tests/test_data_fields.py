@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,6 +16,7 @@ from text_pairs import save_base as save_both
 from qlora_kit import AdapterConfig, BaseConfig, DataConfig, OptimConfig, RunConfig, data, tasks, train
 from qlora_kit.cli import main
 from qlora_kit.commands.preview import preview
+from qlora_kit.data import read
 from qlora_kit.data.fields import Fields
 from qlora_kit.inputs import DATA, HELD_OUT, read_inputs
 from qlora_kit.narration import unread_lines
@@ -163,6 +165,14 @@ def test_nulls_that_a_parquet_file_fills_in_are_not_missed(tmp_path):
     table = pyarrow.table({"messages": pyarrow.array(turns, schema), "id": [None], "lang": ["en"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert unread_of(tmp_path / "a.parquet")[DATA] == {"lang": 1}
+
+
+def test_a_data_set_of_the_hub_is_no_other(monkeypatch):
+    rows = datasets.Dataset.from_list([{"text": "a", "id": 1, "tags": None}, {"text": "b", "id": 2, "tags": None}])
+    monkeypatch.setattr(read, "_check_reachable", lambda *arguments: None)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda repo, config: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda repo, config, split: rows)
+    assert unread_of("owner/name")[DATA] == {"id": 2}
 
 
 QUESTION = {"question": "q", "context": "b c", "answers": {"text": ["b"], "answer_start": [0]}}

@@ -195,8 +195,8 @@ def test_plain_text_has_no_exact_match(capsys, tiny_runs):
 
 def test_what_is_cut_is_counted_and_what_is_wrong_with_the_base_said(capsys, tmp_path, tiny_runs):
     other = save_tiny(tmp_path / "base", "llama", seed=1)
-    flags = ["--device", "cpu", "--run", str(tiny_runs["adapter"]), "--base", str(other), "--seq-len", "13"]
-    main(["eval", *flags])
+    flags = ["--run", str(tiny_runs["adapter"]), "--base", str(other), "--seq-len", "13"]
+    main(["eval", "--device", "cpu", *flags])
     out, err = capsys.readouterr()
     assert "are cut at 13 tokens" in out
     assert "its hash differs" in out
