@@ -33,6 +33,7 @@ from gpu.runner import Phase, descendants, run_phases
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results"
 TABLE = "table.md"
+REHEARSED = "A rehearsal on a CPU with tiny shapes: that every phase runs is what it shows, the values mean nothing."
 CLOSING_S = 10.0  # of the minutes: for the last lines and the table
 MACHINE_S = 90.0  # a first import of the libraries from a cold disk
 
@@ -131,6 +132,7 @@ def run(args: argparse.Namespace, began_s: float) -> int:
         run_phases(to_run, journal, Path(scratch), end_s - CLOSING_S)
     found = by_phase(read_lines(journal.file), args.rehearse) if journal.file.exists() else {}
     text, fell_short = table(found if args.rehearse else {**held_in(args.have, where["device"]), **found})
+    text = f"{REHEARSED}\n\n{text}" if args.rehearse else text
     (args.out / TABLE).write_text(text, encoding="utf-8")
     print(text)
     undone = [p.name for p in to_run if p.name not in found or found[p.name].status != DONE]

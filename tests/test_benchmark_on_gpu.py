@@ -222,6 +222,15 @@ def test_missing_results_say_why():
     assert "missing" in table({})[0]
 
 
+def test_an_odd_row_costs_its_own_line():
+    odd = [{"contender": name, "status": "ok", "step_s": 0.0} for name in ("stock", "lean")]
+    found = found_of({**GOOD, "speed-llama": odd, "ablation": [{"without": None, "status": "ok"}]})
+    assert outcome("llama-3-8b: peak, of stock", found) == "missing: its rows do not hold it"
+    assert outcome("llama-3-8b: time of a step, of stock", found) == "missing: its rows do not hold it"
+    assert outcome("GPU tests that fail", found) == "held"
+    assert table(found)
+
+
 def test_every_phase_has_a_promise_and_every_promise_a_phase():
     names = {found.name for found in phases(rehearsal=True)}
     assert names == {name for promise in PROMISES for name in promise.phases}

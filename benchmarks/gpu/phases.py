@@ -69,4 +69,4 @@ def _phase(
 def _rehearsed(phase: Phase) -> Phase:
     """The same phase on a CPU, tiny."""
     environment = {**phase.environment, "CUDA_VISIBLE_DEVICES": ""}
-    return Phase(phase.name, phase.teaches, (*phase.command, "--tiny"), 10, 120, phase.together, environment)
+    return Phase(phase.name, phase.teaches, (*phase.command, "--tiny"), 10, 240, phase.together, environment)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from step import judged
+
 from gpu.journal import DONE, Found
 from gpu.phases import MODELS
-from step import judged
 
 GIB = 1 << 30
 DOES_NOT_FIT = float("inf")  # bytes
@@ -46,7 +47,10 @@ class Verdict:
 def judge(promise: Promise, found: Mapping[str, Found]) -> Verdict:
     """Hold `promise` against what was found."""
     undone = [(name, found[name].status if name in found else "not run") for name in promise.phases]
-    value = promise.figure({name: go.rows for name, go in found.items()})
+    try:
+        value = promise.figure({name: go.rows for name, go in found.items()})
+    except (KeyError, TypeError, ZeroDivisionError):  # rows are another process's: one that is odd costs its own line
+        value = None
     if value is None:
         why = "; ".join(f"{name} {status}" for name, status in undone if status != DONE)
         return Verdict(promise, None, f"missing: {why or 'its rows do not hold it'}")

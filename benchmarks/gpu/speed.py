@@ -1,4 +1,4 @@
-"""The peak and the time of a step of each contender of a case, one after the other: a row each as soon as it is there."""
+"""The peak and the time of a step of each contender of a case, one after the other: a row each."""
 
 from __future__ import annotations
 
