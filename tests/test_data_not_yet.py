@@ -41,6 +41,7 @@ REFUSED = [
     (chat(ASK, {**ANSWER, "weight": 0}, ASK, ANSWER), "an answer whose 'weight' is not 1, and it would be learned"),
     (chat(ASK, {**ANSWER, "weight": 0.5}), "an answer whose 'weight' is not 1, and it would be learned"),
     (chat(ASK, {**ANSWER, "train": False}), "an answer whose 'train' is not true, and it would be learned"),
+    (chat({**ASK, "train": True}, ANSWER), "a message whose 'train' is true and that is no answer"),
     (chat(ASK, {**ANSWER, "training": False}), "an answer whose 'training' is not true, and it would be learned"),
     (chat(ASK, {**ANSWER, "reasoning_content": "look it up"}), "a message with 'reasoning_content', which would be"),
     (chat(ASK, {**ANSWER, "reasoning": "look it up"}), "a message with 'reasoning', which would be left out"),

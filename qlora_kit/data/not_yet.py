@@ -24,6 +24,7 @@ THOUGHT_REMEDY = (
     "remove {} to train without them."
 )
 WEIGHT_REMEDY = "Remove {} to learn these answers like the others, or leave these conversations out."
+TRAIN_REMEDY = "Remove {} to learn the answers alone, or learn everything with --train-on all (and remove it too)."
 HISTORY_REMEDY = (
     "Give the whole as a conversation, {messages: [{role, content}, …]}, or remove 'history' to train without it."
 )
@@ -65,14 +66,22 @@ def _reasons_of(turn: Mapping[str, Any], answering: Set[str]) -> Iterator[tuple[
         if name in (*CALLS, *THOUGHTS) and not is_empty(turn[name]):
             remedy = CALL_REMEDY if name in CALLS else THOUGHT_REMEDY.format(repr(name))
             yield f"has a message with {name!r}, which would be left out: {NOT_YET}", remedy
-        elif name in WEIGHTS and not _is_learned(turn, turn[name], answering):
-            rule = f"has an answer whose {name!r} is not {WEIGHTS[name]}, and it would be learned in full: {NOT_YET}"
-            yield rule, WEIGHT_REMEDY.format(repr(name))
+        elif name in WEIGHTS and not is_empty(turn[name]):
+            yield from _reasons_of_weight(name, turn[name], _is_answer(turn, answering))
 
 
-def _is_learned(turn: Mapping[str, Any], weight: object, answering: Set[str]) -> bool:
-    """Whether a `weight` lets a turn be learned as it is: an answer in full, and anything else not at all."""
-    return is_empty(weight) or weight == 1 or answering.isdisjoint((str(turn.get("role")), str(turn.get("from"))))
+def _is_answer(turn: Mapping[str, Any], answering: Set[str]) -> bool:
+    return not answering.isdisjoint((str(turn.get("role")), str(turn.get("from"))))
+
+
+def _reasons_of_weight(name: str, weight: object, is_answer: bool) -> Iterator[tuple[str, str]]:
+    """Why a turn is not learned as its weight says: an answer is, in full, and anything else is not."""
+    if is_answer and weight != 1:
+        rule = f"has an answer whose {name!r} is not {WEIGHTS[name]}, and it would be learned in full: {NOT_YET}"
+        yield rule, WEIGHT_REMEDY.format(repr(name))
+    if not is_answer and weight is True:  # a number stands at questions too, where it means nothing
+        rule = f"has a message whose {name!r} is true and that is no answer, so it would not be learned: {NOT_YET}"
+        yield rule, TRAIN_REMEDY.format(repr(name))
 
 
 def check_pair(values: Mapping[str, Any]) -> None:
