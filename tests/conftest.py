@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tiny_runs import TinyRuns
+from devices import HIDES, shows_cuda
 
-from qlora_kit.quiet import quiet_libraries, quiet_progress_bars
-
-quiet_libraries()
-quiet_progress_bars()
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+if TYPE_CHECKING:
+    from tiny_runs import TinyRuns
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide CUDA from ordinary tests, before anything asks for it; then set up the libraries."""
+    if not shows_cuda(config.option.markexpr):
+        os.environ[HIDES] = ""
+    import torch
+
+    from qlora_kit.quiet import quiet_libraries, quiet_progress_bars
+
+    quiet_libraries()
+    quiet_progress_bars()
+    torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +39,24 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory) -> TinyRuns:
     """Finished runs of three steps, each made when a test first asks for it; tests leave them as they are."""
+    from tiny_runs import TinyRuns
+
     return TinyRuns(tmp_path_factory.mktemp("tiny_runs"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no CUDA device."""
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no CUDA device to be seen, and let no other test run where there may be one."""
+    import torch
+
     if not torch.cuda.is_available():
+        reason = "needs a CUDA device, and -m gpu, for other tests see none"
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason=reason))
+    ordinary = [item.nodeid for item in items if "gpu" not in item.keywords]
+    if shows_cuda(config.option.markexpr) and ordinary:
+        raise pytest.UsageError(f"{ordinary[0]} is not marked gpu: give -m gpu, which runs nothing else")
 
 
 @pytest.fixture

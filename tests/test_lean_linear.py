@@ -40,22 +40,23 @@ KINDS = ("nf4", "nf4 nested", "fp4", "linear", "conv1d", "int8")
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
-def base_layer(kind: str, n_in: int, n_out: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+def base_layer(kind: str, n_in: int, n_out: int, bias: bool, dtype: torch.dtype, device: str) -> nn.Module:
+    """Quantized on its `device`, as loading does: moved with its parent, an 8-bit layer leaves its scales behind."""
     weight_NK = (torch.randn(n_out, n_in) * n_in**-0.5).to(dtype)
     if kind in ("linear", "conv1d"):
         layer: Any = nn.Linear(n_in, n_out, bias=bias) if kind == "linear" else Conv1D(n_out, n_in)
-        layer.weight = nn.Parameter(weight_NK if kind == "linear" else weight_NK.T.contiguous())
+        layer.weight = nn.Parameter((weight_NK if kind == "linear" else weight_NK.T.contiguous()).to(device))
     elif kind == "int8":
         layer = bnb.nn.Linear8bitLt(n_in, n_out, bias=bias, has_fp16_weights=False)
-        layer.weight = bnb.nn.Int8Params(weight_NK, requires_grad=False, has_fp16_weights=False).to("cpu")
+        layer.weight = bnb.nn.Int8Params(weight_NK, requires_grad=False, has_fp16_weights=False).to(device)
     else:
         name, nested = kind.split()[0], kind.endswith("nested")
         layer = bnb.nn.Linear4bit(n_in, n_out, bias=bias, compute_dtype=dtype)
         options = {"quant_type": name, "compress_statistics": nested, "requires_grad": False}
-        layer.weight = bnb.nn.Params4bit(weight_NK, **options).to("cpu")
+        layer.weight = bnb.nn.Params4bit(weight_NK, **options).to(device)
         layer.support_avx512bf16_for_cpu = False
     if bias or kind == "conv1d":
-        layer.bias = nn.Parameter(torch.randn(n_out).to(dtype))
+        layer.bias = nn.Parameter(torch.randn(n_out).to(device, dtype))
     return layer.requires_grad_(False)
 
 
@@ -65,12 +66,13 @@ def lora_model(
     dtype: torch.dtype = BF16,
     factors: torch.dtype | None = None,
     bias: bool = True,
+    device: str = "cpu",
     **config: Any,
 ) -> nn.Module:
     """A chain of LoRA layers `0`, `1`, …, with random factors, as PEFT injects them."""
     kinds = [kinds] * (len(sizes) - 1) if isinstance(kinds, str) else kinds
     chain = zip(kinds, sizes[:-1], sizes[1:], strict=True)
-    model: Any = nn.Sequential(*(base_layer(kind, n_in, n_out, bias, dtype) for kind, n_in, n_out in chain))
+    model: Any = nn.Sequential(*(base_layer(kind, n_in, n_out, bias, dtype, device) for kind, n_in, n_out in chain))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = "4" in kinds[0], kinds[0] == "int8"
     names = [str(i) for i in range(len(kinds))]
     options = {"r": 4, "lora_alpha": 6, "target_modules": names, "fan_in_fan_out": "conv1d" in kinds, **config}
@@ -372,7 +374,7 @@ def test_graph_and_layers_die_without_the_collector():
 
 def close_to_stock(use, kind="nf4", device="cpu", **options):
     """`use(model, x)` gives a list of tensors: in fp32 ours are PEFT's, up to the rounding of its own sums."""
-    stock, model = (m.to(device) for m in both(kind, (64, 128, 64), FP32, **options))
+    stock, model = both(kind, (64, 128, 64), FP32, device=device, **options)
     x = torch.randn(2, 5, 64, device=device)
     values, expected = use(model, x.clone()), use(stock, x.clone())
     for value, true in zip(values, expected, strict=True):
@@ -681,16 +683,27 @@ def test_the_plan_sees_the_dequantized_weight_in_both_directions(monkeypatch):
 # --- CUDA -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_cuda_it_errs_less_than_pefts_worst_tensor(kind):
-    stock, model = (m.to("cuda") for m in both(kind, (64, 128, 64)))
-    x, grad_y = (torch.randn(2, 40, 64, device="cuda", dtype=BF16) for _ in range(2))
+def test_it_errs_less_than_pefts_worst_tensor_on_each_device(kind, device):
+    stock, model = both(kind, (64, 128, 64), device=device)
+    x, grad_y = (torch.randn(2, 40, 64).to(device, BF16) for _ in range(2))
     theirs, ours = (output_and_gradients(m, x, grad_y, checkpoints=True) for m in (stock, model))
     oracle = nn.Sequential(*(NaiveLora(layer, BF16) for layer in stock)).float()
     true = output_and_gradients(oracle, x.float(), grad_y.float())
     worst = max(relative_error([s], [t]) for s, t in zip(theirs, true, strict=True))
     assert relative_error(ours, true) <= worst
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layers_lie_on_their_device_with_all_that_they_compute_with(kind, device):
+    model = lora_model(kind, device=device)
+    layer = model[0].base_layer
+    scales = getattr(layer.weight, "quant_state", None)
+    held = [*model.parameters(), *(t for t in vars(layer.weight).values() if isinstance(t, torch.Tensor))]
+    held += [] if scales is None else [scales.absmax, scales.code]
+    assert {tensor.device.type for tensor in held} == {device}
 
 
 @pytest.mark.gpu

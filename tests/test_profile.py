@@ -35,12 +35,13 @@ STEPS = 2
 class Run:
     """A tiny model, ready to train, and the steps that a profile is taken of."""
 
-    def __init__(self, config, family="gpt2"):
+    def __init__(self, config, family="gpt2", device=CPU):
         torch.manual_seed(0)
         self.config, self.architecture = config, small_config(family)
-        self.model = assembly.build_model(config, CPU, copy.deepcopy(self.architecture)).train()
+        self.model = assembly.build_model(config, device, copy.deepcopy(self.architecture)).train()
         self.optimizer = cpu_optimizer(self.model, config)
-        self.batches = [real_batch(config, self.architecture.vocab_size) for _ in range(config.optim.grad_accum)]
+        batches = (real_batch(config, self.architecture.vocab_size) for _ in range(config.optim.grad_accum))
+        self.batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
     def step(self):
         run_step(MemoryTracker("cpu"), self.model, self.optimizer, self.batches, 1.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from memory_cases import settings, small_config
 
+from qlora_kit.lean.flat import flat_factors
 from qlora_kit.memory.profile_cuda import Note, blocks_of, play_back
 from qlora_kit.memory.profile_result import UNATTRIBUTED, Measured
 from qlora_kit.memory.track import Region
@@ -89,10 +90,8 @@ def test_a_profile_on_cuda_explains_the_allocators_peak():
     from qlora_kit.memory.profile import Profiler
 
     device = torch.device("cuda:0")
-    run = Run(settings(bits=16, adapter_dtype="bf16"))
-    run.model.to(device)
-    run.batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in run.batches]
-    run.optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad])
+    run = Run(settings(bits=16, adapter_dtype="bf16"), device=device)  # moved, the factors would leave their buffer
+    assert flat_factors(run.model) is not None
     with Profiler(run.config, device, 2, predicts=False) as profiler:
         profiler.begin(run.model, run.optimizer)
         for _ in range(2):

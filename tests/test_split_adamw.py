@@ -61,7 +61,7 @@ def test_bf16_parameters_train_as_fp32_ones_bit_for_bit(shape):
     assert not torch.equal(number, first.float())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_the_same_on_cuda():
     first = torch.randn(PIECE + 33, device="cuda").bfloat16()
     ours, exact = nn.Parameter(first.clone()), nn.Parameter(first.float())
