@@ -598,7 +598,7 @@ def _materialize_all(
     seed: int,
     on_host: str | None = None,
 ) -> None:
-    """Give each module of `model` its weights, and leave `originals` empty.
+    """Give each module of `model` its weights, but for those that are ties to others, and leave `originals` empty.
 
     The embedding whose weight is `on_host` comes first, and goes to the host before anything else is on the device. It
     is drawn on the device like all others, for every kind of device draws its own numbers: else the same run would
@@ -606,7 +606,10 @@ def _materialize_all(
     """
     owner = None if on_host is None else on_host.removesuffix(".weight")
     for name in sorted(originals, key=lambda name: name != owner):
-        _materialize(model, name, originals.pop(name), dtype, device, seed)
+        original = originals.pop(name)
+        if all(f"{name}.{key}" in model.all_tied_weights_keys for key, _ in original.named_parameters(recurse=False)):
+            continue  # a second copy of an embedding, while all the rest is there
+        _materialize(model, name, original, dtype, device, seed)
         if name == owner:
             host_embedding.move_to_host(model.get_submodule(name))
 
