@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import adapters, base, host_memory, unquantized
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import UserError
-from qlora_kit.lean.apply import make_lean
+from qlora_kit.lean.apply import loads_embedding_on_host, make_lean
 from qlora_kit.task_models import TASK_MODELS, reading_part, task_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def _assemble(config: RunConfig, device: torch.device, architecture: PretrainedC
         raise UserError.of("--full", True, rule, "Use --bits 32, or adapters.")
     if device.type != "meta" and not config.base.trust_remote_code:  # a model's own code is run by its loading alone
         unquantized.check(config, unquantized.foresee(config, architecture))
-    model: Any = base.load_base(config.base, device, config.seed, architecture)
+    lean = config.lean.resolved("cuda" if device.type == "meta" else device.type)
+    on_host = loads_embedding_on_host(lean) and not config.base.full
+    model: Any = base.load_base(config.base, device, config.seed, architecture, embedding_on_host=on_host)
     task = task_of(config.base.task, model.config)
     if TASK_MODELS[task].loss is not None:
         put_loss_on(model, TASK_MODELS[task])
@@ -60,8 +62,7 @@ def _assemble(config: RunConfig, device: torch.device, architecture: PretrainedC
     model.lora_plus = None if config.base.full else config.optim.lora_plus  # the flat buffers keep A and B apart by it
     model.lean_outcomes = {}
     if not config.base.full:
-        simulated = "cuda" if device.type == "meta" else device.type
-        model.lean_outcomes = make_lean(model, config.lean.resolved(simulated))
+        model.lean_outcomes = make_lean(model, lean)
     _regularize(model, config)
     return model
 

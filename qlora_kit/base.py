@@ -11,13 +11,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import demo, host_memory, hub, shapes
+from qlora_kit import demo, host_embedding, host_memory, hub, shapes
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.seeding import drawn_by
@@ -254,6 +254,7 @@ def load_base(
     seed: int = 0,
     architecture: PretrainedConfig | None = None,
     dtype: torch.dtype | None = None,
+    embedding_on_host: bool = False,
 ) -> PreTrainedModel:
     """The base model on `device`, quantized as told, every weight frozen unless `config.full`.
 
@@ -263,11 +264,13 @@ def load_base(
     `new_head`). On the `meta`
     device the model has the same structure but no values, whatever `config.weights` says: for the planner.
     `architecture` overrides the one that `config` names (which must be None for pretrained weights).
+    With `embedding_on_host` the input embedding is a `HostEmbedding`, where the model allows it: it lies in the host's
+    memory from the first, and what `device` has of it at any time is little beside the rest of the model.
     Raises `UserError` where it is not found or cannot be read.
     """
     assert architecture is None or config.weights == "random" or device.type == "meta", "it would not fit the weights"
     with host_memory.building(device.type):
-        return _build_base(config, device, seed, architecture, dtype)
+        return _build_base(config, device, seed, architecture, dtype, embedding_on_host)
 
 
 def _build_base(
@@ -276,6 +279,7 @@ def _build_base(
     seed: int,
     architecture: PretrainedConfig | None,
     dtype: torch.dtype | None,
+    embedding_on_host: bool,
 ) -> PreTrainedModel:
     if architecture is None:
         architecture = load_model_config(config)
@@ -283,12 +287,14 @@ def _build_base(
     task = task_of(config.task, architecture)
     if TASK_MODELS[task].has_new_head:
         set_padding(architecture, config, device)
+    elsewhere = embedding_on_host and device.type != "cpu" and not config.full
+    on_host = host_embedding.host_weight(_structure(architecture, task, config)) if elsewhere else None
     if device.type == "meta":
-        model = _build_meta(architecture, config, device, dtype)
+        model = _build_meta(architecture, config, device, dtype, on_host)
     elif config.weights == "random":
-        model = _build_random(architecture, config, device, seed, dtype)
+        model = _build_random(architecture, config, device, seed, dtype, on_host)
     else:
-        model = _load_pretrained(architecture, config, device, dtype, seed)
+        model = _load_pretrained(architecture, config, device, dtype, seed, on_host)
     _keep_weights_plain(model)
     if device.type != "cpu":
         from qlora_kit import sdpa
@@ -379,10 +385,12 @@ def _load_pretrained(
     device: torch.device,
     dtype: torch.dtype | None,
     seed: int | None = None,
+    on_host: str | None = None,
 ) -> PreTrainedModel:
     """The model in the files of `config`, quantized as told from `dtype`; None for both as the files have them.
 
-    With a `seed`, a head of the task that the files do not have, or have for other labels, is drawn by it.
+    With a `seed`, a head of the task that the files do not have, or have for other labels, is drawn by it. The weight
+    `on_host`, that of the input embedding, never sees the device.
     """
     from safetensors import SafetensorError
 
@@ -391,19 +399,20 @@ def _load_pretrained(
     task = task_of(config.task, architecture)
     heads = planned_heads(architecture, task) if seed is not None else []
     try:
-        model, loaded = transformers_class(task).from_pretrained(
-            model_source(config),
-            config=architecture,
-            revision=config.revision,
-            dtype="auto" if dtype is None else dtype,
-            quantization_config=None if dtype is None else quantization(config, dtype, heads),
-            ignore_mismatched_sizes=bool(heads),  # another number of labels; what else differs is told below
-            device_map={"": str(device)},
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            key_mapping=base_renaming(task, architecture),
-            output_loading_info=True,
-        )
+        with nullcontext() if on_host is None else _left_where_loaded():
+            model, loaded = transformers_class(task).from_pretrained(
+                model_source(config),
+                config=architecture,
+                revision=config.revision,
+                dtype="auto" if dtype is None else dtype,
+                quantization_config=None if dtype is None else quantization(config, dtype, heads),
+                ignore_mismatched_sizes=bool(heads),  # another number of labels; what else differs is told below
+                device_map=placement(device, on_host),
+                use_safetensors=True,
+                trust_remote_code=config.trust_remote_code,
+                key_mapping=base_renaming(task, architecture),
+                output_loading_info=True,
+            )
     except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
         if "out of memory" in str(error):
             raise
@@ -413,11 +422,38 @@ def _load_pretrained(
             f"its weights cannot be read ({_first_line(error)})",
             "Fetch or convert the model again.",
         ) from None
+    if on_host is not None:
+        host_embedding.move_to_host(model.get_input_embeddings(), device)
     lacking = _not_loaded(loaded)
     _check_loaded(config, [name for name in lacking if not new_head.is_in_head(name, heads)])
     if seed is not None and any(new_head.is_in_head(name, heads) for name in lacking):
         new_head.draw(model, heads, seed)  # all of it, so that no part of it depends on what else was drawn
     return model
+
+
+def placement(device: torch.device, on_host: str | None = None) -> dict[str, str | torch.device]:
+    """Where transformers is to load each weight: all onto `device`, but for the one that is `on_host`.
+
+    The host is given as a torch device: the text "cpu" beside another device makes transformers refuse to quantize,
+    for it would run a layer there in 32 bits. What lies there is none that it quantizes.
+    """
+    import torch
+
+    # the weight in full: another that begins with the name of its module stays
+    return {"": str(device), **({} if on_host is None else {on_host: torch.device("cpu")})}
+
+
+@contextmanager
+def _left_where_loaded() -> Iterator[None]:
+    """Keep transformers from hooking a model on two devices: its hooks bring the whole embedding to each lookup."""
+    from transformers import modeling_utils
+
+    stock: Any = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = stock
 
 
 def base_renaming(task: str, architecture: PretrainedConfig) -> dict[str, str] | None:
@@ -437,15 +473,21 @@ def base_renaming(task: str, architecture: PretrainedConfig) -> dict[str, str] |
 
 def planned_heads(architecture: PretrainedConfig, task: str) -> list[str]:
     """The names of the modules that `task` puts on a model beside its base; empty where it has its own head."""
+    from qlora_kit import new_head
+
+    return new_head.head_names(_structure(architecture, task)) if TASK_MODELS[task].has_new_head else []
+
+
+def _structure(architecture: PretrainedConfig, task: str, config: BaseConfig | None = None) -> PreTrainedModel:
+    """The modules of a model for `task`, with their ties, their weights on `meta`."""
     import torch
     from transformers.initialization import no_init_weights
 
-    from qlora_kit import new_head
-
-    if not TASK_MODELS[task].has_new_head:
-        return []
     with torch.device("meta"), no_init_weights():
-        return new_head.head_names(transformers_class(task).from_config(copy.deepcopy(architecture)))
+        trusted = {} if config is None else {"trust_remote_code": config.trust_remote_code}
+        model = transformers_class(task).from_config(copy.deepcopy(architecture), **trusted)
+    model.tie_weights()
+    return model
 
 
 def _not_loaded(loaded: dict[str, Any]) -> list[str]:
@@ -463,7 +505,12 @@ def _check_loaded(config: BaseConfig, wrong: list[str]) -> None:
 
 
 def _build_random(
-    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, seed: int, dtype: torch.dtype
+    architecture: PretrainedConfig,
+    config: BaseConfig,
+    device: torch.device,
+    seed: int,
+    dtype: torch.dtype,
+    on_host: str | None = None,
 ) -> PreTrainedModel:
     """Seeded weights of true shapes, made and quantized one layer at a time so that 16-bit copies never add up."""
     from accelerate import init_empty_weights
@@ -476,8 +523,7 @@ def _build_random(
         if next(module.parameters(recurse=False), None) is not None
     }
     _replace_linear_layers(model, config, dtype, architecture)
-    for name in list(originals):
-        _materialize(model, name, originals.pop(name), dtype, device, seed)
+    _materialize_all(model, originals, dtype, device, seed, on_host)
     for buffer_owner in model.modules():
         for key, buffer in list(buffer_owner._buffers.items()):
             if buffer is not None:
@@ -512,7 +558,11 @@ def _replace_linear_layers(
 
 
 def _build_meta(
-    architecture: PretrainedConfig, config: BaseConfig, device: torch.device, dtype: torch.dtype
+    architecture: PretrainedConfig,
+    config: BaseConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_host: str | None = None,
 ) -> PreTrainedModel:
     """The structure without values: every parameter, buffer and quantization state is a tensor on `meta`."""
     import torch
@@ -530,6 +580,8 @@ def _build_meta(
                 module.weight = type(weight)(value, requires_grad=False, **weight.__dict__)._quantize(device)
             if module.bias is not None:
                 module.bias.data = module.bias.data.to(value.dtype)
+    if on_host is not None:
+        host_embedding.move_to_host(model.get_input_embeddings())
     model.tie_weights()
     model.name_or_path = config.model
     return model.eval()
@@ -549,6 +601,30 @@ def _code_tables_kept() -> Iterator[None]:
     finally:
         functional.name2qmap.clear()
         functional.name2qmap.update(kept)
+
+
+def _materialize_all(
+    model: PreTrainedModel,
+    originals: dict[str, nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    on_host: str | None = None,
+) -> None:
+    """Give each module of `model` its weights, but for those that are ties to others, and leave `originals` empty.
+
+    The embedding whose weight is `on_host` comes first, and goes to the host before anything else is on the device. It
+    is drawn on the device like all others, for every kind of device draws its own numbers: else the same run would
+    have other weights once it has room for them.
+    """
+    owner = None if on_host is None else on_host.removesuffix(".weight")
+    for name in sorted(originals, key=lambda name: name != owner):
+        original = originals.pop(name)
+        if all(f"{name}.{key}" in model.all_tied_weights_keys for key, _ in original.named_parameters(recurse=False)):
+            continue  # a second copy of an embedding, while all the rest is there
+        _materialize(model, name, original, dtype, device, seed)
+        if name == owner:
+            host_embedding.move_to_host(model.get_submodule(name))
 
 
 def _materialize(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import base, data, inputs, narration, reopening, scoring
+from qlora_kit import base, data, inputs, narration, preflight, reopening, scoring
 from qlora_kit.config import DEFAULT_ASKED, BaseConfig, RunConfig
 from qlora_kit.errors import UserError, said_of
 from qlora_kit.progress import counted, say_line
@@ -118,7 +118,7 @@ def evaluate(run: FinishedRun, source: str | None, release: str | None, console:
     for name, title, model, context in _models(run, released, device, console):
         with context:
             inputs.check_vocabulary(material.tokenizer, model)
-            scores[name] = _score(name, title, model, material, run.config.optim.batch_size, console)
+            scores[name] = _score(name, title, model, material, run.config, console)
         del model  # before the next one is loaded
     return Evaluation(material.source, material.seq_len, material.encoded.report, len(material.asked), scores, warning)
 
@@ -134,9 +134,7 @@ def evaluate_model(config: RunConfig, opened: Opened, source: str, console: Cons
     with console.status(f"loading {config.base.model}"):
         model = opened.load()
     inputs.check_vocabulary(material.tokenizer, model)
-    score = _score(
-        "model", f"{config.base.model}, {_saved_as(model)}", model, material, config.optim.batch_size, console
-    )
+    score = _score("model", f"{config.base.model}, {_saved_as(model)}", model, material, config, console)
     return Evaluation(source, seq_len, material.encoded.report, len(material.asked), {"model": score}, None)
 
 
@@ -214,13 +212,15 @@ def _check_release(run: FinishedRun, release: str, material: Material) -> BaseCo
     return config
 
 
-def _score(name: str, title: str, model: Any, material: Material, batch_size: int, console: Console) -> Score:
+def _score(name: str, title: str, model: Any, material: Material, config: RunConfig, console: Console) -> Score:
     rows = material.encoded
     collate = data.Collator(material.tokenizer.pad_token_id, max_tokens=material.seq_len)
     with counted(console, f"{name}: loss", len(rows)) as tick:
-        loss = scoring.mean_loss(model, inputs.batches_of(rows, collate, batch_size, model.device, tick))
+        loss = scoring.mean_loss(model, inputs.batches_of(rows, collate, config.optim.batch_size, model.device, tick))
     exact = None
     if material.asked:
         with counted(console, f"{name}: answers", len(material.asked)) as tick:
-            exact = scoring.count_exact_matches(model, material.tokenizer, material.asked, tick)
+            answers = scoring.answers_to(material.tokenizer, material.asked)
+            at_once = preflight.prompts_in_free(config, model.device, answers)
+            exact = scoring.count_exact_matches(model, material.tokenizer, material.asked, tick, at_once)
     return Score(title, loss, exact)

@@ -51,9 +51,15 @@ class Inputs:
     @property
     def longest_row(self) -> int:
         """The most tokens that a training row has; a packed one is filled up, however short its examples are."""
-        if isinstance(self.train, data.PackedSet):
-            return self.seq_len
-        return min(self.seq_len, self.report.length_max)
+        return self._longest(self.train)
+
+    @property
+    def longest_held_out(self) -> int:
+        """The same of the held-out rows; 0 where there are none."""
+        return 0 if self.evaluation is None else self._longest(self.evaluation)
+
+    def _longest(self, rows: Any) -> int:
+        return self.seq_len if isinstance(rows, data.PackedSet) else min(self.seq_len, rows.report.length_max)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qlora_kit import cards
 from qlora_kit.config import VARIANTS, BaseConfig, RunConfig
-from qlora_kit.progress import human_bytes
+from qlora_kit.progress import PHASES, human_bytes
 from qlora_kit.task_models import GENERATION, QUESTION_ANSWERING
 from qlora_kit.tasks.labels import shown
 
@@ -112,7 +112,8 @@ def closing(result: Mapping[str, Any]) -> list[str]:
     held_out += "".join(f", {figure}" for figure in cards.figures(result["metrics"]))
     lines.append(
         f"done: {result['steps']} steps, training loss {result['train_loss']:.4f}{held_out}, "
-        f"{result['tokens_per_s']:,.0f} tokens/s, peak {human_bytes(result['peak_bytes'])}"
+        f"{result['tokens_per_s']:,.0f} tokens/s, peak {human_bytes(result['peak_bytes'])} "
+        f"({PHASES[result['peak_phase']]})"
     )
     lines.append(f"{result['adapter'].name}: {result['adapter']}")
     return lines

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -34,6 +35,89 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss if sys.platform == "darwin" else rss * 1024
+
+
+LOADING, EVALUATION, GENERATING, STEP = "loading", "evaluation", "generation", "step"
+INITIALIZING, OTHER = "initialization", "other"
+PHASES = {  # of a run, in words
+    LOADING: "loading",
+    INITIALIZING: "fitting the factors to the data",
+    EVALUATION: "evaluation",
+    GENERATING: "answering prompts",
+    STEP: "the training step",
+    OTHER: "outside of its phases",
+}
+
+
+class PhasePeaks:
+    """The highest memory of each phase of a run, in bytes; `peaks` has it by the phase's name.
+
+    On CUDA the allocator's peak is begun anew with every phase (so what it says after the run is of its last one). The
+    peak of a process on the host cannot be: there a phase has one only where it went above all before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peaks: dict[str, int] = {}
+        self._phase = OTHER
+        self.note()
+        if device.type == "cuda":
+            self.peaks.clear()  # that was somebody else's
+
+    @property
+    def highest_bytes(self) -> int:
+        """The highest so far, of whatever phase."""
+        return max(peak_bytes(self.device), *self.peaks.values())
+
+    @property
+    def highest_phase(self) -> str:
+        """The phase in which the highest that is noted was."""
+        return max(self.peaks, key=lambda name: self.peaks[name])
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """What is done meanwhile belongs to `phase`, and afterwards again to the one before."""
+        before = self._phase
+        self.note()
+        self._phase = phase
+        try:
+            yield
+        finally:
+            self.note()
+            self._phase = before
+
+    def take(self, phase: str, n_bytes: int) -> None:
+        """Note what somebody else has seen in `phase`, who began the allocator's peaks anew."""
+        self.peaks[phase] = max(n_bytes, self.peaks.get(phase, 0))
+
+    def note(self) -> None:
+        """Note the phase's peak until now."""
+        import torch
+
+        here = peak_bytes(self.device)
+        if self.device.type == "cuda":
+            self.take(self._phase, here)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif here > max(self.peaks.values(), default=0):
+            self.peaks[self._phase] = here
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is there for new tensors: free on a GPU or held empty by torch, available on the host.
+
+    The least that any host has, a GiB, where that cannot be found out.
+    """
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return 2**30
+    kib = next((line.split()[1] for line in text.splitlines() if line.startswith("MemAvailable:")), 2**20)
+    return int(kib) * 1024
 
 
 def human_bytes(count: float) -> str:
@@ -72,8 +156,8 @@ def counted(console: Console, label: str, total: int) -> Iterator[Callable[[int]
 class TrainingProgress:
     """A progress bar over the optimizer steps of a run, on standard error."""
 
-    def __init__(self, device: torch.device, console: Console) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, console: Console, peaks: PhasePeaks | None = None) -> None:
+        self.peaks = PhasePeaks(device) if peaks is None else peaks
         self.console = console
         self.bar: Progress | None = None
         self.last_line_s = 0.0
@@ -96,7 +180,7 @@ class TrainingProgress:
 
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Show the state after optimizer step `step`."""
-        self.text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  peak {human_bytes(peak_bytes(self.device))}"
+        self.text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  peak {human_bytes(self.peaks.highest_bytes)}"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=self.text)
         elif time.monotonic() - self.last_line_s > LINE_EVERY_S or step == self.steps:

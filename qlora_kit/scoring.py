@@ -5,6 +5,7 @@ Scoring leaves no trace: mode and random state are put back, so that a run with 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import sys
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
-ANSWER_BATCH = 32  # prompts answered at once
+ANSWER_BATCH = 32  # prompts answered at once, where memory allows
 NOT_DRAWN = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # what transformers takes for unset
 MAX_ANSWER_TOKENS = 256  # longest answer that exact match lets a model give
+SAMPLE_TOKENS = 64  # tokens of the answer that a run shows at each evaluation
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,37 @@ class Answer:
 
     text: str
     is_cut: bool
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts to answer: how many, the tokens of the longest, and those that an answer may have."""
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def also(self, other: Answers) -> Answers:
+        """These, where `other` are answered too, at another time: the larger of each number."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Answers(*(max(pair) for pair in pairs))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run does with held-out data, as far as memory goes.
+
+    It scores `rows` rows, the longest of `row_tokens`; it shows the answer to a prompt (`sampled`), and where the task
+    or `--exact-match` wants it answers many (`asked`).
+    """
+
+    rows: int
+    row_tokens: int
+    sampled: Answers | None = None
+    asked: Answers | None = None
+
+
+NOTHING_HELD_OUT = HeldOut(0, 0)
 
 
 @contextmanager
@@ -182,19 +215,31 @@ def count_exact_matches(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[data.Example],
     tick: Callable[[int], None] = lambda count: None,
+    batch_size: int = ANSWER_BATCH,
 ) -> float:
-    """The share of the prompts of `examples` that the model answers to the letter.
+    """The share of the prompts of `examples` that the model answers to the letter, `batch_size` at a time.
 
     `tick` is called with the number of prompts answered since the last call. Raises `UserError` where the chat
     template fails.
     """
     expected = [example.completion for example in examples]
-    longest = max(len(ids) for ids in tokenizer(expected, add_special_tokens=False)["input_ids"])
     prompts = [data.encode_prompt(example, tokenizer) for example in examples]
-    sampling = Sampling(min(longest + 8, MAX_ANSWER_TOKENS))
+    sampling = Sampling(answer_tokens(tokenizer, expected))
     with undisturbed(model):
-        answers = answer_all(model, tokenizer, prompts, sampling, tick=tick)
+        answers = answer_all(model, tokenizer, prompts, sampling, batch_size, tick)
     return exact_match([found.text for found in answers], expected)
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, expected: Sequence[str]) -> int:
+    """The tokens that an answer may have where these are `expected`: some more, so that one that goes on is seen to."""
+    longest = max(len(ids) for ids in tokenizer(list(expected), add_special_tokens=False)["input_ids"])
+    return min(longest + 8, MAX_ANSWER_TOKENS)
+
+
+def answers_to(tokenizer: PreTrainedTokenizerBase, examples: Sequence[data.Example]) -> Answers:
+    """What `count_exact_matches` asks of `examples`. Raises `UserError` where the chat template fails."""
+    prompts = [len(data.encode_prompt(example, tokenizer)) for example in examples]
+    return Answers(len(prompts), max(prompts), answer_tokens(tokenizer, [example.completion for example in examples]))
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:

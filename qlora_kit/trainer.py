@@ -29,7 +29,7 @@ from qlora_kit.base import compute_dtype
 from qlora_kit.config import BaseConfig, OptimConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.lean import flat
-from qlora_kit.progress import TrainingProgress
+from qlora_kit.progress import EVALUATION, GENERATING, PhasePeaks, TrainingProgress
 from qlora_kit.rank_penalty import add_gradients
 from qlora_kit.runs import STATE_FILE, RunFolder, append_metrics
 from qlora_kit.scoring import undisturbed
@@ -152,6 +152,7 @@ class AdapterTrainer(Trainer):
     tokenizer: PreTrainedTokenizerBase
     base_config: BaseConfig
     scores: dict[int, Scores]  # of the evaluations of this process, by step
+    peaks: PhasePeaks
     warmup: float = 0.0  # share of the steps
     gradients_checked = False  # fp16 checks none: its scaler skips overflowing steps by itself
     tokens_seen: Any = 0  # a count, or a tensor of one on the device
@@ -205,7 +206,8 @@ class AdapterTrainer(Trainer):
     def _score(self, eval_dataset: Any = None) -> Scores:
         rows = getattr(self.eval_dataset if eval_dataset is None else eval_dataset, "rows", ())
         asked = Asked(rows, self._held_out(eval_dataset), self.tokenizer)
-        return self.task.judge.score(self.model, asked, self.base_config)
+        with self.peaks.during(EVALUATION):
+            return self.task.judge.score(self.model, asked, self.base_config)
 
     def _held_out(self, eval_dataset: Any) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self.get_eval_dataloader(eval_dataset):
@@ -321,7 +323,8 @@ class RunCallback(TrainerCallback):
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         self.progress.say(f"step {state.global_step}: {self.trainer.task.judge.said(figures)}")
         if self.sample is not None:
-            sample = self.sample()
+            with self.progress.peaks.during(GENERATING):
+                sample = self.sample()
             append_metrics(self.folder, {"step": state.global_step, "sample": sample})
             for name, text in sample.items():
                 self.progress.say(f"  {name:<9} {text!r}")
@@ -358,7 +361,7 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.warmup = config.optim.warmup
     trainer.task, trainer.tokenizer = inputs.task, inputs.tokenizer
-    trainer.base_config, trainer.scores = config.base, {}
+    trainer.base_config, trainer.scores, trainer.peaks = config.base, {}, progress.peaks
     callback.trainer = trainer
     return trainer, callback
 

@@ -34,8 +34,17 @@ from qlora_kit.assembly import build_model
 from qlora_kit.config import RunConfig, flag, read_settings
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.inputs import Examples, Inputs, check_vocabulary, digest_of, make_collator, read_inputs, weigh_labels
-from qlora_kit.progress import TrainingProgress, peak_bytes, say_line
+from qlora_kit.progress import (
+    GENERATING,
+    INITIALIZING,
+    LOADING,
+    STEP,
+    PhasePeaks,
+    TrainingProgress,
+    say_line,
+)
 from qlora_kit.task_models import GENERATION
+from qlora_kit.tasks.text2text_generation import answers_of_pairs
 from qlora_kit.trained_base import TrainedBase
 
 if TYPE_CHECKING:
@@ -46,7 +55,6 @@ if TYPE_CHECKING:
     from qlora_kit.trainer import AdapterTrainer
 
 PLAN_FILE = "plan.json"
-SAMPLE_TOKENS = 64  # tokens of the answer shown at each evaluation
 OF_HELD_OUT = ("early_stopping", "exact_match", "eval_steps", "metric")  # settings that need held-out data
 
 
@@ -62,6 +70,8 @@ class RunResult:
     exact_match_before: float | None
     exact_match_after: float | None
     peak_bytes: int
+    peak_phase: str  # in which that was
+    phase_peak_bytes: Mapping[str, int]  # see `progress.PhasePeaks`
     tokens_per_s: float
     metrics: Mapping[str, float]  # the task's figures on held-out data; empty without any
 
@@ -91,9 +101,10 @@ def train(config: RunConfig, console: Console | None = None, examples: Examples 
     planned = None
     if config.preflight:
         with say.status("planning the memory"):
-            planned = preflight.plan_run(config, device, inputs.longest_row)
+            planned = preflight.plan_run(config, device, inputs.longest_row, held_out=_held_out(config, inputs))
         config = dataclasses.replace(config, lean=planned.lean)
-    with say.status(f"loading {config.base.model}"):
+    peaks = PhasePeaks(device)
+    with say.status(f"loading {config.base.model}"), peaks.during(LOADING):
         model = build_model(config, device)
     _say_model(model, config, say)
     check_vocabulary(inputs.tokenizer, model)
@@ -104,7 +115,7 @@ def train(config: RunConfig, console: Console | None = None, examples: Examples 
         runs.require_space(folder.working, _needed_bytes(config, model))
         if planned is not None and planned.plan is not None:
             runs.write_json(folder.working / PLAN_FILE, planned.plan.to_dict())
-        return _run(config, folder, device, model, inputs, point, planned, say)
+        return _run(config, folder, device, model, inputs, point, planned, peaks, say)
 
 
 def _continued(config: RunConfig, device: torch.device) -> tuple[RunConfig, runs.ResumePoint | None]:
@@ -192,6 +203,7 @@ def _run(
     inputs: Inputs,
     point: runs.ResumePoint | None,
     planned: preflight.Preflight | None,
+    peaks: PhasePeaks,
     say: Console,
 ) -> RunResult:
     from qlora_kit.trainer import (
@@ -208,10 +220,10 @@ def _run(
     runs.write_json(folder.working / runs.RUN_FILE, record)
     for line in narration.overview(record):
         say_line(say, line)
-    progress = TrainingProgress(device, say)
+    progress = TrainingProgress(device, say, peaks)
     collator = make_collator(config, model, inputs)
     if config.adapter.init == "eva" and point is None and not config.base.full:
-        with say.status("fitting the factors to the data"):
+        with say.status("fitting the factors to the data"), peaks.during(INITIALIZING):
             _start_from_data(config, device, model, inputs, collator)
     sample = _sampler(model, inputs)
     trainer, callback = build_trainer(
@@ -225,7 +237,9 @@ def _run(
         point.checkpoint if point else None,
         sample,
     )
-    before = _exact_match(config, model, inputs)
+    at_once = _prompts_at_once(config, device, inputs, planned)
+    with peaks.during(GENERATING):
+        before = _exact_match(config, model, inputs, at_once)
     if before is not None:
         asked = min(config.evaluation.exact_match or 0, len(inputs.held_out))
         say_line(say, f"exact match before: {before:.1%} of {asked} held-out examples")
@@ -234,12 +248,14 @@ def _run(
         take_over(trainer, point.checkpoint)
     else:
         try:
-            with _profiled(config, device, trainer) as profiler:
+            with peaks.during(STEP), _profiled(config, device, trainer, peaks) as profiler:
                 trainer.train(resume_from_checkpoint=str(point.checkpoint) if point else None)
         finally:
             progress.stop()
-    after = _exact_match(config, model, inputs)
+    with peaks.during(GENERATING):
+        after = _exact_match(config, model, inputs, at_once)
     metrics = final_metrics(trainer) if inputs.evaluation is not None else {}
+    peaks.note()
     result = RunResult(
         folder.final,
         folder.final / ("model" if config.base.full else "adapter"),
@@ -248,7 +264,9 @@ def _run(
         metrics.get("loss"),
         before,
         after,
-        max(peak_bytes(device), profiler.highest_bytes if profiler and device.type == "cuda" else 0),
+        peaks.highest_bytes,
+        peaks.highest_phase,
+        dict(peaks.peaks),
         callback.tokens_per_s,
         metrics,
     )
@@ -263,7 +281,7 @@ def _run(
     if planned is None and profile is not None:
         planned = preflight.plan_run(config, device, inputs.longest_row, checks=False)
     if planned is not None:
-        say_line(say, planned.closing_line(result.peak_bytes if device.type == "cuda" else None, profile))
+        say_line(say, planned.closing_line(peaks.peaks if device.type == "cuda" else None, profile))
     return result
 
 
@@ -292,16 +310,20 @@ def _start_from_data(config: RunConfig, device: torch.device, model: Any, inputs
 
 
 @contextmanager
-def _profiled(config: RunConfig, device: torch.device, trainer: AdapterTrainer) -> Iterator[Profiler | None]:
+def _profiled(
+    config: RunConfig, device: torch.device, trainer: AdapterTrainer, peaks: PhasePeaks
+) -> Iterator[Profiler | None]:
     """Measure the first steps where it was asked for; otherwise nothing of the profiler touches the run."""
     if not config.profile:
         yield None
         return
     from qlora_kit.memory.profile import Profiler
 
-    with Profiler(config, device) as profiler:
+    with Profiler(config, device, load_peak_bytes=peaks.peaks.get(LOADING, 0)) as profiler:
         trainer.add_callback(profiler)
         yield profiler
+    if profiler.profile is not None and device.type == "cuda":
+        peaks.take(STEP, profiler.profile.peak_bytes)
 
 
 def _save_profile(folder: runs.RunFolder, profile: MemoryProfile | None) -> None:
@@ -341,29 +363,62 @@ def _record(config: RunConfig, device: torch.device, model: Any, inputs: Inputs,
     }
 
 
-def _exact_match(config: RunConfig, model: Any, inputs: Inputs) -> float | None:
+def _prompts_at_once(
+    config: RunConfig, device: torch.device, inputs: Inputs, planned: preflight.Preflight | None
+) -> int:
+    """How many held-out prompts are answered at once: as the plan has it, or as fit now where there is none."""
+    if config.evaluation.exact_match is None:
+        return 1
+    if planned is not None and planned.plan is not None and planned.plan.answers is not None:
+        return preflight.prompts_at_once(planned.plan, device)
+    asked = scoring.answers_to(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
+    return preflight.prompts_in_free(config, device, asked)
+
+
+def _exact_match(config: RunConfig, model: Any, inputs: Inputs, at_once: int) -> float | None:
     """The share of held-out prompts that the model answers to the letter; None unless asked for."""
     if config.evaluation.exact_match is None:
         return None
     asked = inputs.held_out[: config.evaluation.exact_match]
-    return scoring.count_exact_matches(model, inputs.tokenizer, asked)
+    return scoring.count_exact_matches(model, inputs.tokenizer, asked, batch_size=at_once)
 
 
 def _sampler(model: Any, inputs: Inputs) -> Callable[[], dict[str, str]] | None:
     """Answers the first held-out prompt that leaves room for an answer; None where there is none."""
-    if inputs.task.name != GENERATION:
-        return None
-    prompts = ((example, data.encode_prompt(example, inputs.tokenizer)) for example in inputs.held_out)
-    found = next(((example, prompt) for example, prompt in prompts if len(prompt) < inputs.seq_len), None)
+    found = _sampled(inputs)
     if found is None:
         return None
     example, prompt = found
 
     def sample() -> dict[str, str]:
-        generated = scoring.answer(model, inputs.tokenizer, [prompt], SAMPLE_TOKENS)[0]
+        generated = scoring.answer(model, inputs.tokenizer, [prompt], scoring.SAMPLE_TOKENS)[0]
         return {"prompt": inputs.tokenizer.decode(prompt), "expected": example.completion, "generated": generated}
 
     return sample
+
+
+def _sampled(inputs: Inputs) -> tuple[Any, list[int]] | None:
+    """The example whose prompt is answered at each evaluation, and that prompt; None where there is none."""
+    if inputs.task.name != GENERATION:
+        return None
+    prompts = ((example, data.encode_prompt(example, inputs.tokenizer)) for example in inputs.held_out)
+    return next(((example, prompt) for example, prompt in prompts if len(prompt) < inputs.seq_len), None)
+
+
+def _held_out(config: RunConfig, inputs: Inputs) -> scoring.HeldOut:
+    """What the run does with its held-out data, in lengths."""
+    if inputs.evaluation is None:
+        return scoring.NOTHING_HELD_OUT
+    found, sampled, asked = _sampled(inputs), None, None
+    if found is not None:
+        sampled = scoring.Answers(1, len(found[1]), scoring.SAMPLE_TOKENS)
+    if inputs.task.model.decodes:
+        asked = answers_of_pairs(inputs.evaluation.rows)
+    elif config.evaluation.exact_match is not None:
+        asked = scoring.answers_to(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
+        asked = asked if sampled is None else asked.also(sampled)
+    longest = preflight.padded(inputs.longest_held_out)
+    return scoring.HeldOut(len(inputs.evaluation), min(longest, inputs.seq_len), sampled, asked)
 
 
 def _save(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from families import FAMILIES, save_tiny, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config
 
 from qlora_kit import base
@@ -29,8 +30,11 @@ from qlora_kit.base import (
 from qlora_kit.config import BaseConfig
 from qlora_kit.dense import dense_weight
 from qlora_kit.errors import UserError
+from qlora_kit.host_embedding import HostEmbedding, host_weight
+from qlora_kit.memory.track import MemoryTracker
+from qlora_kit.task_models import GENERATION
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 HAS_AVX512BF16 = bnb.functional.has_avx512bf16() if hasattr(bnb.functional, "has_avx512bf16") else False
 
 
@@ -328,3 +332,102 @@ def test_random_weights_on_a_gpu_are_those_of_16_bits_rounded(bits):
         weight_NK = plain.get_submodule(name).weight.float()
         error = (dense_weight(layer).float() - weight_NK).norm() / weight_NK.norm()
         assert error < {4: 0.15, 8: 0.02}[bits]
+
+
+class Arrivals(TorchDispatchMode):
+    """Notes the shape of all that is copied from the host to `meta`, which stands for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        copied = func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu"
+        if copied and found.device.type == "meta":
+            self.shapes.append(tuple(found.shape))
+        return found
+
+
+def untied(family="llama"):
+    config = FAMILIES[family]()
+    config.tie_word_embeddings = False
+    return config
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_an_embedding_that_lives_on_the_host_never_comes_to_the_device(tmp_path, bits, monkeypatch):
+    """It was loaded with all the rest, and moved away once everything was there: loading took more than the step."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # other threads would not be seen
+    model = base.transformers_class(GENERATION).from_config(untied())
+    model.save_pretrained(tmp_path)
+    shutil.copy(save_tiny(tmp_path / "tok", "llama") / "tokenizer.json", tmp_path)
+    config = BaseConfig(model=str(tmp_path), bits=bits)
+    architecture = base.load_model_config(config)
+    with Arrivals() as arrivals:
+        loaded = base._load_pretrained(architecture, config, META, torch.bfloat16, 0, "model.embed_tokens.weight")
+    table, shape = loaded.get_input_embeddings(), tuple(model.get_input_embeddings().weight.shape)
+    assert arrivals.shapes.count(shape) == 1  # the head
+    assert len(arrivals.shapes) >= 20
+    assert torch.equal(table.on_host, model.get_input_embeddings().weight.to(torch.bfloat16))
+    assert table.on_host.device == CPU
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
+    assert not hasattr(loaded, "_hf_hook")  # which would bring it over for each lookup
+    assert "forward" not in vars(table)
+
+
+def test_random_weights_on_the_host_leave_the_device_before_anything_else_comes():
+    """They are drawn on the device, so that they are the same wherever they live."""
+    model = base._structure(untied(), GENERATION).to(torch.bfloat16)
+    originals = {name: m for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    n_bytes = model.get_input_embeddings().weight.nbytes
+    tracker = MemoryTracker("meta", block_bytes=1)
+    with tracker:
+        base._materialize_all(model, originals, torch.bfloat16, META, 0, "model.embed_tokens.weight")
+    live, beside = 0, []
+    for event in tracker.events:
+        live += event.change_bytes
+        if event.change_bytes == n_bytes:
+            beside.append(live - n_bytes)
+    assert len(beside) == 2  # the embedding, the head
+    assert beside[0] == 0
+    assert live == sum(p.nbytes for p in model.parameters()) - n_bytes + 2  # a stand-in of one number
+    assert isinstance(model.get_input_embeddings(), HostEmbedding)
+
+
+def test_random_weights_are_the_same_wherever_the_embedding_lives():
+    config = BaseConfig(model="none", weights="random", bits=16)
+    here, there = (
+        base._build_random(untied(), config, CPU, 7, torch.bfloat16, on_host)
+        for on_host in (None, "model.embed_tokens.weight")
+    )
+    assert torch.equal(here.get_input_embeddings().weight, there.get_input_embeddings().on_host)
+    assert torch.equal(here.lm_head.weight, there.lm_head.weight)
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(here(ids).logits, there(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_embedding_may_live_on_the_host_where_the_head_has_another_weight(family):
+    own, apart = FAMILIES[family](), untied(family)
+    weight = host_weight(base._structure(own, GENERATION))
+    assert (weight is None) == own.tie_word_embeddings
+    weight = host_weight(base._structure(apart, GENERATION))
+    assert base._structure(apart, GENERATION).get_parameter(weight).shape[0] == own.vocab_size
+
+
+def test_everything_is_placed_on_the_device_but_the_embedding():
+    cuda = torch.device("cuda", 0)
+    assert base.placement(cuda) == {"": "cuda:0"}
+    assert base.placement(cuda, "model.embed_tokens.weight") == {"": "cuda:0", "model.embed_tokens.weight": CPU}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_model_is_loaded_with_the_embedding_on_the_host_where_it_is_asked_and_can_be(full):
+    config = BaseConfig(model="none", weights="random", bits=16, full=full)
+    for architecture, expected in ((untied(), not full), (FAMILIES["gpt2"](), False)):
+        model = load_base(config, META, architecture=architecture, embedding_on_host=True)
+        assert isinstance(model.get_input_embeddings(), HostEmbedding) is expected
+    on_cpu = load_base(config, CPU, architecture=untied(), embedding_on_host=True)
+    assert not isinstance(on_cpu.get_input_embeddings(), HostEmbedding)

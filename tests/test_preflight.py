@@ -11,10 +11,22 @@ import torch
 from families import save_tiny
 from rich.console import Console
 
-from qlora_kit import AdapterConfig, BaseConfig, DataConfig, OptimConfig, RunConfig, UserError, preflight, train
+from qlora_kit import (
+    AdapterConfig,
+    BaseConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    UserError,
+    preflight,
+    scoring,
+    train,
+)
 from qlora_kit.memory.fit import Budget
 from qlora_kit.memory.plan import plan
 from qlora_kit.memory.rules import find_gpu
+from qlora_kit.progress import PHASES
 
 CPU = torch.device("cpu")
 
@@ -63,6 +75,16 @@ def test_a_profiled_run_ends_with_what_was_saved_even_without_preflight(config):
     last = said.getvalue().strip().splitlines()[-1]
     assert "full fine-tuning (fp32 weights" in last
     assert last.endswith("of live tensors were measured")
+
+
+def test_the_peak_of_a_run_says_of_what_phase_it_is(config):
+    said = io.StringIO()
+    result = train(config, Console(file=said, width=300))
+    recorded = json.loads((result.folder / "run.json").read_text())["results"]
+    peaks = recorded["phase_peak_bytes"]
+    assert recorded["peak_bytes"] == result.peak_bytes == max(peaks.values()) == peaks[recorded["peak_phase"]]
+    assert set(peaks) <= set(PHASES)
+    assert f"({PHASES[result.peak_phase]})" in said.getvalue()
 
 
 def test_a_plan_changes_nothing_of_the_run(config):
@@ -131,3 +153,69 @@ def test_a_host_without_room_for_the_checkpoints_is_refused_with_everything_else
     for part in ("--offload-activations = 'on'", "72 MiB of checkpoints", "36 MiB are available", "--seq-len 256"):
         assert part in str(error)
     assert [fault.setting for fault in refusal(enough - 1, little).faults] == ["--model", "--offload-activations"]
+
+
+LONG = scoring.HeldOut(4, 512, None, scoring.Answers(8, 1000, 20))
+
+
+def gpt2(**evaluation) -> RunConfig:
+    base = BaseConfig(model="gpt2", weights="random")
+    return RunConfig(base=base, optim=OptimConfig(batch_size=1), evaluation=EvalConfig(**evaluation))
+
+
+def test_a_run_whose_answers_do_not_fit_is_refused_by_their_name_with_what_helps_them(monkeypatch):
+    """Its step would fit: only that was compared with what is free."""
+    config, gpu = gpt2(exact_match=8), find_gpu("rtx3060")
+    step = preflight.plan_run(config, CPU, 16, held_out=scoring.NOTHING_HELD_OUT).plan
+    with_answers = preflight.plan_run(config, CPU, 16, held_out=LONG).plan
+    assert with_answers.largest_stage == "generation"
+    assert step.device_bytes < with_answers.device_bytes - 2**20
+    free = Budget(with_answers.device_bytes - 1, "free on a test")
+    monkeypatch.setattr("qlora_kit.memory.fit.present_device", lambda: (gpu, free))
+    with pytest.raises(UserError) as caught:
+        preflight.plan_run(config, torch.device("cuda"), 16, held_out=LONG)
+    text = str(caught.value)
+    assert "largest in answering prompts (a prompt of 1000 tokens, with 20 more to answer)" in text
+    assert "no --exact-match" in text
+    fits = preflight.plan_run(gpt2(), torch.device("cuda"), 16, held_out=LONG)
+    assert list(fits.plan.stages) == ["loading", "evaluation", "step"]
+
+
+def test_as_many_prompts_at_once_as_the_plan_has_on_cuda_and_as_are_free_on_the_host(monkeypatch):
+    planned = preflight.plan_run(gpt2(exact_match=8), CPU, 16, held_out=LONG).plan
+    answers, loaded_bytes = planned.answers, planned.stages["loading"].peak_bytes
+    assert (answers.prompts, answers.most) == (1, 8)
+    assert preflight.prompts_at_once(planned, torch.device("cuda")) == 1
+    for more, expected in ((-1, 1), (2, 3), (100, 8)):
+        free = answers.one_bytes - loaded_bytes + more * answers.each_bytes
+        monkeypatch.setattr(preflight, "free_bytes", lambda device, free=free: free)
+        assert preflight.prompts_at_once(planned, CPU) == expected
+        in_free = preflight.prompts_in_free(gpt2(), CPU, LONG.asked)
+        assert in_free == pytest.approx(expected, abs=1)  # its plan has shorter steps, and other states
+    odd = RunConfig(base=BaseConfig(model="gpt2", weights="random"), adapter=AdapterConfig(targets=("none",)))
+    assert preflight.prompts_in_free(odd, CPU, LONG.asked) == scoring.ANSWER_BATCH
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_run_answers_as_many_prompts_at_once_as_it_is_told(config, monkeypatch, planned):
+    seen, stock = [], scoring.answer_all
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 1)
+
+    def spied(model, tokenizer, prompts, sampling, batch_size, tick=lambda count: None):
+        seen.append((len(prompts), batch_size))
+        return stock(model, tokenizer, prompts, sampling, batch_size, tick)
+
+    monkeypatch.setattr(scoring, "answer_all", spied)
+    data = dataclasses.replace(config.data, eval_data=config.data.data)
+    own = dataclasses.replace(config, data=data, evaluation=EvalConfig(exact_match=5), preflight=planned)
+    monkeypatch.setattr(scoring, "answer", lambda model, tokenizer, prompts, tokens: ["-"])  # the sample
+    result = train(own, Console(file=io.StringIO()))
+    assert seen == [(5, 1), (5, 1)]
+    if planned:
+        recorded = json.loads((result.folder / "plan.json").read_text())
+        assert recorded["answers"]["most"] == 5
+        assert list(recorded["stages"]) == ["loading", "evaluation", "generation", "step"]
+
+
+def test_what_is_free_is_a_number_of_bytes_that_the_host_may_have():
+    assert 2**20 < preflight.free_bytes(CPU) < 2**50

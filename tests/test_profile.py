@@ -22,7 +22,7 @@ from qlora_kit import assembly
 from qlora_kit.config import RunConfig
 from qlora_kit.memory.baselines import BASELINES
 from qlora_kit.memory.plan import MemoryPlan, plan
-from qlora_kit.memory.profile import Profiler, save_profile, summary_line
+from qlora_kit.memory.profile import Profiler, phase_part, save_profile, summary_line
 from qlora_kit.memory.profile_picture import draw_profile, drawn_points
 from qlora_kit.memory.profile_result import UNATTRIBUTED, Measured, MemoryProfile
 from qlora_kit.memory.simulate import run_step
@@ -264,7 +264,7 @@ def test_the_last_line_says_what_was_saved_and_what_is_only_predicted(planned):
         None, taking(planned, GIB), {BASELINES[1].said: taking(planned, 4 * GIB)}, measured_bytes=2 * GIB
     )
     assert line == (
-        "memory: peak 2.00 GiB measured (predicted 1.00 GiB); "
+        "memory: peak of the step 2.00 GiB measured (predicted 1.00 GiB); "
         "full fine-tuning (fp32 weights, bf16 autocast, AdamW) would take 4.00 GiB (predicted): saves 50%"
     )
 
@@ -272,8 +272,20 @@ def test_the_last_line_says_what_was_saved_and_what_is_only_predicted(planned):
 def test_a_negative_saving_is_reported_as_such(planned):
     line = summary_line(None, taking(planned, 3 * GIB), {BASELINES[0].said: taking(planned, 2 * GIB)})
     assert line == (
-        "memory on a GPU: peak 3.00 GiB predicted, not measured; "
+        "memory on a GPU: peak of the step 3.00 GiB predicted, not measured; "
         "16-bit LoRA (bf16 base, AdamW) would take 2.00 GiB (predicted): saves nothing, takes 50% more"
+    )
+
+
+def test_a_phase_that_took_more_than_the_step_is_said_beside_its_own_prediction(planned):
+    assert phase_part(planned, {"loading": GIB, "step": 2 * GIB}) == phase_part(planned, {}) == ""
+    loading = dataclasses.replace(planned.stages["loading"], peak_bytes=GIB)
+    found = dataclasses.replace(planned, stages={**planned.stages, "loading": loading})
+    measured = {"step": GIB, "loading": 3 * GIB, "generation": GIB}
+    assert phase_part(found, measured) == "its largest phase is loading: 3.00 GiB measured, 1.00 GiB predicted"
+    assert phase_part(found, {}) == "its largest phase is loading: 1.00 GiB predicted"
+    assert phase_part(found, {"initialization": GIB, "step": 1}) == (
+        "its largest phase is fitting the factors to the data: 1.00 GiB measured"
     )
 
 

@@ -78,6 +78,8 @@ def test_metrics_are_read_by_their_usual_names_from_what_a_run_reports():
         "exact_match_before": 0.0,
         "exact_match_after": 0.25,
         "peak_bytes": 100,
+        "peak_phase": "step",
+        "phase_peak_bytes": {"step": 100, "loading": 90},
         "metrics": {"f1": 0.5, "report": {"macro": 0.4}},
         "folder": "x",
         "nothing": None,
@@ -86,7 +88,7 @@ def test_metrics_are_read_by_their_usual_names_from_what_a_run_reports():
     assert metric_of(results, "exact_match") == 0.25
     assert metric_of(results, "f1") == 0.5
     assert metric_of(results, "macro") == 0.4
-    for absent in ("accuracy", "steps", "peak_bytes", "train_loss", "folder", "nothing"):
+    for absent in ("accuracy", "steps", "step", "loading", "peak_bytes", "train_loss", "folder", "nothing"):
         assert metric_of(results, absent) is None
 
 

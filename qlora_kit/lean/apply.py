@@ -39,6 +39,15 @@ PIECES: tuple[Piece, ...] = (
 )
 
 
+def loads_embedding_on_host(settings: LeanConfig) -> bool:
+    """Whether a model whose pieces `settings` choose is to be loaded with its input embedding on the host.
+
+    Moved there later, it would have been on the device together with all the rest.
+    """
+    is_piece = any(piece.setting == "offload_embedding" for piece in PIECES)
+    return is_piece and settings.lean == "on" and settings.offload_embedding == "on"
+
+
 def make_lean(model: Any, settings: LeanConfig) -> dict[str, Outcome]:
     """Put every piece that `settings` asks for on `model` (base and factors); what each one did, by its name.
 

@@ -9,6 +9,7 @@ from qlora_kit.config import LeanConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan
+from qlora_kit.scoring import NOTHING_HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def baseline_plan(
 ) -> MemoryPlan:
     """The plan of `baseline` with the batch, length and adapters of `config`: the stock step with `adamw`.
 
-    With it a number in bf16 factors takes 14 bytes in all, where stock PEFT's fp32 factors take 16.
+    It is of its step alone, which is what is compared. With it a number in bf16 factors takes 14 bytes in all, where
+    stock PEFT's fp32 factors take 16.
     `checkpointing` overrides the run's own. Raises `UserError`.
     """
     optim = dataclasses.replace(config.optim, optim="adamw")
@@ -84,7 +86,7 @@ def baseline_plan(
         optim = dataclasses.replace(optim, gradient_checkpointing=checkpointing)
     model = dataclasses.replace(config.base, bits=baseline.bits, full=baseline.full)
     stock = dataclasses.replace(config, base=model, optim=optim, lean=LeanConfig(lean="off"))
-    return plan(stock, gpu=gpu, autocast=baseline.autocast)
+    return plan(stock, gpu=gpu, autocast=baseline.autocast, held_out=NOTHING_HELD_OUT)
 
 
 def possible_plan(

@@ -17,6 +17,7 @@ from qlora_kit.config import RunConfig, flag, settings
 from qlora_kit.errors import UserError
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan, resolve_architecture
+from qlora_kit.scoring import HeldOut
 
 UNITS = {
     "B": 1,
@@ -133,14 +134,22 @@ def present_device() -> tuple[rules.Gpu, Budget]:
 
 
 class Planner:
-    """Plans of one run with other settings, each made once; `tick` is called for each new one."""
+    """Plans of one run with other settings, each made once; `tick` is called for each new one.
+
+    `held_out` is what the run evaluates and answers, where that is known.
+    """
 
     def __init__(
-        self, config: RunConfig, gpu: rules.Gpu | None = None, tick: Callable[[int], None] | None = None
+        self,
+        config: RunConfig,
+        gpu: rules.Gpu | None = None,
+        tick: Callable[[int], None] | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.config = config
         self.gpu = gpu
         self.tick = tick
+        self.held_out = held_out
         self._plans: dict[tuple[tuple[str, Any], ...], MemoryPlan] = {}
 
     @property
@@ -151,13 +160,14 @@ class Planner:
         """The plan of the run with `changes`, by setting name. Raises `UserError`."""
         key = tuple(sorted(changes.items()))
         if key not in self._plans:
-            self._plans[key] = plan(with_settings(self.config, changes), gpu=self.gpu)
+            changed = with_settings(self.config, changes)
+            self._plans[key] = plan(changed, gpu=self.gpu, held_out=self.held_out)
             if self.tick is not None:
                 self.tick(self.n_plans)
         return self._plans[key]
 
     def need_bytes(self, batch_size: int, seq_len: int) -> int:
-        """What the device must have free for the run with another batch and length."""
+        """What the device must have free for the run, in its largest phase, with another batch and length."""
         return self.plan(batch_size=batch_size, seq_len=seq_len).device_bytes
 
 
@@ -311,6 +321,8 @@ def flags_of(change: Settings) -> str:
 
 
 def _flag_text(name: str, value: Any) -> str:
+    if value is None:
+        return f"no {flag(name)}"
     if isinstance(value, bool):
         return flag(name) if value else flag(f"no_{name}")
     return f"{flag(name)} {value}"
@@ -325,6 +337,8 @@ def _candidates(config: RunConfig, now: MemoryPlan) -> Iterator[Settings]:
         yield {"gradient_checkpointing": True}
     if config.data.pack:
         yield {"pack": False}
+    if config.evaluation.exact_match is not None:
+        yield {"exact_match": None}
     if now.optim != "paged_adamw_8bit":
         yield {"optim": "paged_adamw_8bit"}
     if config.base.bits > 4:

@@ -174,7 +174,7 @@ def _int8_quantize(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwa
 def _int8_product(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The product in int32, then fp16 (the only dtype that the kernel gives), then the dtype asked for."""
     x_MK, weight_NK = args[:2]
-    dtype = kwargs.get("dtype") or torch.float16
+    dtype = (args[5] if len(args) > 5 else kwargs.get("dtype")) or torch.float16  # the dispatcher puts it in its place
     shape = (*x_MK.shape[:-1], weight_NK.shape[0])
     with tracker:
         sums_MN = torch.empty(shape, dtype=torch.int32, device=x_MK.device)

@@ -180,7 +180,7 @@ def _bars(report: PlanReport) -> list[Bar]:
 
 
 def _bar(name: str, note: str, plan: MemoryPlan) -> Bar:
-    return Bar(name, note, plan.components, plan.device_bytes - plan.peak_bytes)
+    return Bar(name, note, plan.components, plan.beside_bytes)
 
 
 def _label_part(axes: Axes, x: float, y: float, name: str, value: str) -> None:

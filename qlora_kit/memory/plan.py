@@ -14,11 +14,16 @@ from qlora_kit import base, shapes, unquantized
 from qlora_kit.adversarial import passes_of
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.memory import rules
+from qlora_kit.memory import rules, stages
 from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
+from qlora_kit.memory.loading import loading_components
 from qlora_kit.memory.shortcut import MetaResults
-from qlora_kit.memory.simulate import Recipe, Record, resolve_cuda_optim, simulate
+from qlora_kit.memory.simulate import STEPS, Recipe, Record, resolve_cuda_optim, simulate
+from qlora_kit.memory.stages import AnswerBatch, Occasion, Stage
 from qlora_kit.memory.track import CATEGORIES, Peak, peaks_by_region
+from qlora_kit.progress import LOADING, STEP
+from qlora_kit.scoring import NOTHING_HELD_OUT, HeldOut
+from qlora_kit.task_models import task_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,12 +60,14 @@ class Point:
 class MemoryPlan:
     """The predicted memory of a run on a GPU; all sizes are bytes.
 
-    `peak_bytes` predicts `torch.cuda.max_memory_allocated`, reached in `phase` at `operation`; `components` sums to
-    it exactly. `extras` come on top and outside that counter (context, fragmentation, paged states); of them, and on
-    the host, are the `host_bytes` of checkpoints, in pinned memory. `series` has a
-    point for every phase, and every block in it, in the order of the run: the second step, after what the first
-    showed. `phases` is the peak of each phase over all steps. A step takes `passes` forward and backward passes over
-    each batch.
+    `peak_bytes` is the step's: it predicts `torch.cuda.max_memory_allocated` of it, reached in `phase` at `operation`,
+    and `components` sums to it exactly. `stages` has the peaks of all that the run does (of "loading", "evaluation",
+    "generation" and "step" those that there are); the run fits when the largest of them fits. `extras` come on top of
+    that one and outside torch's counter (context, fragmentation, paged states); of them, and on the host, are the
+    `host_bytes` of checkpoints, in pinned memory. `series` has a point for every phase of
+    the step, and every block in it, in their order: the second step, after what the first showed. `phases` is the peak
+    of each phase over all steps. A step takes `passes` forward and backward passes over each batch. `answers` is there
+    where the run answers prompts as many at once as it has room for.
     """
 
     peak_bytes: int
@@ -82,23 +89,49 @@ class MemoryPlan:
     attention: str
     passes: int
     gpu: str | None
+    stages: dict[str, Stage]
+    answers: AnswerBatch | None
+
+    @property
+    def largest_stage(self) -> str:
+        """The phase of the run that takes the most, for which the GPU must have room; of equal ones the step."""
+        return max(self.stages, key=lambda name: (self.stages[name].peak_bytes, name == STEP))
+
+    @property
+    def largest(self) -> Stage:
+        """The same phase itself."""
+        return self.stages[self.largest_stage]
+
+    @property
+    def beside_bytes(self) -> int:
+        """What lies on the GPU beside what torch counts."""
+        return sum(extra.n_bytes for extra in self.extras if extra.on_device)
 
     @property
     def device_bytes(self) -> int:
-        """What the GPU must have free: the peak and everything beside it."""
-        return self.peak_bytes + sum(extra.n_bytes for extra in self.extras if extra.on_device)
+        """What the GPU must have free: the largest peak of the run and everything beside it."""
+        return self.largest.peak_bytes + self.beside_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
-        return {**dataclasses.asdict(self), "device_bytes": self.device_bytes}
+        more = {"device_bytes": self.device_bytes, "largest_stage": self.largest_stage}
+        return {**dataclasses.asdict(self), **more}
 
 
-def plan(config: RunConfig, *, exact: bool = False, gpu: rules.Gpu | None = None, autocast: bool = False) -> MemoryPlan:
+def plan(
+    config: RunConfig,
+    *,
+    exact: bool = False,
+    gpu: rules.Gpu | None = None,
+    autocast: bool = False,
+    held_out: HeldOut | None = None,
+) -> MemoryPlan:
     """Predict the memory of the run `config` on `gpu` (by default one of compute capability 8), without one.
 
     Nothing is downloaded but, for a hub model, its config.json. Layers that are all equal are simulated three and
     four deep and extrapolated (likewise groups of them that repeat), unless `exact`. `autocast` plans fp32 weights
     under autocast, as transformers' Trainer runs with `bf16=True` (a baseline: this toolkit does not train so).
+    `held_out` says what is evaluated and answered; by default what the settings let expect (see `stages.assumed`).
     Raises `UserError`, and of its kind `CannotPlanError` for a model that does not run on `meta`.
     """
     architecture = resolve_architecture(config)
@@ -108,9 +141,13 @@ def plan(config: RunConfig, *, exact: bool = False, gpu: rules.Gpu | None = None
         autocast,
         rules.DEFAULT_CAPABILITY if gpu is None else gpu.capability,
     )
+    if held_out is None:
+        held_out = stages.assumed(config, recipe.seq_len) if config.data.holds_out else NOTHING_HELD_OUT
+    task, positions = task_of(config.base.task, architecture), base.max_positions(architecture)
+    occasions = stages.occasions(config, held_out, recipe.seq_len, task, positions)
     with failures_named(config):
-        record, peaks, exact = _run(config, recipe, architecture, exact)
-    return _plan_of(config, recipe, architecture, record, peaks, exact, gpu)
+        record, peaks, exact = _run(config, recipe, architecture, exact, occasions)
+    return _plan_of(config, recipe, architecture, record, peaks, exact, gpu, occasions)
 
 
 @contextmanager
@@ -173,7 +210,7 @@ def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
 
 
 def _run(
-    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, exact: bool
+    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, exact: bool, occasions: tuple[Occasion, ...]
 ) -> tuple[Record, list[Peak], bool]:
     """The record and the peaks of the run, and whether every layer was simulated."""
     own_blocks = config.adapter.differs_by_block and not config.base.full
@@ -184,19 +221,21 @@ def _run(
         unquantized.check(config, whole)  # here it has all its layers
     if period is not None:
         try:
-            return *_run_shallow(config, recipe, architecture, period), False
+            return *_run_shallow(config, recipe, architecture, period, occasions), False
         except NotEvenError:
             pass
-    return *_run_whole(config, recipe, architecture), True
+    return *_run_whole(config, recipe, architecture, occasions), True
 
 
-def _run_whole(config: RunConfig, recipe: Recipe, architecture: PretrainedConfig) -> tuple[Record, list[Peak]]:
-    record = simulate(config, recipe, copy.deepcopy(architecture))
+def _run_whole(
+    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, occasions: tuple[Occasion, ...]
+) -> tuple[Record, list[Peak]]:
+    record = simulate(config, recipe, copy.deepcopy(architecture), afterwards=[each.run for each in occasions])
     return record, list(peaks_by_region(record.events).values())
 
 
 def _run_shallow(
-    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, period: int
+    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, period: int, occasions: tuple[Occasion, ...]
 ) -> tuple[Record, list[Peak]]:
     """The peaks at full depth from two shallow runs; likewise the numbers of the record, whose events stay shallow."""
     results, layers = MetaResults(), architecture.num_hidden_layers
@@ -207,6 +246,7 @@ def _run_shallow(
             with_layers(architecture, n * period),
             first_step=False,
             results=results,
+            afterwards=[each.run for each in occasions],
         )
         for n in (SHALLOW, DEEP)
     )
@@ -227,17 +267,27 @@ def _plan_of(
     peaks: list[Peak],
     exact: bool,
     gpu: rules.Gpu | None,
+    occasions: tuple[Occasion, ...],
 ) -> MemoryPlan:
     library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
-    points = [_point(peak, library_bytes) for peak in peaks]
+    whole = [_point(peak, library_bytes) for peak in peaks]
+    points = [point for point in whole if point.step <= STEPS]
     highest = max(points, key=lambda point: point.live_bytes)
+    step = _stage(highest, f"{config.optim.batch_size} x {recipe.seq_len} tokens")
+    occasional = list(_occasional(occasions, whole))
+    loading = next(point for point in points if point.phase == "load")
+    components = loading_components(loading.components, record.quantizing_bytes, not config.base.full)
+    load = Stage(sum(components.values()), "the base, and factors on it", "", components)
+    beside, answers = stages.besides_step(occasional, step.peak_bytes)
+    found = {LOADING: load, **beside, STEP: step}
+    largest_bytes = max(stage.peak_bytes for stage in found.values())
     return MemoryPlan(
         peak_bytes=highest.live_bytes,
         phase=highest.phase,
         block=highest.block,
         operation=highest.operation,
         components=highest.components,
-        extras=rules.extras(highest.live_bytes, record.paged_bytes, record.host_bytes, recipe.capability),
+        extras=rules.extras(largest_bytes, record.paged_bytes, record.host_bytes, recipe.capability),
         host_bytes=record.host_bytes,
         phases=_by_phase(points),
         series=tuple(point for point in points if point.step == max(p.step for p in points)),
@@ -251,7 +301,22 @@ def _plan_of(
         attention=record.attention,
         passes=passes_of(config.optim),
         gpu=None if gpu is None else gpu.name,
+        stages=found,
+        answers=answers,
     )
+
+
+def _occasional(occasions: Iterable[Occasion], points: Iterable[Point]) -> Iterator[tuple[Occasion, Stage]]:
+    """The highest moment of each occasion; they follow the steps."""
+    begin = STEPS + 1
+    for occasion in occasions:
+        own = (point for point in points if begin <= point.step < begin + occasion.passes)
+        yield occasion, _stage(max(own, key=lambda point: point.live_bytes), str(occasion))
+        begin += occasion.passes
+
+
+def _stage(point: Point, what: str) -> Stage:
+    return Stage(point.live_bytes, what, point.operation, point.components)
 
 
 def _point(peak: Peak, library_bytes: int) -> Point:

@@ -24,7 +24,7 @@ from qlora_kit.memory.profile_cpu import BatchShape, CpuTracker, mark_clipping, 
 from qlora_kit.memory.profile_cuda import CudaTracker
 from qlora_kit.memory.profile_result import Measured, MemoryProfile, Prediction
 from qlora_kit.memory.watch import watch
-from qlora_kit.progress import human_bytes
+from qlora_kit.progress import PHASES, STEP, human_bytes
 
 PROFILE_FILE = "profile.json"
 STEPS = 3  # optimizer states are born in the first, so that the second already shows the peak
@@ -42,6 +42,7 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
     On CUDA it resets the allocator's peaks: the peak of the whole run is the larger one of `highest_bytes` and
     `torch.cuda.max_memory_allocated`. `snapshot` is a file to write for PyTorch's memory viewer (CUDA only).
+    `load_peak_bytes` is what loading took, where the peaks have been begun anew since.
     `predicts` off leaves the prediction out.
     """
 
@@ -52,12 +53,14 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         steps: int = STEPS,
         snapshot: Path | None = None,
         predicts: bool = True,
+        load_peak_bytes: int = 0,
     ) -> None:
         self.config = config
         self.device = device
         self.steps = steps
         self.snapshot = snapshot if device.type == "cuda" else None
         self.predicts = predicts
+        self.load_peak_bytes = load_peak_bytes
         self.profile: MemoryProfile | None = None
         self.shapes: list[list[BatchShape]] = []
         self._tracker: CpuTracker | CudaTracker | None = None
@@ -121,7 +124,8 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             return
         if isinstance(tracker, CudaTracker):
             played = tracker.finish(self.snapshot)
-            measured = Measured(played.events, played.lines, tracker.counters, tracker.load_peak_bytes)
+            load_peak_bytes = max(tracker.load_peak_bytes, self.load_peak_bytes)
+            measured = Measured(played.events, played.lines, tracker.counters, load_peak_bytes)
         else:
             tracker.stop()
             measured = Measured(tracker.events, tracker.lines)
@@ -228,22 +232,37 @@ def summary_line(
     baselines: Mapping[str, MemoryPlan],
     measured_bytes: int | None = None,
 ) -> str:
-    """The line at the end of a run: its peak on a GPU, and what the baselines would have taken there.
+    """The line at the end of a run: the peak of its step on a GPU, and what the baselines would have taken there.
 
-    `baselines` is by what they are called, their recipe with it. `measured_bytes` is CUDA's own count for the whole
-    run, which needs no profile; a CPU's figure is said besides, and never compared with a GPU's.
+    `baselines` is by what they are called, their recipe with it. `measured_bytes` is CUDA's own count for the step,
+    which needs no profile; a CPU's figure is said besides, and never compared with a GPU's.
     """
     on_cuda = profile is not None and profile.counters
     measured = max(measured_bytes or 0, profile.peak_bytes if profile is not None and on_cuda else 0)
     peak = measured or plan.peak_bytes
     if measured:
-        parts = [f"memory: peak {human_bytes(peak)} measured (predicted {human_bytes(plan.peak_bytes)})"]
+        parts = [f"memory: peak of the step {human_bytes(peak)} measured (predicted {human_bytes(plan.peak_bytes)})"]
     else:
-        parts = [f"memory on a GPU: peak {human_bytes(peak)} predicted, not measured"]
+        parts = [f"memory on a GPU: peak of the step {human_bytes(peak)} predicted, not measured"]
     parts += [_against(peak, name, baseline.peak_bytes) for name, baseline in baselines.items()]
     if profile is not None and not on_cuda:
         parts.append(f"on this CPU {human_bytes(profile.peak_bytes)} of live tensors were measured")
     return "; ".join(parts)
+
+
+def phase_part(plan: MemoryPlan, measured: Mapping[str, int]) -> str:
+    """What is said of the phase of a run that took more than its step, or is to; "" where none did.
+
+    `measured` are CUDA's peaks by phase, empty where there are none: then it is that of the plan.
+    """
+    taken = measured or {name: stage.peak_bytes for name, stage in plan.stages.items()}
+    largest = max(taken, key=lambda name: (taken[name], name == STEP))
+    if largest == STEP:
+        return ""
+    planned = plan.stages.get(largest)
+    predicted = "" if planned is None else f"{human_bytes(planned.peak_bytes)} predicted"
+    shown = f"{human_bytes(taken[largest])} measured" + (f", {predicted}" if planned else "") if measured else predicted
+    return f"its largest phase is {PHASES[largest]}: {shown}"
 
 
 def _against(peak_bytes: int, name: str, baseline_bytes: int) -> str:

@@ -18,7 +18,7 @@ from qlora_kit.memory import rules
 from qlora_kit.memory.baselines import Baseline
 from qlora_kit.memory.fit import Budget, Change, Fit, Fitting
 from qlora_kit.memory.plan import MemoryPlan
-from qlora_kit.progress import human_bytes
+from qlora_kit.progress import PHASES, human_bytes
 
 NOT_VALIDATED = "predicted, not yet validated on hardware"
 PHASES_IN_WORDS = {
@@ -144,13 +144,20 @@ def say_plan(report: PlanReport, console: Console) -> None:
     for line in _time_lines(config, plan):
         console.print(line)
     console.print()
-    console.print(Text(f"Peak of torch.cuda.max_memory_allocated: {human_bytes(plan.peak_bytes)}", style="bold green"))
+    peak = f"Peak of torch.cuda.max_memory_allocated in the training step: {human_bytes(plan.peak_bytes)}"
+    console.print(Text(peak, style="bold green"))
     console.print(f"  in {where(plan)}")
-    console.print(f"The GPU must have free: {human_bytes(plan.device_bytes)}")
+    console.print(f"The GPU must have free: {human_bytes(plan.device_bytes)}, which {largest_in_words(plan)} takes")
     console.print(f"  ({NOT_VALIDATED})\n")
     console.print(_components_table(plan))
     console.print(_extras_table(plan))
     console.print(_phases_table(plan))
+    console.print(_stages_table(plan))
+
+
+def largest_in_words(plan: MemoryPlan) -> str:
+    """The phase of the run that takes the most, and what is done in it."""
+    return f"{PHASES[plan.largest_stage]} ({plan.largest.what})"
 
 
 def _time_lines(config: RunConfig, plan: MemoryPlan) -> list[str]:
@@ -218,6 +225,16 @@ def _phases_table(plan: MemoryPlan) -> Table:
     return table
 
 
+def _stages_table(plan: MemoryPlan) -> Table:
+    table = _table("\nThe peak of each phase of the run", "phase", "size", "largest component", "~of")
+    for name, stage in plan.stages.items():
+        is_largest = name == plan.largest_stage
+        largest = max(stage.components, key=lambda kind: stage.components[kind])
+        marked = f"{PHASES[name]}{' (the largest)' if is_largest else ''}"
+        table.add_row(marked, human_bytes(stage.peak_bytes), largest, stage.what, style="bold" if is_largest else None)
+    return table
+
+
 def say_compared(report: PlanReport, console: Console) -> None:
     """Print the run beside the ways to train that it is compared with."""
     table = _table("\nThe same run otherwise", "run", "peak", "in", "with extras", "ratio", "saved here", "~recipe")
@@ -259,9 +276,11 @@ def say_budget(report: PlanReport, console: Console) -> None:
         console.print(Text(f"\nFits into {size}, with {left} to spare.", style="bold green"))
         return
     over = human_bytes(plan.device_bytes - budget.n_bytes)
-    largest = max(plan.components, key=lambda name: plan.components[name])
+    components = plan.largest.components
+    largest = max(components, key=lambda name: components[name])
     console.print(Text(f"\nDoes not fit into {size}: it needs {over} more.", style="bold red"))
-    console.print(f"Largest part: {largest}, {human_bytes(plan.components[largest])}.")
+    console.print(f"It is largest in {largest_in_words(plan)}.")
+    console.print(f"Largest part: {largest}, {human_bytes(components[largest])}.")
     if report.together is not None:
         then = human_bytes(report.together.device_bytes)
         console.print(f"With {report.together.flags} it needs {then}, and fits.")

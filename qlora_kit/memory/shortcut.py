@@ -14,11 +14,16 @@ _Key = tuple[Any, ...]
 
 
 class MetaResults:
-    """Layouts of results by operator and arguments; for operators that neither change nor share their arguments."""
+    """Layouts of results by operator and arguments; for operators that neither change nor share their arguments.
+
+    Of those that write into their first argument it knows which leave its layout as it is: on `meta` they do nothing.
+    """
 
     def __init__(self) -> None:
         self._known: dict[_Key, tuple[bool, list[_Layout | None]]] = {}
         self._pure: dict[Any, bool] = {}
+        self._writes: dict[Any, bool] = {}
+        self._idle: set[_Key] = set()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of `func` on `meta`: fresh tensors with the layouts that it had before, or worked out now."""
@@ -27,7 +32,7 @@ class MetaResults:
             pure = self._pure[func] = _is_pure(func)
         key = _key(func, args, kwargs) if pure else None
         if key is None:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if pure else self._run_writing(func, args, kwargs)
         known = self._known.get(key)
         if known is None:
             result = func(*args, **kwargs)
@@ -43,6 +48,21 @@ class MetaResults:
         ]
         return tensors[0] if single else tuple(tensors)
 
+    def _run_writing(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        writes = self._writes.get(func)
+        if writes is None:
+            writes = self._writes[func] = _writes_into_first(func)
+        key = _key(func, args, kwargs) if writes else None
+        if key is None:
+            return func(*args, **kwargs)
+        if key in self._idle:
+            return args[0]
+        before = _place(args[0])
+        result = func(*args, **kwargs)
+        if result is args[0] and _place(result) == before:
+            self._idle.add(key)
+        return result
+
     def _remember(self, key: _Key, result: Any) -> None:
         single = isinstance(result, torch.Tensor)
         parts = [result] if single else result
@@ -56,6 +76,18 @@ def _is_pure(func: Any) -> bool:
     shares = any(part.alias_info is not None for part in (*schema.arguments, *schema.returns))
     lists = any("Tensor[]" in str(part.type) for part in schema.returns)  # a tuple is not the list they give
     return not shares and not lists and func.namespace == "aten"
+
+
+def _writes_into_first(func: Any) -> bool:
+    """Whether `func` changes its first argument, no other, and returns it."""
+    changed = [part.alias_info is not None and part.alias_info.is_write for part in func._schema.arguments]
+    returned = [part.alias_info is not None for part in func._schema.returns]
+    return changed[:1] == [True] and changed.count(True) == 1 and returned == [True] and func.namespace == "aten"
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), storage._cdata, storage.nbytes()
 
 
 def _shares(result: Any, args: tuple[Any, ...]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -18,7 +18,7 @@ import torch
 from qlora_kit import assembly, base
 from qlora_kit.config import RunConfig
 from qlora_kit.lean import flat, offload
-from qlora_kit.memory import kernels, rules
+from qlora_kit.memory import kernels, loading, rules
 from qlora_kit.memory.autocast import MetaAutocast
 from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.track import Event, MemoryTracker
@@ -38,6 +38,7 @@ PACKED_EXAMPLE_TOKENS = 256  # of an example in a packed row, in a plan: an assu
 
 Autocast = Callable[[bool], AbstractContextManager[Any]]
 Build = Callable[[RunConfig, torch.device, Any], Any]
+Afterwards = Callable[[MemoryTracker, Any, RunConfig, "Autocast | None"], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Recipe:
 class Record:
     """What a simulation saw: every change of live bytes, states outside torch's allocator, and the model's size.
 
-    `host_bytes`: the pinned memory of the host that checkpoints lie in.
+    `host_bytes`: the pinned memory of the host that checkpoints lie in. `quantizing_bytes`: see
+    `loading.quantizing_bytes`.
     """
 
     events: list[Event]
@@ -69,6 +71,7 @@ class Record:
     n_parameters: int
     n_trainable: int
     attention: str
+    quantizing_bytes: int
 
 
 def simulate(
@@ -79,12 +82,14 @@ def simulate(
     first_step: bool = True,
     results: MetaResults | None = None,
     build: Build = assembly.build_model,
+    afterwards: Sequence[Afterwards] = (),
 ) -> Record:
     """Build the model of `config` on `meta`, train it for two steps, and return what that did to memory.
 
     Without `first_step` only the optimizer runs in the first one: the states are born, and its forward and backward
     pass, which need less than the second's, are left out. `results` is shared between simulations to save time.
-    `build` makes the model: the trainer's own, unless a benchmark compares it with another.
+    `build` makes the model: the trainer's own, unless a benchmark compares it with another. What is done `afterwards`,
+    with the tracker, the model and the autocast of the step, counts as steps that follow.
     Leaves nothing behind in the process. Raises `UserError` for a model that cannot be found or built.
     """
     results = results if results is not None else MetaResults()
@@ -106,11 +111,16 @@ def simulate(
                 batches = [make_batch(config, recipe.seq_len, model.config) for _ in range(config.optim.grad_accum)]
                 run_step(tracker, model, optimizer, batches, config.optim.clip, autocast)
                 del batches
+            for act in afterwards:
+                tracker.begin_step()
+                act(tracker, model, config, autocast)
         tracker.stop()
+        quantizing_bytes = loading.quantizing_bytes(model, results)
         attention = str(getattr(model.config, "_attn_implementation", ""))
         host_bytes = offload.host_bytes(model)
     paged_bytes = sum(t.nbytes for t in paged)
-    return Record(tracker.events, paged_bytes, host_bytes, count.total, count.trainable, attention)
+    sizes = (paged_bytes, host_bytes, count.total, count.trainable)
+    return Record(tracker.events, *sizes, attention, quantizing_bytes)
 
 
 def run_step(
@@ -178,15 +188,15 @@ def _autocast_of(config: RunConfig, recipe: Recipe) -> Autocast | None:
     return lambda recomputes: MetaAutocast(not recomputes, lower)
 
 
-def make_batch(config: RunConfig, seq_len: int, model_config: Any) -> dict[str, Any]:
-    """A full batch on `meta`, with the shapes and dtypes of `data.Collator`'s.
+def make_batch(config: RunConfig, seq_len: int, model_config: Any, rows: int | None = None) -> dict[str, Any]:
+    """A batch on `meta` of `rows`, by default as many as a step takes, with the shapes and dtypes of `data.Collator`'s.
 
     A packed row is full of examples of `PACKED_EXAMPLE_TOKENS`: flash attention's backward pass takes rows for each.
     """
     from qlora_kit.data import packed_mask_dtype, segment_tensors
     from qlora_kit.lean import varlen
 
-    shape = (config.optim.batch_size, seq_len)
+    shape = (rows or config.optim.batch_size, seq_len)
     batch = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=META)}
     batch["labels"] = _labels(config, shape, model_config)
     if not config.data.pack:

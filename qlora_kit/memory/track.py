@@ -28,6 +28,7 @@ CATEGORIES = (
     "optimizer states",
     "checkpoints",  # what is kept between blocks for the recomputation
     "activations",
+    "cache",  # of keys and values, while prompts are answered
     "recomputed block",
     "loss",  # logits and what follows the head
     "inputs",

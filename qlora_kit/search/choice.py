@@ -11,7 +11,14 @@ from typing import Any
 from qlora_kit.search.space import Point, label_of
 
 LOWER_IS_BETTER = ("loss", "perplexity")  # endings of metrics; of every other one more is better
-NO_METRICS = ("steps", "train_loss", "peak_bytes", "tokens_per_s", "exact_match_before")  # not of held-out data
+NO_METRICS = (  # not of held-out data
+    "steps",
+    "train_loss",
+    "peak_bytes",
+    "phase_peak_bytes",
+    "tokens_per_s",
+    "exact_match_before",
+)
 FINISHED, RUNNING, WAITING, RULED_OUT = "finished", "running", "waiting", "ruled out"
 
 
@@ -67,9 +74,11 @@ def reported(results: Mapping[str, Any]) -> dict[str, float]:
     """Every number that `results` (of a `run.json`) has of the held-out data, by name; nested ones by their own."""
     found: dict[str, float] = {}
     for name, value in results.items():
+        if name in NO_METRICS:
+            continue
         if isinstance(value, Mapping):
             found.update(reported(value))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name not in NO_METRICS:
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found[name] = float(value)
     return found
 

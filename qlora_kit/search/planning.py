@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qlora_kit.errors import UserError
+from qlora_kit.memory import stages
 from qlora_kit.memory.fit import Budget, Planner, parse_size, present_device
 from qlora_kit.memory.plan import CannotPlanError
 from qlora_kit.preflight import with_rows
@@ -58,7 +59,8 @@ def plan_memory(
         return PlannedMemory({}, None)
     budget = read_budget(budget_text, device_type)
     gpu = present_device()[0] if device_type == "cuda" else None
-    planner = Planner(with_rows(config, longest_tokens), gpu, tick)
+    held_out = stages.assumed(config, longest_tokens)  # one of the folds holds out the longest row
+    planner = Planner(with_rows(config, longest_tokens), gpu, tick, held_out)
     try:
         needed = {folder_name(point): _needed_bytes(planner, point, budget) for point in space.points()}
     except CannotPlanError as error:

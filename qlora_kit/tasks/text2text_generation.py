@@ -17,7 +17,7 @@ from qlora_kit.data.audit import AuditReport, audit_lengths
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
 from qlora_kit.runs import write_json
-from qlora_kit.scoring import end_ids, undisturbed
+from qlora_kit.scoring import Answers, end_ids, undisturbed
 from qlora_kit.task_models import TEXT2TEXT, sequence_loss
 from qlora_kit.tasks import source_targets
 from qlora_kit.tasks.source_targets import SourceTarget
@@ -223,7 +223,7 @@ def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
 
     An answer may have a few tokens more than the longest target: that is the same for all, whatever their batches.
     """
-    most = max(len(row.labels) for row in asked.rows) + MORE_TOKENS
+    most = answers_of_pairs(asked.rows).new_tokens
     total, tokens = 0.0, 0
     answers: list[str] = []
     with undisturbed(model):
@@ -237,6 +237,12 @@ def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), **text_metrics(answers, expected)}
     texts = [{"expected": true, "answer": own} for true, own in zip(expected, answers, strict=True)]
     return Scores({**metrics, "tokens": tokens, "examples": len(answers)}, {"texts": texts})
+
+
+def answers_of_pairs(rows: Sequence[PairRow]) -> Answers:
+    """What is asked of a model that is scored on `rows`, whose targets are known."""
+    sources, targets = [len(row.input_ids) for row in rows], [len(row.labels or ()) for row in rows]
+    return Answers(len(rows), max(sources), max(targets) + MORE_TOKENS)
 
 
 def next_logits(model: Any, batch: Batch) -> torch.Tensor:
