@@ -507,7 +507,7 @@ def odd_model(folder, model_type, **fields):
 
 
 def test_a_model_that_does_not_run_on_meta_is_one_error_and_a_run_goes_on_without_a_plan(tmp_path):
-    config = run(odd_model(tmp_path, "jamba", **TINY, **JAMBA))
+    config = run(odd_model(tmp_path, "jamba", **TINY, **JAMBA), allow_16_bit_experts=True)
     with pytest.raises(CannotPlanError, match=r"--model = .*jamba.json.*cannot be planned") as caught:
         plan(config)
     planned = preflight.plan_run(config, CPU, 64)
