@@ -95,14 +95,19 @@ def test_what_stays_is_what_the_quantized_model_holds_in_16_bits(mixture):
     assert found == unquantized.of_run(config, unquantized.foresee(config))
 
 
-@pytest.mark.parametrize("changes", [{}, {"variant": "lora-xs"}, {"init": "pissa", "adapter_dtype": "fp32"}])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_dense_family_is_refused(tmp_path, family, bits, changes):
-    config = settings(save_tiny(tmp_path, family), bits=bits, **changes)
+def test_no_dense_family_is_refused(tmp_path, family, bits):
+    config = settings(save_tiny(tmp_path, family), bits=bits)
     model = build_model(config, META)
     assert unquantized.of_run(config, model) is None
     assert unquantized.find(model).weights == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("changes", [{"variant": "lora-xs"}, {"init": "pissa", "adapter_dtype": "fp32"}])
+def test_parts_of_factors_are_not_taken_for_weights(tmp_path, family, changes):
+    assert unquantized.find(build_model(settings(save_tiny(tmp_path, family), **changes), META)).weights == 0
 
 
 @pytest.mark.parametrize("kind", [*classifiers.ENCODERS, *classifiers.BOTH])
