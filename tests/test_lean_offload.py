@@ -241,7 +241,7 @@ def test_other_arguments_stay_where_they_are_and_get_their_gradients():
 
 
 def free_bytes(pool):
-    return sum(end - first for _, first, end in pool._free) * offload.CHUNK_BYTES
+    return sum(end - first for _, first, end in [*pool._free, *pool._returned]) * offload.CHUNK_BYTES
 
 
 @settings(max_examples=60, deadline=None)

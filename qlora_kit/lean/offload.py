@@ -63,9 +63,11 @@ class HostPool:
         self.allotted_bytes = 0
         self._slabs: list[torch.Tensor] = []
         self._free: list[Range] = []
+        self._returned: list[Range] = []
 
     def take(self, n_bytes: int) -> list[Range]:
         """Room for `n_bytes`. Raises `UserError` where the host has no more; then nothing is taken."""
+        self._merge()
         missing = -(-n_bytes // CHUNK_BYTES)
         taken: list[Range] = []
         while missing:
@@ -84,9 +86,14 @@ class HostPool:
         return taken
 
     def give_back(self, ranges: list[Range]) -> None:
-        """Take back what nobody uses any more."""
+        """Take back what nobody uses any more; a collection of garbage may do so at any time."""
+        self._returned.extend(ranges)
+
+    def _merge(self) -> None:
+        """Join what was given back to what is free."""
+        returned, self._returned = self._returned, []
         merged: list[Range] = []
-        for slab, first, end in sorted([*self._free, *ranges]):
+        for slab, first, end in sorted([*self._free, *returned]):
             if merged and merged[-1][0] == slab and merged[-1][2] == first:
                 merged[-1] = (slab, merged[-1][1], end)
             else:
