@@ -52,7 +52,8 @@ class Preflight:
 
         measured = measured or {}
         line = summary_line(profile, self.plan, self.baselines, measured.get(STEP))
-        return "; ".join(filter(None, [line, phase_part(self.plan, measured)]))
+        left_out = f"evaluation and answers were not planned ({self.plan.unplanned})" if self.plan.unplanned else ""
+        return "; ".join(filter(None, [line, phase_part(self.plan, measured), left_out]))
 
 
 def padded(tokens: int) -> int:

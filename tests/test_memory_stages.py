@@ -10,9 +10,10 @@ from families import FAMILIES, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_cases import nothing_collected, small_config
+from transformers import AutoConfig
 
 from qlora_kit import assembly, base, scoring
-from qlora_kit.config import RunConfig
+from qlora_kit.config import LeanConfig, RunConfig
 from qlora_kit.data import prepare_tokenizer
 from qlora_kit.memory import kernels, profile_cpu, stages
 from qlora_kit.memory.loading import loading_components, quantizing_bytes
@@ -22,6 +23,7 @@ from qlora_kit.memory.simulate import META, nothing_left_behind
 from qlora_kit.memory.stages import GENERATING, Occasion, prompts_at_once
 from qlora_kit.memory.track import MemoryTracker, overall_peak
 from qlora_kit.memory.watch import label_model, watch
+from qlora_kit.preflight import Preflight
 from qlora_kit.scoring import Answers, HeldOut
 
 CPU = torch.device("cpu")
@@ -81,6 +83,8 @@ def test_what_is_held_out_is_taken_from_the_settings_where_no_data_is_known(tmp_
     assert planned.stages["evaluation"].what == "2 x 64 tokens"
     assert planned.stages["generation"].what == "a prompt of 64 tokens, with 64 more to answer"
     assert planned.answers.most == 1
+    demo = plan(run(model, exact_match=None))  # nobody has named any data
+    assert list(demo.stages) == ["loading", "evaluation", "step"]
     assert plan(run(model, data="x.jsonl", eval_fraction=0.1, exact_match=100)).answers.most == scoring.ANSWER_BATCH
 
 
@@ -205,3 +209,28 @@ def test_an_8_bit_product_has_the_dtype_of_its_input(tmp_path):
     """It was planned in fp16, so that what follows had the wrong size, and a head in bf16 could not be planned."""
     planned = plan(run(config_file(tmp_path, "llama", 3), bits=8), held_out=HELD_OUT)
     assert list(planned.stages) == ["loading", "evaluation", "generation", "step"]
+
+
+def test_a_model_without_a_cache_reads_all_again_for_each_token(tmp_path):
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 320}
+    path = tmp_path / "config.json"
+    AutoConfig.for_model("openai-gpt", **sizes).to_json_file(path)
+    config = run(str(path), gradient_checkpointing=False)
+    short, long = (plan(config, held_out=HeldOut(2, 40, None, Answers(1, 24, new_tokens))) for new_tokens in (8, 100))
+    assert short.unplanned == long.unplanned == ""
+    assert short.stages["generation"].peak_bytes < long.stages["generation"].peak_bytes
+
+
+def test_phases_that_do_not_run_on_meta_are_left_out_and_that_is_said(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("this needs values.")
+
+    monkeypatch.setattr(stages, "_answer", fail)
+    planned = plan(run(config_file(tmp_path, "llama", 3)), held_out=HELD_OUT)
+    assert list(planned.stages) == ["loading", "step"]
+    assert planned.unplanned == "this needs values"
+    assert (
+        Preflight(planned, LeanConfig())
+        .closing_line(None)
+        .endswith("evaluation and answers were not planned (this needs values)")
+    )

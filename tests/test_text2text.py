@@ -19,6 +19,7 @@ from qlora_kit.assembly import build_model
 from qlora_kit.cli import main
 from qlora_kit.inputs import make_collator, read_inputs
 from qlora_kit.memory.plan import plan
+from qlora_kit.scoring import Answers, HeldOut
 
 QUIET = Console(file=io.StringIO())
 PREFIX = "do: "
@@ -352,6 +353,17 @@ def test_every_kind_can_be_planned(workshop, kind):
     assert {"forward", "loss", "backward", "optimizer"} <= set(found.phases)
     assert found.components["quantized weights"] > 0
     assert sum(found.components.values()) == found.peak_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_planned_in_the_batches_of_the_evaluation(workshop, kind):
+    config = workshop.config(kind, base={"task": "text2text-generation"})
+    held_out = HeldOut(50, 24, asked=Answers(50, 24, 20))
+    found = plan(config, held_out=held_out)
+    assert (list(found.stages), found.unplanned) == (["loading", "evaluation", "generation", "step"], "")
+    rows = config.optim.batch_size
+    assert found.stages["generation"].what.startswith(f"{rows} prompts at once" if rows > 1 else "a prompt")
+    assert found.answers is None
 
 
 def test_the_profile_of_real_steps_agrees_with_the_plan_of_them(workshop):

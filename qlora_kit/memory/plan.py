@@ -67,7 +67,8 @@ class MemoryPlan:
     `host_bytes` of checkpoints, in pinned memory. `series` has a point for every phase of
     the step, and every block in it, in their order: the second step, after what the first showed. `phases` is the peak
     of each phase over all steps. A step takes `passes` forward and backward passes over each batch. `answers` is there
-    where the run answers prompts as many at once as it has room for.
+    where the run answers prompts as many at once as it has room for. `unplanned` says why evaluation and generation
+    are missing, where the model does not do them on `meta`.
     """
 
     peak_bytes: int
@@ -91,6 +92,7 @@ class MemoryPlan:
     gpu: str | None
     stages: dict[str, Stage]
     answers: AnswerBatch | None
+    unplanned: str
 
     @property
     def largest_stage(self) -> str:
@@ -146,8 +148,11 @@ def plan(
     task, positions = task_of(config.base.task, architecture), base.max_positions(architecture)
     occasions = stages.occasions(config, held_out, recipe.seq_len, task, positions)
     with failures_named(config):
-        record, peaks, exact = _run(config, recipe, architecture, exact, occasions)
-    return _plan_of(config, recipe, architecture, record, peaks, exact, gpu, occasions)
+        try:
+            found, unplanned = _run(config, recipe, architecture, exact, occasions), ""
+        except MODEL_FAILURES as error:  # the step itself may do all the same
+            found, occasions, unplanned = _run(config, recipe, architecture, exact, ()), (), _first_line(error)
+    return _plan_of(config, recipe, architecture, *found, gpu, occasions, unplanned)
 
 
 @contextmanager
@@ -156,8 +161,11 @@ def failures_named(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except MODEL_FAILURES as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CannotPlanError(config.base.model, reason) from error
+        raise CannotPlanError(config.base.model, _first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
@@ -268,6 +276,7 @@ def _plan_of(
     exact: bool,
     gpu: rules.Gpu | None,
     occasions: tuple[Occasion, ...],
+    unplanned: str,
 ) -> MemoryPlan:
     library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
     whole = [_point(peak, library_bytes) for peak in peaks]
@@ -303,6 +312,7 @@ def _plan_of(
         gpu=None if gpu is None else gpu.name,
         stages=found,
         answers=answers,
+        unplanned=unplanned,
     )
 
 

@@ -232,6 +232,8 @@ def _stages_table(plan: MemoryPlan) -> Table:
         largest = max(stage.components, key=lambda kind: stage.components[kind])
         marked = f"{PHASES[name]}{' (the largest)' if is_largest else ''}"
         table.add_row(marked, human_bytes(stage.peak_bytes), largest, stage.what, style="bold" if is_largest else None)
+    if plan.unplanned:
+        table.caption, table.caption_justify = f"Evaluation and answers are not planned ({plan.unplanned}).", "left"
     return table
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -91,9 +91,10 @@ class Occasion:
 def assumed(config: RunConfig, tokens: int) -> HeldOut:
     """What a run of `config` does with held-out data of which only the longest row is known, or assumed to be.
 
-    Prompts are as long as that, and answers as long as they may get.
+    Prompts are as long as that, and answers as long as they may get. No prompt is sampled of the demo's data, which
+    stand for those that nobody has named: its own are short.
     """
-    sampled = Answers(1, tokens, SAMPLE_TOKENS)
+    sampled = None if config.data.held_out_source == "demo" else Answers(1, tokens, SAMPLE_TOKENS)
     asked = Answers(config.evaluation.exact_match or 1, tokens, MAX_ANSWER_TOKENS)
     return HeldOut(config.optim.batch_size, tokens, sampled, asked)
 
@@ -172,22 +173,44 @@ def _answer(tracker: MemoryTracker, model: Any, occasion: Occasion) -> None:
     """The first and the last token of each answer; prompts that are answered together are padded."""
     scalar = torch.ops.aten._local_scalar_dense.default
     stand_in, tracker.stand_ins[scalar] = tracker.stand_ins[scalar], kernels.scalars(padded=occasion.rows > 1)
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model
-    options = {"use_cache": True, **({"logits_to_keep": 1} if own._supports_logits_to_keep() else {})}
+    options = _options(model)
     try:
         outputs = model(**_prompts(model, occasion), **options)
         _choose(outputs.logits)
-        cache, read = outputs.past_key_values, outputs.get("encoder_last_hidden_state")
+        cache, read = outputs.get("past_key_values"), outputs.get("encoder_last_hidden_state")
+        has_state = outputs.get("cache_params") is not None
         del outputs
-        _label(tracker, cache)
         tracker.begin_step()
-        with tracker.paused():
-            _lengthen(cache, occasion.new_tokens - 1)
-        _label(tracker, cache)
-        _choose(model(**_next_token(model, occasion, read), past_key_values=cache, **options).logits)
-        _label(tracker, cache)  # it was copied
+        tracker.mark()
+        if cache is not None:
+            _say_last(tracker, model, occasion, cache, read)
+        elif not has_state:  # which does not grow; a model without either reads all again for each token
+            whole = dataclasses.replace(occasion, tokens=occasion.tokens + occasion.new_tokens)
+            _choose(model(**_prompts(model, whole), **options).logits)
     finally:
         tracker.stand_ins[scalar] = stand_in
+
+
+def _say_last(tracker: MemoryTracker, model: Any, occasion: Occasion, cache: Any, read: torch.Tensor | None) -> None:
+    """The last token of each answer, `cache` holding all before it."""
+    _label(tracker, cache)
+    with tracker.paused():
+        _lengthen(cache, occasion.new_tokens - 1)
+    _label(tracker, cache)
+    _choose(model(**_next_token(model, occasion, read), past_key_values=cache, **_options(model)).logits)
+    _label(tracker, cache)  # it was copied
+
+
+def _options(model: Any) -> dict[str, Any]:
+    """How `generate` calls a model: with a cache, and for the logits of the last token only, where it knows them."""
+    known = _parameters(model)
+    wanted = {"use_cache": True, "logits_to_keep": 1}
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def _parameters(model: Any) -> Collection[str]:
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(own.forward).parameters.keys()
 
 
 def _ones(rows: int, tokens: int) -> torch.Tensor:
@@ -205,9 +228,7 @@ def _prompts(model: Any, occasion: Occasion) -> dict[str, Any]:
 
 def _positions(model: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
     """Each row's own, as its padding moves them; only some models take any."""
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model
-    takes_any = "position_ids" in inspect.signature(own.forward).parameters
-    return {"position_ids": _ones(rows, tokens)} if takes_any else {}
+    return {"position_ids": _ones(rows, tokens)} if "position_ids" in _parameters(model) else {}
 
 
 def _next_token(model: Any, occasion: Occasion, read_BTD: torch.Tensor | None) -> dict[str, Any]:
