@@ -56,6 +56,16 @@ def pages(p: torch.Tensor) -> bool:
     return p.device.type == "cuda" and p.numel() >= MIN_ELEMENTS
 
 
+def paged_bytes(optimizer: Any) -> int:
+    """The bytes of the states of `optimizer` that lie in managed memory: the marked ones that are none of the GPU's.
+
+    0 of a run that took no step in this process, and so has none (None).
+    """
+    states = [] if optimizer is None else optimizer.state.values()
+    values = (value for state in states for value in state.values())
+    return sum(v.nbytes for v in values if getattr(v, "is_paged", False) and v.device.type == "cpu")
+
+
 def _placed(p: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
     """The state `saved` where that of `p` belongs."""
     plain = saved.detach()  # without the marks that it was saved with, which may not be true here

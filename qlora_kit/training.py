@@ -72,6 +72,7 @@ class RunResult:
     peak_bytes: int
     peak_phase: str  # in which that was
     phase_peak_bytes: Mapping[str, int]  # see `progress.PhasePeaks`
+    paged_bytes: int  # of the optimizer's states at the end, in managed memory
     tokens_per_s: float
     metrics: Mapping[str, float]  # the task's figures on held-out data; empty without any
 
@@ -206,6 +207,7 @@ def _run(
     peaks: PhasePeaks,
     say: Console,
 ) -> RunResult:
+    from qlora_kit.paged_states import paged_bytes
     from qlora_kit.trainer import (
         build_trainer,
         final_metrics,
@@ -267,6 +269,7 @@ def _run(
         peaks.highest_bytes,
         peaks.highest_phase,
         dict(peaks.peaks),
+        paged_bytes(trainer.optimizer),
         callback.tokens_per_s,
         metrics,
     )

@@ -78,6 +78,8 @@ def test_loaded_states_page_as_the_saved_ones_did_with_equal_contents(blocks, bi
     optimizer, _ = optimizer_of(LARGE, SMALL, bits=bits)
     bear_states(optimizer)
     assert [getattr(state, "is_paged", False) for state in states_of(optimizer)] == [True, True, False, False]
+    assert paged_states.paged_bytes(optimizer) == sum(state.nbytes for state in states_of(optimizer)[:2])
+    assert paged_states.paged_bytes(None) == 0
     assert len(blocks) == 2
     again, _ = optimizer_of(LARGE, SMALL, bits=bits)
     saved_and_loaded(optimizer, again)
