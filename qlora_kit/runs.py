@@ -130,6 +130,7 @@ class RunFolder:
 
         What no run of ours has made is not overwritten when asked, either, nor what one is still making.
         """
+        check_writable(self.final)
         self.check_final(overwrite)
         self.check_idle()
         if os.path.lexists(self.working) and not overwrite:
@@ -141,7 +142,6 @@ class RunFolder:
 
     def check_final(self, overwrite: bool) -> None:
         """Check that the run may be put in its final place. Raises `UserError`."""
-        check_writable(self.final)
         if not os.path.lexists(self.final):
             return
         if self.final.is_symlink():
@@ -375,6 +375,7 @@ def check_place(point: ResumePoint | None, out: str | None, overwrite: bool) -> 
     """Check what `begin` will check, before anything else is done. Raises `UserError`."""
     own = None if point is None else _goes_on_in_place(point, out)
     if own is not None:
+        check_writable(own.working)
         own.check_final(overwrite)
         own.check_idle()
     elif out is not None:
