@@ -285,7 +285,7 @@ def _run(
         metrics.get("loss"),
         before,
         after,
-        peaks.highest_bytes,
+        peaks.peaks[peaks.highest_phase],
         peaks.highest_phase,
         dict(peaks.peaks),
         callback.tokens_per_s,
