@@ -133,7 +133,7 @@ def prompts_at_once(planned: MemoryPlan, device: torch.device) -> int:
 def prompts_in_free(config: RunConfig, device: torch.device, answers: Answers) -> int:
     """How many prompts a model of `config`, which is loaded, answers at once in what `device` has free now.
 
-    As many as `scoring` takes where such a run cannot be planned.
+    As many as `scoring` takes where such a run, or its answers, cannot be planned.
     """
     from qlora_kit.memory import fit
     from qlora_kit.memory.plan import plan
@@ -143,7 +143,7 @@ def prompts_in_free(config: RunConfig, device: torch.device, answers: Answers) -
         found = plan(with_rows(config, MULTIPLE), gpu=gpu, held_out=HeldOut(0, 0, answers, answers))
     except UserError:  # it may be one that does not train, and answers all the same
         return ANSWER_BATCH
-    return _prompts_in_free(found, device)
+    return ANSWER_BATCH if found.answers is None else _prompts_in_free(found, device)
 
 
 def _prompts_in_free(planned: MemoryPlan, device: torch.device) -> int:

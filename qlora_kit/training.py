@@ -266,7 +266,7 @@ def _run(
         metrics.get("loss"),
         before,
         after,
-        peaks.highest_bytes,
+        peaks.peaks[peaks.highest_phase],
         peaks.highest_phase,
         dict(peaks.peaks),
         paged_bytes(trainer.optimizer),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memory_cases import nothing_collected, small_config
 from transformers import AutoConfig
 
-from qlora_kit import assembly, base, scoring
+from qlora_kit import assembly, base, preflight, scoring
 from qlora_kit.config import LeanConfig, RunConfig
 from qlora_kit.data import prepare_tokenizer
 from qlora_kit.memory import kernels, profile_cpu, stages
@@ -234,3 +234,5 @@ def test_phases_that_do_not_run_on_meta_are_left_out_and_that_is_said(tmp_path, 
         .closing_line(None)
         .endswith("evaluation and answers were not planned (this needs values)")
     )
+    config = run(config_file(tmp_path, "llama", 3))
+    assert preflight.prompts_in_free(config, CPU, HELD_OUT.asked) == scoring.ANSWER_BATCH
