@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from qlora_kit import host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -112,12 +113,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return 2**30
-    kib = next((line.split()[1] for line in text.splitlines() if line.startswith("MemAvailable:")), 2**20)
-    return int(kib) * 1024
+    available = host_memory.available_bytes()
+    return 2**30 if available is None else available
 
 
 def human_bytes(count: float) -> str:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_kit import runs
+from qlora_kit import host_memory, runs
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.release import live
 from qlora_kit.release.blocks import block_of
@@ -116,13 +116,9 @@ def token_budget(parameters: int, vocabulary: int, chooses: bool = False) -> int
 
 
 def available_bytes() -> int:
-    """Memory that processes may still take on this machine."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: all of it, then
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return kib * 1024
+    """Memory that processes may still take on this machine; all of it where the system does not tell."""
+    available = host_memory.available_bytes()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if available is None else available
 
 
 @dataclass(frozen=True)
