@@ -16,6 +16,7 @@ from qlora_kit import assembly, base, preflight, scoring
 from qlora_kit.config import LeanConfig, RunConfig
 from qlora_kit.data import prepare_tokenizer
 from qlora_kit.memory import kernels, profile_cpu, stages
+from qlora_kit.memory.fit import Budget, Planner, savings
 from qlora_kit.memory.loading import loading_components, quantizing_bytes
 from qlora_kit.memory.plan import plan
 from qlora_kit.memory.shortcut import MetaResults
@@ -236,3 +237,13 @@ def test_phases_that_do_not_run_on_meta_are_left_out_and_that_is_said(tmp_path, 
     )
     config = run(config_file(tmp_path, "llama", 3))
     assert preflight.prompts_in_free(config, CPU, HELD_OUT.asked) == scoring.ANSWER_BATCH
+
+
+def test_what_fits_is_decided_by_the_largest_phase_and_its_own_remedies_are_ranked(tmp_path):
+    config = run(config_file(tmp_path, "llama", 3), batch_size=1, seq_len=8)
+    planner = Planner(config, held_out=HeldOut(1, 8, None, Answers(4, 100, 20)))
+    largest = planner.plan(batch_size=1, seq_len=8)
+    assert largest.largest_stage == "generation"
+    assert planner.need_bytes(1, 8) == largest.largest.peak_bytes + largest.beside_bytes
+    ranked = savings(planner, Budget(largest.device_bytes - 1, "test"))
+    assert next(change for change in ranked if change.flags == "no --exact-match").fits
