@@ -75,7 +75,7 @@ def machine(rehearsal: bool) -> dict[str, Any]:
 
 def chosen(args: argparse.Namespace, where: dict[str, Any]) -> list[Phase]:
     """The phases to run: those asked for, less those that are held already; those held longest ago have no place."""
-    found = phases(args.rehearse, where["capability"] or (9, 0))
+    found = phases(args.rehearse, where["capability"] or (9, 0), where["memory_bytes"])
     if args.only:
         names = args.only.split(",")
         unknown = sorted(set(names) - {phase.name for phase in found})

@@ -20,7 +20,13 @@ from gpu.phases import phases  # noqa: E402
 from gpu.promises import PROMISES, judge, table  # noqa: E402
 from gpu.runner import Phase, run_phases  # noqa: E402
 
-WHERE = {"device": "NVIDIA H200", "capability": [9, 0], "commit": "abc1234", "versions": {"torch": "2.11.0"}}
+WHERE = {
+    "device": "NVIDIA H200",
+    "capability": [9, 0],
+    "memory_bytes": 139 << 30,
+    "commit": "abc1234",
+    "versions": {"torch": "2.11.0"},
+}
 HANGS = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -281,9 +287,11 @@ def test_what_is_held_is_not_run_again(tmp_path):
     names = [found.name for found in script.chosen(args, WHERE)]
     assert "tests" not in names
     assert "kernels" in names
-    other = [found.name for found in script.chosen(args, {**WHERE, "device": "NVIDIA L4", "capability": (8, 9)})]
-    assert "tests" in other
-    assert "speed-cudnn" not in other
+    small = {**WHERE, "device": "NVIDIA L4", "capability": (8, 9), "memory_bytes": 24 << 30}
+    other = script.chosen(args, small)
+    assert "tests" in [found.name for found in other]
+    assert "speed-cudnn" not in [found.name for found in other]
+    assert not any(found.together for found in other)
     args.again = True
     assert "tests" in [found.name for found in script.chosen(args, WHERE)]
 

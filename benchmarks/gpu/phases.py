@@ -5,6 +5,7 @@ The seconds are guesses until a run was recorded.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -12,15 +13,21 @@ from collections.abc import Sequence
 from gpu.runner import Phase
 
 MODELS = ("gpt2", "opt-125m", "pythia-410m", "qwen2.5-0.5b", "llama-3.2-1b")  # of the planner's accuracy
+ROOM_BYTES = 96 << 30  # for all phases that run at once: full fine-tuning of 1.2 billion parameters takes 20
 LLAMA, GPT2 = "llama-3-8b:2x2048", "gpt2-large:8x1024"
 # Consumer cards take flash attention, which the planner counts with; Hopper would take cuDNN's.
 CONSUMER = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
 HOPPER = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}
 
 
-def phases(rehearsal: bool, capability: Sequence[int] = (9, 0)) -> list[Phase]:
-    """Every phase that this machine can run, for a GPU of `capability`, or on a CPU with tiny shapes."""
+def phases(rehearsal: bool, capability: Sequence[int] = (9, 0), memory_bytes: int | None = None) -> list[Phase]:
+    """Every phase that this machine can run, for a GPU of `capability`, or on a CPU with tiny shapes.
+
+    On a GPU of less than `ROOM_BYTES` none run at once.
+    """
     found = [*_in_parallel(), *_alone()]
+    if memory_bytes is not None and memory_bytes < ROOM_BYTES:
+        found = [dataclasses.replace(phase, together=False) for phase in found]
     if tuple(capability) < (9, 0):
         found = [phase for phase in found if phase.name != "speed-cudnn"]
     if importlib.util.find_spec("unsloth") is None and not rehearsal:
