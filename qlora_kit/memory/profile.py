@@ -40,8 +40,8 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             trainer.train()
         profiler.profile  # None where no whole step ran
 
-    On CUDA it resets the allocator's peaks: the peak of the whole run is the larger one of `highest_bytes` and
-    `torch.cuda.max_memory_allocated`. `snapshot` is a file to write for PyTorch's memory viewer (CUDA only).
+    On CUDA it resets the allocator's peaks: that of all steps is the larger one of `profile.peak_bytes` and
+    `torch.cuda.max_memory_allocated` afterwards. `snapshot` is a file to write for PyTorch's memory viewer (CUDA only).
     `load_peak_bytes` is what loading took, where the peaks have been begun anew since.
     `predicts` off leaves the prediction out.
     """
@@ -76,13 +76,6 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         if isinstance(self._tracker, CudaTracker):
             self._tracker.abandon()
         self._tracker = None
-
-    @property
-    def highest_bytes(self) -> int:
-        """The most that was allocated until the profile ended, loading included; 0 before that."""
-        if self.profile is None:
-            return 0
-        return max(self.profile.peak_bytes, self.profile.load_peak_bytes or 0)
 
     def begin(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         """Get ready for the first step. `optimizer` may be the one that accelerate wrapped."""
