@@ -296,10 +296,7 @@ def _build_base(
     else:
         model = _load_pretrained(architecture, config, device, dtype, seed, on_host)
     _keep_weights_plain(model)
-    if device.type != "cpu":
-        from qlora_kit import sdpa
-
-        sdpa.put_on(model)
+    _attend_by_kernel(model, device)
     if TASK_MODELS[task].has_new_head and not config.full:
         from qlora_kit import new_head
 
@@ -345,8 +342,17 @@ def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
     with host_memory.building(device.type):
         model = _load_pretrained(load_model_config(config), config, device, None)
     _keep_weights_plain(model)
+    _attend_by_kernel(model, device)
     model.requires_grad_(False)
     return model
+
+
+def _attend_by_kernel(model: PreTrainedModel, device: torch.device) -> None:
+    """On a GPU, attention with grouped keys by a kernel that keeps no scores."""
+    if device.type != "cpu":
+        from qlora_kit import sdpa
+
+        sdpa.put_on(model)
 
 
 def set_padding(architecture: PretrainedConfig, config: BaseConfig, device: torch.device) -> None:
@@ -392,12 +398,14 @@ def _load_pretrained(
     With a `seed`, a head of the task that the files do not have, or have for other labels, is drawn by it. The weight
     `on_host`, that of the input embedding, never sees the device.
     """
+    import torch
     from safetensors import SafetensorError
 
     from qlora_kit import new_head
 
     task = task_of(config.task, architecture)
     heads = planned_heads(architecture, task) if seed is not None else []
+    short_before = _times_short(device)
     try:
         with nullcontext() if on_host is None else _left_where_loaded():
             model, loaded = transformers_class(task).from_pretrained(
@@ -416,6 +424,8 @@ def _load_pretrained(
     except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
         if "out of memory" in str(error):
             raise
+        if _times_short(device) > short_before:  # which transformers keeps to itself while it converts weights
+            raise torch.OutOfMemoryError(f"loading {config.model}: {_first_line(error)}") from error
         raise UserError.of(
             "--model",
             config.model,
@@ -429,6 +439,13 @@ def _load_pretrained(
     if seed is not None and any(new_head.is_in_head(name, heads) for name in lacking):
         new_head.draw(model, heads, seed)  # all of it, so that no part of it depends on what else was drawn
     return model
+
+
+def _times_short(device: torch.device) -> int:
+    """How often an allocation on a GPU found no room in this process; 0 elsewhere."""
+    import torch
+
+    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
 
 
 def placement(device: torch.device, on_host: str | None = None) -> dict[str, str | torch.device]:

@@ -67,10 +67,12 @@ def paged_bytes(optimizer: Any) -> int:
 
 
 def _placed(p: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
-    """The state `saved` where that of `p` belongs."""
+    """The state `saved` where that of `p` belongs. Raises `ValueError` for one of another shape."""
     plain = saved.detach()  # without the marks that it was saved with, which may not be true here
     if not pages(p):
         return plain
+    if plain.shape != p.shape:
+        raise ValueError(f"a state of shape {tuple(plain.shape)} for a parameter of shape {tuple(p.shape)}")
     state = managed_zeros(p, plain.dtype)
     return state.copy_(plain)
 

@@ -81,18 +81,19 @@ def plan_run(
     `held_out` is what it evaluates and answers. It fits when its largest phase does, whichever that is.
     Raises `UserError` for a run that does not fit, with the remedies ranked; without `checks` it only plans.
     """
-    from qlora_kit.memory import fit
+    from qlora_kit.memory import fit, rules
     from qlora_kit.memory.baselines import BASELINES, possible_plan
     from qlora_kit.memory.plan import CannotPlanError, plan
 
     config = with_rows(config, longest_tokens)
     gpu, budget = fit.present_device() if device.type == "cuda" else (None, None)
+    room_bytes = 0 if gpu is None or budget is None else rules.peak_within(budget.n_bytes, gpu.capability)
     budget = budget if checks else None
     try:
-        planned = plan(config, gpu=gpu, held_out=held_out)
+        planned = plan(config, gpu=gpu, held_out=held_out, room_bytes=room_bytes)
         if budget is not None and planned.device_bytes > budget.n_bytes and config.lean.offload_embedding == "auto":
             config = fit.with_settings(config, {"offload_embedding": "on"})
-            planned = plan(config, gpu=gpu, held_out=held_out)
+            planned = plan(config, gpu=gpu, held_out=held_out, room_bytes=room_bytes)
         possible = ((b.on(gpu).said, possible_plan(config, b, gpu=gpu)) for b in BASELINES if b.default)
         baselines = {said: found for said, found in possible if found is not None}
     except CannotPlanError as error:
@@ -109,7 +110,7 @@ def plan_run(
 
 def _host_faults(planned: MemoryPlan, available_bytes: int | None) -> list[Fault]:
     """That the host lacks the memory in which the plan's checkpoints wait; None: it does not tell what it has."""
-    if available_bytes is None or planned.host_bytes <= available_bytes:
+    if available_bytes is None or planned.host_bytes <= max(available_bytes, 0):
         return []
     rule = (
         f"keeps {human_bytes(planned.host_bytes)} of checkpoints in the host's memory, of which "
@@ -123,8 +124,8 @@ def _host_faults(planned: MemoryPlan, available_bytes: int | None) -> list[Fault
 def prompts_at_once(planned: MemoryPlan, device: torch.device) -> int:
     """How many prompts the run of `planned` answers at once on `device`.
 
-    On CUDA as many as take no more than its step, so that answers never decide whether it fits; on the host, whose
-    memory is no such limit, as many as what is free has room for.
+    On CUDA as many as were planned: what was free then has room for them, so that answers never decide whether it fits;
+    on the host, whose plan is a GPU's, as many as what is free now has room for.
     """
     assert planned.answers is not None, "only of a run that answers prompts"
     return planned.answers.prompts if device.type == "cuda" else _prompts_in_free(planned, device)
@@ -148,12 +149,14 @@ def prompts_in_free(config: RunConfig, device: torch.device, answers: Answers) -
 
 def _prompts_in_free(planned: MemoryPlan, device: torch.device) -> int:
     """With the model loaded; the plan counts it, and the optimizer's states, beside the prompts."""
-    from qlora_kit.memory import stages
+    from qlora_kit.memory import rules, stages
 
     assert planned.answers is not None, "it was asked for"
-    own = planned.answers
-    one_bytes = max(own.one_bytes - planned.stages[LOADING].peak_bytes, own.each_bytes)
-    return stages.prompts_at_once(free_bytes(device), one_bytes, own.each_bytes, own.most)
+    own, loading = planned.answers, planned.stages[LOADING].components
+    loaded_bytes = sum(n_bytes for name, n_bytes in loading.items() if name != "workspaces")  # and those are gone
+    one_bytes = max(own.one_bytes - loaded_bytes, own.each_bytes)
+    room_bytes = free_bytes(device) - rules.fragmentation_bytes(free_bytes(device))
+    return stages.prompts_at_once(room_bytes, one_bytes, own.each_bytes, own.most)
 
 
 def _too_large(

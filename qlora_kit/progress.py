@@ -68,7 +68,7 @@ class PhasePeaks:
     @property
     def highest_bytes(self) -> int:
         """The highest so far, of whatever phase."""
-        return max(peak_bytes(self.device), *self.peaks.values())
+        return max([peak_bytes(self.device), *self.peaks.values()])
 
     @property
     def highest_phase(self) -> str:

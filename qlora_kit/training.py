@@ -240,8 +240,7 @@ def _run(
         sample,
     )
     at_once = _prompts_at_once(config, device, inputs, planned)
-    with peaks.during(GENERATING):
-        before = _exact_match(config, model, inputs, at_once)
+    before = _exact_match(config, model, inputs, at_once, peaks)
     if before is not None:
         asked = min(config.evaluation.exact_match or 0, len(inputs.held_out))
         say_line(say, f"exact match before: {before:.1%} of {asked} held-out examples")
@@ -254,8 +253,7 @@ def _run(
                 trainer.train(resume_from_checkpoint=str(point.checkpoint) if point else None)
         finally:
             progress.stop()
-    with peaks.during(GENERATING):
-        after = _exact_match(config, model, inputs, at_once)
+    after = _exact_match(config, model, inputs, at_once, peaks)
     metrics = final_metrics(trainer) if inputs.evaluation is not None else {}
     peaks.note()
     result = RunResult(
@@ -282,7 +280,8 @@ def _run(
     for line in narration.closing(dataclasses.asdict(result)):
         say_line(say, line)
     if planned is None and profile is not None:
-        planned = preflight.plan_run(config, device, inputs.longest_row, checks=False)
+        held_out = _held_out(config, inputs)
+        planned = preflight.plan_run(config, device, inputs.longest_row, checks=False, held_out=held_out)
     if planned is not None:
         say_line(say, planned.closing_line(peaks.peaks if device.type == "cuda" else None, profile))
     return result
@@ -378,12 +377,13 @@ def _prompts_at_once(
     return preflight.prompts_in_free(config, device, asked)
 
 
-def _exact_match(config: RunConfig, model: Any, inputs: Inputs, at_once: int) -> float | None:
+def _exact_match(config: RunConfig, model: Any, inputs: Inputs, at_once: int, peaks: PhasePeaks) -> float | None:
     """The share of held-out prompts that the model answers to the letter; None unless asked for."""
     if config.evaluation.exact_match is None:
         return None
     asked = inputs.held_out[: config.evaluation.exact_match]
-    return scoring.count_exact_matches(model, inputs.tokenizer, asked, batch_size=at_once)
+    with peaks.during(GENERATING):
+        return scoring.count_exact_matches(model, inputs.tokenizer, asked, batch_size=at_once)
 
 
 def _sampler(model: Any, inputs: Inputs) -> Callable[[], dict[str, str]] | None:

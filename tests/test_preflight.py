@@ -183,17 +183,34 @@ def test_a_run_whose_answers_do_not_fit_is_refused_by_their_name_with_what_helps
 
 def test_as_many_prompts_at_once_as_the_plan_has_on_cuda_and_as_are_free_on_the_host(monkeypatch):
     planned = preflight.plan_run(gpt2(exact_match=8), CPU, 16, held_out=LONG).plan
-    answers, loaded_bytes = planned.answers, planned.stages["loading"].peak_bytes
+    loading = planned.stages["loading"]
+    answers, loaded_bytes = planned.answers, loading.peak_bytes - loading.components["workspaces"]
     assert (answers.prompts, answers.most) == (1, 8)
     assert preflight.prompts_at_once(planned, torch.device("cuda")) == 1
     for more, expected in ((-1, 1), (2, 3), (100, 8)):
-        free = answers.one_bytes - loaded_bytes + more * answers.each_bytes
+        room = answers.one_bytes - loaded_bytes + more * answers.each_bytes
+        free = max(room + 20 * 2**20, -(-room * 103 // 100))  # what fragments is no room
         monkeypatch.setattr(preflight, "free_bytes", lambda device, free=free: free)
         assert preflight.prompts_at_once(planned, CPU) == expected
         in_free = preflight.prompts_in_free(gpt2(), CPU, LONG.asked)
         assert in_free == pytest.approx(expected, abs=1)  # its plan has shorter steps, and other states
     odd = RunConfig(base=BaseConfig(model="gpt2", weights="random"), adapter=AdapterConfig(targets=("none",)))
     assert preflight.prompts_in_free(odd, CPU, LONG.asked) == scoring.ANSWER_BATCH
+
+
+def test_what_is_free_on_a_gpu_beyond_the_step_has_more_prompts_at_once_and_the_run_still_fits(monkeypatch):
+    """They followed the step's peak, so that a large GPU answered one by one."""
+    gpu = find_gpu("rtx3060")
+    found = {}
+    least = preflight.plan_run(gpt2(exact_match=8), CPU, 16, held_out=LONG).plan
+    for more in (0, 3, 100):
+        free = Budget(least.device_bytes + more * least.answers.each_bytes * 104 // 100, "free on a test")
+        monkeypatch.setattr("qlora_kit.memory.fit.present_device", lambda free=free: (gpu, free))
+        planned = preflight.plan_run(gpt2(exact_match=8), torch.device("cuda"), 16, held_out=LONG).plan
+        assert planned.device_bytes <= free.n_bytes
+        assert planned.peak_bytes == least.peak_bytes
+        found[more] = preflight.prompts_at_once(planned, torch.device("cuda"))
+    assert found == {0: 1, 3: 4, 100: 8}
 
 
 @pytest.mark.parametrize("planned", [True, False])

@@ -79,6 +79,13 @@ def test_every_phase_has_its_own_peak_on_cuda(monkeypatch):
     assert (peaks.highest_bytes, peaks.highest_phase) == (900, "step")
 
 
+def test_before_any_phase_is_over_the_highest_is_what_is_allocated(monkeypatch):
+    """A profile asks at its first step; on CUDA nothing is noted by then."""
+    counter = Counter(monkeypatch, "cuda")
+    counter.reach(70)
+    assert counter.peaks.highest_bytes == 70
+
+
 def test_on_the_host_a_phase_has_one_where_it_went_above_all_before_it(monkeypatch):
     peaks = play(Counter(monkeypatch, "cpu"))
     assert peaks.peaks == {"other": 50, "loading": 400, "generation": 700}

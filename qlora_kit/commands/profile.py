@@ -11,7 +11,8 @@ from rich.table import Table
 
 from qlora_kit import assembly, data, preflight, quiet, runs
 from qlora_kit.config import RunConfig
-from qlora_kit.progress import human_bytes, say_line
+from qlora_kit.progress import LOADING, PhasePeaks, human_bytes, say_line
+from qlora_kit.scoring import NOTHING_HELD_OUT
 
 if TYPE_CHECKING:
     from qlora_kit.inputs import Inputs
@@ -46,9 +47,13 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     for line in [*narration.task_lines(asked.base, config.base), *narration.unread_lines(inputs.unread)]:
         say_line(console, line)
     inputs = dataclasses.replace(inputs, train=_longest(inputs.train, _rows(config)), evaluation=None, held_out=[])
-    planned = preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight)
+    planned = preflight.plan_run(
+        config, device, inputs.longest_row, checks=config.preflight, held_out=NOTHING_HELD_OUT
+    )
     config = dataclasses.replace(config, lean=planned.lean)
-    model = assembly.build_model(config, device)
+    peaks = PhasePeaks(device)
+    with peaks.during(LOADING):
+        model = assembly.build_model(config, device)
     for line in narration.unquantized_lines(unquantized.of_run(config, model)):
         say_line(console, line)
     check_vocabulary(inputs.tokenizer, model)
@@ -57,7 +62,7 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     with training._kept_or_discarded(folder, console), runs.disk_errors(folder.final):
         record = training._record(config, device, model, inputs, resolve_optim(config, device))
         runs.write_json(folder.working / runs.RUN_FILE, record)
-        profile = _profile(config, folder, model, inputs, snapshot)
+        profile = _profile(config, folder, model, inputs, peaks, snapshot)
         save_profile(profile, folder.working)
         draw_profile(profile, folder.working / PICTURE_FILE)
         folder.checkpoints.rmdir()
@@ -96,7 +101,9 @@ def _longest(rows: Any, count: int) -> Any:
     return dataclasses.replace(rows, rows=(by_length * repeats)[:count])
 
 
-def _profile(config: RunConfig, folder: runs.RunFolder, model: Any, inputs: Inputs, snapshot: bool) -> MemoryProfile:
+def _profile(
+    config: RunConfig, folder: runs.RunFolder, model: Any, inputs: Inputs, peaks: PhasePeaks, snapshot: bool
+) -> MemoryProfile:
     from transformers.trainer_utils import SaveStrategy
 
     from qlora_kit.inputs import make_collator
@@ -104,7 +111,7 @@ def _profile(config: RunConfig, folder: runs.RunFolder, model: Any, inputs: Inpu
     from qlora_kit.progress import TrainingProgress
     from qlora_kit.trainer import build_trainer
 
-    progress = TrainingProgress(model.device, Console(stderr=True))
+    progress = TrainingProgress(model.device, Console(stderr=True), peaks)
     trainer, _ = build_trainer(
         config,
         folder,
@@ -119,7 +126,10 @@ def _profile(config: RunConfig, folder: runs.RunFolder, model: Any, inputs: Inpu
     trainer.args.save_strategy = SaveStrategy.NO
     file = folder.working / SNAPSHOT_FILE if snapshot else None
     try:
-        with Profiler(config, model.device, config.optim.max_steps or 1, file) as profiler:
+        load_peak_bytes = peaks.peaks.get(LOADING, 0)
+        with Profiler(
+            config, model.device, config.optim.max_steps or 1, file, load_peak_bytes=load_peak_bytes
+        ) as profiler:
             trainer.add_callback(profiler)
             trainer.train()
     finally:

@@ -127,6 +127,7 @@ def plan(
     gpu: rules.Gpu | None = None,
     autocast: bool = False,
     held_out: HeldOut | None = None,
+    room_bytes: int = 0,
 ) -> MemoryPlan:
     """Predict the memory of the run `config` on `gpu` (by default one of compute capability 8), without one.
 
@@ -134,6 +135,7 @@ def plan(
     four deep and extrapolated (likewise groups of them that repeat), unless `exact`. `autocast` plans fp32 weights
     under autocast, as transformers' Trainer runs with `bf16=True` (a baseline: this toolkit does not train so).
     `held_out` says what is evaluated and answered; by default what the settings let expect (see `stages.assumed`).
+    As many prompts are answered at once as take no more than the step, or than `room_bytes` where that is more.
     Raises `UserError`, and of its kind `CannotPlanError` for a model that does not run on `meta`.
     """
     architecture = resolve_architecture(config)
@@ -152,7 +154,7 @@ def plan(
             found, unplanned = _run(config, recipe, architecture, exact, occasions), ""
         except MODEL_FAILURES as error:  # the step itself may do all the same
             found, occasions, unplanned = _run(config, recipe, architecture, exact, ()), (), _first_line(error)
-    return _plan_of(config, recipe, architecture, *found, gpu, occasions, unplanned)
+    return _plan_of(config, recipe, architecture, *found, gpu, occasions, unplanned, room_bytes)
 
 
 @contextmanager
@@ -277,6 +279,7 @@ def _plan_of(
     gpu: rules.Gpu | None,
     occasions: tuple[Occasion, ...],
     unplanned: str,
+    room_bytes: int,
 ) -> MemoryPlan:
     library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
     whole = [_point(peak, library_bytes) for peak in peaks]
@@ -287,7 +290,7 @@ def _plan_of(
     loading = next(point for point in points if point.phase == "load")
     components = loading_components(loading.components, record.quantizing_bytes, not config.base.full)
     load = Stage(sum(components.values()), "the base, and factors on it", "", components)
-    beside, answers = stages.besides_step(occasional, step.peak_bytes)
+    beside, answers = stages.besides_step(occasional, max(step.peak_bytes, room_bytes))
     found = {LOADING: load, **beside, STEP: step}
     largest_bytes = max(stage.peak_bytes for stage in found.values())
     return MemoryPlan(

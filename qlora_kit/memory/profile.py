@@ -24,7 +24,7 @@ from qlora_kit.memory.profile_cpu import BatchShape, CpuTracker, mark_clipping, 
 from qlora_kit.memory.profile_cuda import CudaTracker
 from qlora_kit.memory.profile_result import Measured, MemoryProfile, Prediction
 from qlora_kit.memory.watch import watch
-from qlora_kit.progress import PHASES, STEP, human_bytes
+from qlora_kit.progress import EVALUATION, GENERATING, PHASES, STEP, human_bytes
 
 PROFILE_FILE = "profile.json"
 STEPS = 3  # optimizer states are born in the first, so that the second already shows the peak
@@ -248,13 +248,15 @@ def phase_part(plan: MemoryPlan, measured: Mapping[str, int]) -> str:
 
     `measured` are CUDA's peaks by phase, empty where there are none: then it is that of the plan.
     """
-    taken = measured or {name: stage.peak_bytes for name, stage in plan.stages.items()}
+    planned = {name: stage.peak_bytes for name, stage in plan.stages.items()}
+    if measured and GENERATING in planned and GENERATING not in measured:  # answers are part of the evaluation there
+        planned[EVALUATION] = max(planned.pop(GENERATING), planned.get(EVALUATION, 0))
+    taken = measured or planned
     largest = max(taken, key=lambda name: (taken[name], name == STEP))
     if largest == STEP:
         return ""
-    planned = plan.stages.get(largest)
-    predicted = "" if planned is None else f"{human_bytes(planned.peak_bytes)} predicted"
-    shown = f"{human_bytes(taken[largest])} measured" + (f", {predicted}" if planned else "") if measured else predicted
+    predicted = f"{human_bytes(planned[largest])} predicted" if largest in planned else ""
+    shown = ", ".join(filter(None, [f"{human_bytes(taken[largest])} measured" if measured else "", predicted]))
     return f"its largest phase is {PHASES[largest]}: {shown}"
 
 

@@ -161,6 +161,12 @@ def extras(peak_bytes: int, paged_bytes: int, host_bytes: int, capability: tuple
     )
 
 
+def peak_within(device_bytes: int, capability: tuple[int, int]) -> int:
+    """The largest peak that leaves room, in `device_bytes` of a GPU, for the context and for fragmentation."""
+    room_bytes = device_bytes - context_bytes(capability)
+    return max(0, min(room_bytes - 20 * MIB, room_bytes * 100 // 103))
+
+
 def context_bytes(capability: tuple[int, int]) -> int:
     """The CUDA context with the kernels loaded: outside torch's counters, but not free memory either. Estimate."""
     return {7: 350, 8: 450, 9: 550}.get(capability[0], 600) * MIB

@@ -41,9 +41,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """How many prompts a run answers at once: the most whose answers take no more than its step, and at least one.
+    """How many prompts a run answers at once: the most whose answers have room, and at least one.
 
-    `one_bytes` is the peak with one of them, and each more adds `each_bytes`; `most` are to be answered, or worth it.
+    Room is what its step takes, or where more is known to be free that. `one_bytes` is the peak with one of them, and each more adds `each_bytes`; `most` are to be answered, or worth it.
     """
 
     prompts: int
@@ -122,9 +122,9 @@ def occasions(
 
 
 def besides_step(
-    found: Sequence[tuple[Occasion, Stage]], step_bytes: int
+    found: Sequence[tuple[Occasion, Stage]], limit_bytes: int
 ) -> tuple[dict[str, Stage], AnswerBatch | None]:
-    """The phases of a run beside its step, and how many prompts it answers at once, from what was simulated.
+    """The phases of a run beside its step, and how many prompts it answers at once within `limit_bytes`, simulated.
 
     The peak grows with the prompts along a line, or slower at first, as the first token's pass or the cache decides:
     so between one prompt and many it is at most on the line through both.
@@ -138,7 +138,7 @@ def besides_step(
         return by_name, None
     steps = max(many.rows - one.rows, 1)
     each_bytes = -(-(last.peak_bytes - first.peak_bytes) // steps)
-    prompts = prompts_at_once(step_bytes, first.peak_bytes, each_bytes, many.rows)
+    prompts = prompts_at_once(limit_bytes, first.peak_bytes, each_bytes, many.rows)
     components = {
         name: n_bytes + (last.components[name] - n_bytes) * (prompts - 1) // steps
         for name, n_bytes in first.components.items()
