@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -255,7 +255,7 @@ COMMANDS = {
     ),
 }
 FILES = ("data", "eval_data")
-ONE_FOLDER = "Give one; to read several files, put them into a folder and give that."
+ONE_FOLDER = "Give one; to read several files, put them into a folder (none of them named after a split) and give that."
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
@@ -337,15 +337,19 @@ def _parse(name: str, command: Command, args: list[str]) -> dict[str, Any]:
         text = (command.settings or command.helps).get(setting.name) or setting.metadata["help"]
         fields[setting.name] = _flag(bool if hint is bool else str, text, shown)
     once = [key for key in fields if key not in own or own[key].kind is not list]
-    _check_once(once, args, "Give several values in one, as in --r 4,8,16." if command.lists else "Give it once.")
+    several = {name for name in once if command.lists and name not in own}
+    _check_once(once, args, several)
     flags_type = TypedDict("Flags", fields, total=False)  # type: ignore[misc]
     lists: Any = {key: [] for key, flag in own.items() if flag.kind is list}  # tyro cannot leave these out
     parsed = tyro.cli(flags_type, prog=f"qlora-kit {name}", description=command.help, args=args, default=lists)
     return {key: value for key, value in parsed.items() if value != []}
 
 
-def _check_once(names: Sequence[str], args: Sequence[str], remedy: str) -> None:
-    """Check that no flag of `names` is given twice, where tyro takes the last. Raises one `UserError` for all."""
+def _check_once(names: Sequence[str], args: Sequence[str], several: Set[str]) -> None:
+    """Check that no flag of `names` is given twice, where tyro takes the last; `several` take a list of values.
+
+    Raises one `UserError` for all.
+    """
     given: dict[str, list[str]] = {name: [] for name in names}
     for arg, following in zip(args, [*args[1:], "--"], strict=True):
         written, has_value, value = arg.partition("=")
@@ -354,12 +358,18 @@ def _check_once(names: Sequence[str], args: Sequence[str], remedy: str) -> None:
         if written.startswith("--") and name in given:
             given[name].append(value if has_value else arg if following.startswith("--") else following)
     faults = [
-        Fault(flag(name), values, "is given more than once", ONE_FOLDER if name in FILES else remedy)
+        Fault(flag(name), values, "is given more than once", _once_remedy(name, several))
         for name, values in given.items()
         if len(values) > 1
     ]
     if faults:
         raise UserError(faults)
+
+
+def _once_remedy(name: str, several: Set[str]) -> str:
+    if name in FILES:
+        return ONE_FOLDER
+    return "Give several values in one, as in --r 4,8,16." if name in several else "Give it once."
 
 
 def _flag(kind: type, text: str, default: str) -> Any:

@@ -126,7 +126,10 @@ def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, 
     if split is None or rest is None or resolved is None:
         return None
     held_out, of_held_out = rest
+    left_out = dict.fromkeys(data.files_left_out(source), 0)  # whole, so that no count of records goes with them
     unread = {DATA: data.unread_fields(rows or []), HELD_OUT: of_held_out}
+    if left_out:
+        unread[f"the folder {source}"] = left_out
     return Material(dataclasses.replace(config, base=resolved), task, split[0], split[1] or held_out, unread)
 
 

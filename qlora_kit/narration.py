@@ -46,27 +46,34 @@ def task_lines(asked: BaseConfig, resolved: BaseConfig) -> list[str]:
 
 
 def unread_lines(unread: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """What nothing reads of the data (in words): each field, and how many records have it."""
+    """What nothing reads of the data (in words): each field and how many records have it, or with 0 a whole file."""
     return [f"not read of {what}: {_counted(fields)}" for what, fields in unread.items() if fields]
 
 
 def _counted(fields: Mapping[str, int]) -> str:
-    parts = [
-        f"{_shortened(name)} ({count:,} {'record' if count == 1 else 'records'})" for name, count in fields.items()
-    ]
+    parts = [_shortened(name) + _records(count) for name, count in fields.items()]
     more = [f"and {len(parts) - SHOWN_FIELDS} more"] if len(parts) > SHOWN_FIELDS else []
     return ", ".join([*parts[:SHOWN_FIELDS], *more])
 
 
+def _records(count: int) -> str:
+    return f" ({count:,} {'record' if count == 1 else 'records'})" if count else ""
+
+
 def _shortened(name: str) -> str:
+    name = "".join(character if character.isprintable() else "�" for character in name)
     return name if len(name) <= SHOWN_CHARACTERS else f"{name[: SHOWN_CHARACTERS - 1]}…"
 
 
-def unquantized_lines(found: Unquantized | None) -> list[str]:
-    """What 4 or 8 bits leave in 16, where that is much of the model and the settings allow it."""
+def unquantized_lines(found: Unquantized | None, bits: int) -> list[str]:
+    """What 4 or 8 bits leave in 16, where that is much of the model and the settings allow it; and factors with it."""
     if found is None:
         return []
-    return [f"{found.said} stay in 16 bits, and {found.said_of_factors}: stacks like {found.example}"]
+    if bits <= 8:
+        return [f"{found.said} stay in 16 bits, and {found.said_of_factors}: stacks like {found.example}"]
+    if not found.without_factors:
+        return []
+    return [f"of {found.said_of_share} that are stacks like {found.example}, {found.said_of_factors}"]
 
 
 def step_table(outcomes: Mapping[str, Outcome]) -> Table:

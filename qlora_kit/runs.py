@@ -130,6 +130,9 @@ class RunFolder:
 
         What no run of ours has made is not overwritten when asked, either, nor what one is still making.
         """
+        if self.final.name.endswith(PARTIAL):
+            rule = f"ends in {PARTIAL}, as the folders of unfinished runs do"
+            raise UserError.of("--out", str(self.final), rule, "Choose another name.")
         check_writable(self.final)
         self.check_final(overwrite)
         self.check_idle()

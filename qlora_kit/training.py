@@ -130,7 +130,7 @@ def _continued(config: RunConfig, device: torch.device) -> tuple[RunConfig, runs
 
 
 def _say_model(model: Any, config: RunConfig, say: Console) -> None:
-    for line in narration.unquantized_lines(unquantized.of_run(config, model)):
+    for line in narration.unquantized_lines(unquantized.of_run(config, model), config.base.bits):
         say_line(say, line)
     if model.lean_outcomes:
         say.print(narration.step_table(model.lean_outcomes))

@@ -46,7 +46,12 @@ class Unquantized:
         """How many they are: `95.0% of the model's weights (54.02 GiB)`."""
         mebibytes = self.weights * BYTES / 2**20
         size = f"{mebibytes:.2f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.2f} GiB"
-        return f"{self.weights / self.total:.1%} of the model's weights ({size})"
+        return f"{self.said_of_share} ({size})"
+
+    @property
+    def said_of_share(self) -> str:
+        """The same without their bytes."""
+        return f"{self.weights / self.total:.1%} of the model's weights"
 
     @property
     def said_of_factors(self) -> str:
@@ -98,7 +103,7 @@ def foresee(config: RunConfig, architecture: PretrainedConfig | None = None) -> 
 
 def check(config: RunConfig, model: Any) -> None:
     """Raises `UserError` where the bits of `config` leave much of `model` in 16, and the settings do not allow it."""
-    if config.base.allow_16_bit_experts:
+    if config.base.allow_16_bit_experts or config.base.bits > 8:
         return
     found = of_run(config, model)
     if found is not None:
@@ -113,9 +118,11 @@ def check(config: RunConfig, model: Any) -> None:
 def of_run(config: RunConfig, model: Any) -> Unquantized | None:
     """What the bits of `config` leave of `model` in 16, with the factors that it gets; None where that is minor.
 
+    With 16 bits and more that is what gets factors or none, like the rest.
+
     A `model` without factors, which `foresee` gave, has them afterwards. Raises `UserError`.
     """
-    if config.base.bits > 8 or find(model).is_minor:
+    if config.base.full or find(model).is_minor:
         return None
     if not hasattr(model, "peft_config"):  # where they go is what counts
         settings = dataclasses.replace(config.adapter, variant="lora", init="default", dora=False)

@@ -215,6 +215,15 @@ def test_who_asks_and_who_scores_hears_of_it(tmp_path, capsys, command):
     assert "\nnot read of the data: id (3 records)\n" in capsys.readouterr().err
 
 
+def test_a_file_beside_one_named_train_is_named(tmp_path):
+    for name in ("train", "extra", "test"):
+        save(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "b"}])
+    assert unread_of(tmp_path)[f"the folder {tmp_path}"] == {"extra.jsonl": 0}
+    assert unread_lines({"the folder x": {"extra.jsonl": 0}}) == ["not read of the folder x: extra.jsonl"]
+    (tmp_path / "train.jsonl").rename(tmp_path / "one.jsonl")
+    assert unread_of(tmp_path).keys() == {DATA, HELD_OUT}
+
+
 def test_the_line_is_short():
     fields = {"id": 2000, "x" * 50: 1, **{f"f{n}": 1 for n in range(9)}}
     (line,) = unread_lines({DATA: fields, HELD_OUT: {}})

@@ -41,6 +41,8 @@ REFUSED = [
     (chat(ASK, {**ANSWER, "weight": 0}, ASK, ANSWER), "an answer whose 'weight' is not 1, and it would be learned"),
     (chat(ASK, {**ANSWER, "weight": 0.5}), "an answer whose 'weight' is not 1, and it would be learned"),
     (chat(ASK, {**ANSWER, "train": False}), "an answer whose 'train' is not true, and it would be learned"),
+    (chat(ASK, {**ANSWER, "weight": "0.5"}), "an answer whose 'weight' is not 1, and it would be learned"),
+    (chat({**ASK, "train": "true"}, ANSWER), "a message whose 'train' is true and that is no answer"),
     (chat({**ASK, "train": True}, ANSWER), "a message whose 'train' is true and that is no answer"),
     (chat(ASK, {**ANSWER, "training": False}), "an answer whose 'training' is not true, and it would be learned"),
     (chat(ASK, {**ANSWER, "reasoning_content": "look it up"}), "a message with 'reasoning_content', which would be"),
@@ -77,6 +79,18 @@ def test_a_history_that_is_the_prompt_is_read(tmp_path):
     assert len(read(tmp_path, {"history": "What was said.", "output": "b"}, columns=columns).train) == 1
 
 
+def test_a_text_called_history_is_a_field_like_others(tmp_path):
+    inputs = read(tmp_path, {"question": "When?", "answer": "Then.", "history": "US history 101"})
+    assert inputs.unread["the data"] == {"history": 1}
+
+
+def test_a_part_that_is_no_text_is_refused_by_its_type(tmp_path):
+    parts = [{"type": "reasoning", "text": "secret"}, {"type": "text", "text": "Hello."}]
+    with pytest.raises(UserError, match="parts of the type reasoning, and only text is read"):
+        read(tmp_path, chat(ASK, {**ANSWER, "content": parts}))
+    assert len(read(tmp_path, chat(ASK, {**ANSWER, "content": [{"text": "a"}, *parts[1:]]})).train) == 1
+
+
 HARMLESS = {"tool_calls": None, "function_call": {}, "reasoning_content": "", "weight": 1, "train": True}
 
 
@@ -85,6 +99,7 @@ HARMLESS = {"tool_calls": None, "function_call": {}, "reasoning_content": "", "w
     [
         chat({**ASK, "weight": 0, "train": False}, {**ANSWER, **HARMLESS}, tools=[], functions="[]"),
         as_sharegpt(chat({**ASK, "train": False}, {**ANSWER, **HARMLESS}, tools="[]")),
+        chat({**ASK, "weight": 1}, {**ANSWER, "weight": "1.0", "train": "true", "thinking": False}, tools="None"),
         {"instruction": "a", "input": "", "output": "b", "history": []},
         {"instruction": "a", "output": "b", "history": None},
     ],

@@ -234,6 +234,11 @@ def content(folder: Path) -> dict[str, bytes | str]:
     }
 
 
+def test_a_run_is_not_called_as_an_unfinished_one_is(tmp_path):
+    with pytest.raises(UserError, match=r"ends in \.partial, as the folders of unfinished runs do"):
+        RunFolder.at(tmp_path / "x.partial").check_place(True)
+
+
 FOREIGN = {
     "notes": {"thesis.txt": "precious"},
     "a record of another tool": {"run.json": '{"lr": 1}', "model.bin": "precious"},

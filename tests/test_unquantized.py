@@ -202,5 +202,22 @@ def test_the_share_of_factors_that_are_missing_is_said():
     assert found.said_of_factors == "0.5% of them get no factors to train"
     assert dataclasses.replace(found, without_factors=1000).said_of_factors == "none of them gets factors to train"
     assert dataclasses.replace(found, weights=3 * 2**29, total=2**31).said == "75.0% of the model's weights (3.00 GiB)"
-    assert narration.unquantized_lines(None) == []
+    assert narration.unquantized_lines(None, 4) == []
+    (line,) = narration.unquantized_lines(dataclasses.replace(found, without_factors=1000), 16)
+    assert line.startswith(
+        "of 50.0% of the model's weights that are stacks like model.layers.0.mlp.experts.down_proj, "
+    )
+    assert line.endswith("none of them gets factors to train")
+    assert narration.unquantized_lines(dataclasses.replace(found, without_factors=0), 16) == []
+
+
+def test_in_16_bits_it_is_said_that_experts_get_no_factors(mixture):
+    config = settings(mixture, bits=16)
+    found = unquantized.of_run(config, build_model(config, META))
+    assert found is not None
+    assert found.without_factors == found.weights > 0
+    assert unquantized.of_run(settings(mixture, bits=16, full=True), build_model(config, META)) is None
+
+
+def test_what_stays_is_said_with_its_settings_alone():
     assert BaseConfig().allow_16_bit_experts is False

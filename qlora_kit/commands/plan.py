@@ -64,7 +64,7 @@ def run(
     def say_early(early: PlanReport) -> None:
         for line in [] if config.base.task is None else narration.task_lines(asked.base, config.base):
             say_line(console, line)
-        for line in narration.unquantized_lines(_left_in_16_bits(config)):
+        for line in narration.unquantized_lines(_left_in_16_bits(config), config.base.bits):
             say_line(console, line)
         report.say_plan(early, console)
 
@@ -161,7 +161,7 @@ def _left_in_16_bits(config: RunConfig) -> Unquantized | None:
     from qlora_kit import unquantized
     from qlora_kit.memory.plan import resolve_architecture
 
-    if not config.base.allow_16_bit_experts:
+    if not config.base.allow_16_bit_experts and config.base.bits <= 8:  # it would have been refused
         return None
     return unquantized.of_run(config, unquantized.foresee(config, resolve_architecture(config)))
 

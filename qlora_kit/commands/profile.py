@@ -47,14 +47,12 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     for line in [*narration.task_lines(asked.base, config.base), *narration.unread_lines(inputs.unread)]:
         say_line(console, line)
     inputs = dataclasses.replace(inputs, train=_longest(inputs.train, _rows(config)), evaluation=None, held_out=[])
-    planned = preflight.plan_run(
-        config, device, inputs.longest_row, checks=config.preflight, held_out=NOTHING_HELD_OUT
-    )
+    planned = preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight, held_out=NOTHING_HELD_OUT)
     config = dataclasses.replace(config, lean=planned.lean)
     peaks = PhasePeaks(device)
     with peaks.during(LOADING):
         model = assembly.build_model(config, device)
-    for line in narration.unquantized_lines(unquantized.of_run(config, model)):
+    for line in narration.unquantized_lines(unquantized.of_run(config, model), config.base.bits):
         say_line(console, line)
     check_vocabulary(inputs.tokenizer, model)
     name = Path(config.base.model.rstrip("/")).name

@@ -15,7 +15,7 @@ from qlora_kit.data.encode import (
 )
 from qlora_kit.data.load import read_examples, read_prompts, read_rows, split_examples, unread_fields
 from qlora_kit.data.pack import PackedSet, pack
-from qlora_kit.data.read import Record
+from qlora_kit.data.read import Record, files_left_out
 from qlora_kit.data.tokenizer import prepare_tokenizer
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "encode_prompt",
     "encode_set",
     "encode_text",
+    "files_left_out",
     "pack",
     "packed_mask_dtype",
     "prepare_tokenizer",

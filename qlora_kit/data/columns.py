@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from qlora_kit.data.fields import leave
 from qlora_kit.data.not_yet import check_chat, check_pair
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
@@ -24,6 +23,7 @@ ROLES = {
     "model": "assistant",
     "tool": "tool",
 }
+TEXT_KINDS = ("text", "input_text", "output_text")  # of the parts of a content
 ANSWERING = {name for name, role in ROLES.items() if role == "assistant"}
 
 
@@ -171,8 +171,9 @@ def _first(turn: Mapping[str, Any], name: str, other: str) -> Any:
 def _joined_parts(parts: list[Any], number: int) -> str:
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
         raise BadValueError(f"message {number} has parts that are not text")
-    for part in parts:
-        leave(part, "type")  # text, as there is one
+    kinds = {str(part.get("type")) for part in parts} - {"None", *TEXT_KINDS}
+    if kinds:
+        raise BadValueError(f"message {number} has parts of the type {', '.join(sorted(kinds))}, and only text is read")
     return "".join(part["text"] for part in parts)
 
 

@@ -49,6 +49,11 @@ class Fields(Mapping[str, Any]):
         return set(_unread(self._values, self._reads, ""))
 
 
+def peek(values: Mapping[str, Any], name: str) -> Any:
+    """The value under `name`, None without one; to look at it so reads nothing."""
+    return (values._values if isinstance(values, Fields) else values).get(name)
+
+
 def leave(values: Mapping[str, Any], *names: str | None) -> None:
     """Count fields as read, with all that is in them: they are answers where only questions are asked for."""
     for name in names:

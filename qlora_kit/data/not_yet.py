@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
+from qlora_kit.data.fields import peek
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.values import BadValueError, is_empty
 
@@ -12,6 +13,7 @@ CALLS = ("tool_calls", "function_call")
 TOOLS = ("tools", "functions")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = {"weight": "1", "train": "true", "training": "true"}  # and the value with which a turn is learned as any is
+NONE = ("none", "false", "nan")  # as text, for nothing
 NOT_YET = "that is not supported yet"
 TOOL_REMEDY = (
     "Write them into the system text as the model's chat template has them, or remove {} to train without them."
@@ -51,7 +53,7 @@ def check_chat(values: Mapping[str, Any], turns: Sequence[object], answering: Se
     reasons = {
         f"has {name!r} beside its messages, which would not reach the prompt: {NOT_YET}": TOOL_REMEDY.format(repr(name))
         for name in TOOLS
-        if name in values and not is_empty(values[name])
+        if name in values and not _says_nothing(values[name])
     }
     for turn in turns:
         if isinstance(turn, Mapping):
@@ -63,7 +65,7 @@ def check_chat(values: Mapping[str, Any], turns: Sequence[object], answering: Se
 def _reasons_of(turn: Mapping[str, Any], answering: Set[str]) -> Iterator[tuple[str, str]]:
     """The rules that a turn breaks, each with its remedy."""
     for name in turn:
-        if name in (*CALLS, *THOUGHTS) and not is_empty(turn[name]):
+        if name in (*CALLS, *THOUGHTS) and not _says_nothing(turn[name]):
             remedy = CALL_REMEDY if name in CALLS else THOUGHT_REMEDY.format(repr(name))
             yield f"has a message with {name!r}, which would be left out: {NOT_YET}", remedy
         elif name in WEIGHTS and not is_empty(turn[name]):
@@ -76,15 +78,36 @@ def _is_answer(turn: Mapping[str, Any], answering: Set[str]) -> bool:
 
 def _reasons_of_weight(name: str, weight: object, is_answer: bool) -> Iterator[tuple[str, str]]:
     """Why a turn is not learned as its weight says: an answer is, in full, and anything else is not."""
-    if is_answer and weight != 1:
+    in_full = _is_one(weight)
+    if is_answer and not in_full:
         rule = f"has an answer whose {name!r} is not {WEIGHTS[name]}, and it would be learned in full: {NOT_YET}"
         yield rule, WEIGHT_REMEDY.format(repr(name))
-    if not is_answer and weight is True:  # a number stands at questions too, where it means nothing
+    if not is_answer and in_full and name != "weight":  # which stands at questions too, where it means nothing
         rule = f"has a message whose {name!r} is true and that is no answer, so it would not be learned: {NOT_YET}"
         yield rule, TRAIN_REMEDY.format(repr(name))
 
 
+def _is_one(weight: object) -> bool:
+    """Whether a weight is 1 or true, also as text."""
+    if not isinstance(weight, str):
+        return weight == 1
+    try:
+        return weight.strip().lower() == "true" or float(weight) == 1
+    except ValueError:
+        return False
+
+
+def _says_nothing(value: object) -> bool:
+    """Whether a field that may hold calls, tools or thoughts holds none, in one of the ways in which files say so."""
+    return is_empty(value) or value in (False, 0) or (isinstance(value, str) and value.strip().lower() in NONE)
+
+
 def check_pair(values: Mapping[str, Any]) -> None:
-    """Check a prompt and its answer for what was said before them. Raises `NotYetError`."""
-    if not is_empty(values.get("history")):
-        raise NotYetError({f"has a 'history', which would not reach the prompt: {NOT_YET}": HISTORY_REMEDY})
+    """Check a prompt and its answer for a list of what was said before them. Raises `NotYetError`.
+
+    Any other text called history is a field like others.
+    """
+    said = peek(values, "history")
+    if isinstance(said, list) or (isinstance(said, str) and said.lstrip().startswith("[")):
+        if not is_empty(values["history"]):
+            raise NotYetError({f"has a 'history', which would not reach the prompt: {NOT_YET}": HISTORY_REMEDY})

@@ -98,6 +98,18 @@ def _files_of_folder(folder: Path, source: str, setting: str, held_out: bool) ->
     return train or [file for file in files if file not in groups[0] + groups[1]] or files
 
 
+def files_left_out(source: str) -> list[str]:
+    """The data files of a folder that neither training on it reads, nor what holds out: beside one named train."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return []
+    files = sorted(path for path in folder.rglob("*") if _is_data_file(path, folder))
+    words = {file: _words(file.relative_to(folder)) for file in files}
+    has_train = any(words[file] & set(TRAIN_WORDS) for file in files)
+    known = {*TRAIN_WORDS, *(word for group in HELD_OUT_WORDS for word in group)}
+    return [str(file.relative_to(folder)) for file in files if has_train and not words[file] & known]
+
+
 def _is_data_file(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return path.is_file() and path.suffix.lower() in READERS and not hidden

@@ -96,11 +96,12 @@ def _check_shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     if roles in shown and all(message.content.strip() in text for message in messages):
         return
     marked = [replace(message, content=f"{message.content} {MARK.format(n)}") for n, message in enumerate(messages)]
+    sought = [MARK.format(number) for number in range(len(messages))]
     try:
         proof = _render(tokenizer, marked)
-    except TemplateError:
-        return  # it looks into contents, so that nothing can be put behind them
-    dropped = {m.role for n, m in enumerate(messages) if m.content.strip() and MARK.format(n) not in proof}
+    except TemplateError:  # it looks into contents, so that nothing can be put behind them
+        proof, sought = text, [message.content.strip() for message in messages]
+    dropped = {m.role for m, mark in zip(messages, sought, strict=True) if m.content.strip() and mark not in proof}
     if dropped:
         turns = " turn and its ".join(sorted(dropped))
         raise DroppedError(f"the chat template leaves out its {turns} turn")

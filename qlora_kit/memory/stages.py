@@ -43,7 +43,8 @@ class Stage:
 class AnswerBatch:
     """How many prompts a run answers at once: the most whose answers have room, and at least one.
 
-    Room is what its step takes, or where more is known to be free that. `one_bytes` is the peak with one of them, and each more adds `each_bytes`; `most` are to be answered, or worth it.
+    Room is what its step takes, or where more is known to be free that. `one_bytes` is the peak with one of them, and
+    each more adds `each_bytes`; `most` are to be answered, or worth it.
     """
 
     prompts: int

@@ -23,7 +23,7 @@ from qlora_kit.errors import UserError
 
 MERGING = ".merging"
 REPORT_FILE = "merge_report.json"
-LOCK_FILE = ".lock"
+LOCK_FILE = ".qlora_kit.lock"
 SETTING = "--out"
 OTHER_FOLDER = "Choose another folder."
 GONE = (errno.EIO, errno.ENOENT, errno.ESTALE)  # the disk, or the folder that is written to, went away
