@@ -108,6 +108,6 @@ def check_pair(values: Mapping[str, Any]) -> None:
     Any other text called history is a field like others.
     """
     said = peek(values, "history")
-    if isinstance(said, list) or (isinstance(said, str) and said.lstrip().startswith("[")):
-        if not is_empty(values["history"]):
-            raise NotYetError({f"has a 'history', which would not reach the prompt: {NOT_YET}": HISTORY_REMEDY})
+    is_list = isinstance(said, list) or (isinstance(said, str) and said.lstrip().startswith("["))
+    if is_list and not is_empty(said):
+        raise NotYetError({f"has a 'history', which would not reach the prompt: {NOT_YET}": HISTORY_REMEDY})
