@@ -11,6 +11,7 @@ how much it takes.) Without a GPU the same cases are planned only, and marked so
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -50,11 +51,14 @@ def train_inside(job: Job, cap_bytes: int, steps: int) -> dict[str, Any]:
     row: dict[str, Any] = {"cap_bytes": cap_bytes, "steps": steps}
     try:
         contender = Lean(job)
+        row["load_peak_bytes"] = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         start_s = time.monotonic()
         losses = [contender.step() for _ in range(steps)]
     except torch.cuda.OutOfMemoryError:
         return {**row, "status": "does not fit"}
+    if not all(map(math.isfinite, losses)):
+        return {**row, "status": f"failed: losses {losses}"}
     free_bytes, _ = torch.cuda.mem_get_info(device)
     reserved_bytes = torch.cuda.max_memory_reserved(device)
     return {
@@ -75,8 +79,11 @@ def gpu_here() -> Gpu | None:
 
     if not torch.cuda.is_available():
         return None
-    found: Gpu = in_own_process(_present)["gpu"]  # so that no context of this process takes its memory
-    return found
+    found = in_own_process(_present)  # so that no context of this process takes its memory
+    if "gpu" not in found:
+        raise RuntimeError(f"the present GPU: {found['status']}")
+    gpu: Gpu = found["gpu"]
+    return gpu
 
 
 def _present() -> dict[str, Any]:

@@ -20,12 +20,13 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu.journal import DONE, FILE, KEPT, Found, Journal, by_phase, held_in, kept_lines, read_lines
+from gpu.journal import DONE, FILE, KEPT, Found, Journal, by_phase, held_in, held_lines, kept_lines, read_lines
 from gpu.phases import phases
 from gpu.promises import table
 from gpu.runner import Phase, descendants, run_phases
@@ -129,9 +130,11 @@ def run(args: argparse.Namespace, began_s: float) -> int:
     to_run = chosen(args, where)
     journal = Journal(args.out, where, args.rehearse)
     with tempfile.TemporaryDirectory(prefix="on_gpu_", ignore_cleanup_errors=True) as scratch:
-        run_phases(to_run, journal, Path(scratch), end_s - CLOSING_S)
-    found = by_phase(read_lines(journal.file), args.rehearse) if journal.file.exists() else {}
-    text, fell_short = table(found if args.rehearse else {**held_in(args.have, where["device"]), **found})
+        run_phases(to_run, journal, Path(scratch), end_s - CLOSING_S, say=partial(print, flush=True))
+    lines = read_lines(journal.file) if journal.file.exists() else []
+    found = by_phase(lines, args.rehearse)
+    before = [] if args.rehearse else held_lines(args.have, where["device"])
+    text, fell_short = table(by_phase([*before, *lines], args.rehearse))
     text = f"{REHEARSED}\n\n{text}" if args.rehearse else text
     (args.out / TABLE).write_text(text, encoding="utf-8")
     print(text)

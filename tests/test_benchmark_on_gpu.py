@@ -237,6 +237,35 @@ def test_an_odd_row_costs_its_own_line():
     assert table(found)
 
 
+def test_a_void_contender_is_named_where_its_figure_is_missing():
+    rows = [{**row, "first_loss": 10.0, "loss": 9.0, "steps": 13} for row in GOOD["speed-llama"]]
+    found = found_of({**GOOD, "speed-llama": [rows[0], {**rows[1], "first_loss": 12.0}]})
+    assert outcome("llama-3-8b: time of a step, of stock", found).startswith("missing: lean void: loss 12.000 to 9.000")
+    assert outcome("llama-3-8b: time of a step, of stock", found_of({**GOOD, "speed-llama": rows})) == "held"
+
+
+class Event:
+    """One of torch's profiler, as far as it is asked."""
+
+    def __init__(self, key, device_type, time_us, is_user_annotation=False):
+        self.key, self.count, self.device_type, self.is_user_annotation = key, 1, device_type, is_user_annotation
+        self.self_device_time_total = time_us
+
+
+def test_a_kernel_is_not_counted_again_by_what_launched_it():
+    from gpu.kernels import busy, kernels_of
+    from torch.autograd import DeviceType
+
+    events = [
+        Event("aten::mm", DeviceType.CPU, 800.0),
+        Event("gemm", DeviceType.CUDA, 800.0),
+        Event("step", DeviceType.CUDA, 900.0, is_user_annotation=True),
+    ]
+    found = busy(kernels_of(events), "device", 0.001)
+    assert found["busy_share"] == pytest.approx(0.8)
+    assert [kernel["name"] for kernel in found["kernels"]] == ["gemm"]
+
+
 def test_every_phase_has_a_promise_and_every_promise_a_phase():
     names = {found.name for found in phases(rehearsal=True)}
     assert names == {name for promise in PROMISES for name in promise.phases}

@@ -94,19 +94,21 @@ def _best(goes: list[Found]) -> Found:
     return max(enumerate(goes), key=lambda pair: (pair[1].status == DONE, bool(pair[1].rows), pair[0]))[1]
 
 
-def _held_lines(folder: Path) -> list[dict[str, Any]]:
+def held_lines(folder: Path, device: str | None = None) -> list[dict[str, Any]]:
+    """The lines of the journals in `folder`, without rehearsals; of `device` alone where it is named."""
     files = [*sorted(folder.glob(KEPT.format(place="*"))), *folder.glob(FILE)]
-    return [line for file in files for line in read_lines(file) if not line["rehearsal"]]
+    lines = [line for file in files for line in read_lines(file) if not line["rehearsal"]]
+    return [line for line in lines if device in (None, line["where"]["device"])]
 
 
 def held_in(folder: Path, device: str | None = None) -> dict[str, Found]:
     """What the journals in `folder` hold, of `device` alone where it is named."""
-    return by_phase(line for line in _held_lines(folder) if device in (None, line["where"]["device"]))
+    return by_phase(held_lines(folder, device))
 
 
 def devices_in(folder: Path) -> list[str]:
     """The devices that the journals in `folder` are of."""
-    return sorted({line["where"]["device"] for line in _held_lines(folder)})
+    return sorted({line["where"]["device"] for line in held_lines(folder)})
 
 
 def kept_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from gpu.speed import case_of
@@ -20,7 +21,6 @@ def profiled(contender: Any) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = torch.cuda.is_available()
-    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     for _ in range(WARM_UP):
         contender.step()
     start_s = time.monotonic()
@@ -30,20 +30,29 @@ def profiled(contender: Any) -> dict[str, Any]:
         start_s = time.monotonic()
         contender.step()
         wall_s = time.monotonic() - start_s
-    kernels = record.key_averages()
-    busy_s = sum(getattr(kernel, time_of) for kernel in kernels) / 1e6
-    most = sorted(kernels, key=lambda kernel: -getattr(kernel, time_of))[:SHOWN]
+    events = record.key_averages()
     return {
         "step_s": plain_s,
         "wall_s": wall_s,
-        "busy_s": busy_s,
-        "busy_share": busy_s / plain_s,  # the profiler makes launching slower, not the kernels
-        "launches": sum(kernel.count for kernel in kernels if "LaunchKernel" in kernel.key),
-        "kernels": [
-            {"name": kernel.key[:120], "count": kernel.count, "ms": round(getattr(kernel, time_of) / 1e3, 3)}
-            for kernel in most
-        ],
+        "launches": sum(event.count for event in events if "LaunchKernel" in event.key),
+        **busy(kernels_of(events) if on_gpu else events, "device" if on_gpu else "cpu", plain_s),
     }
+
+
+def kernels_of(events: Iterable[Any]) -> list[Any]:
+    """Those that ran on the GPU: an operator of the CPU carries the time of the kernels that it launched once more."""
+    from torch.autograd import DeviceType
+
+    return [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+
+
+def busy(kernels: Iterable[Any], kind: str, plain_s: float) -> dict[str, Any]:
+    """How long `kernels` took, by themselves and of a step without the profiler, which slows launching alone."""
+    times_us = [(getattr(kernel, f"self_{kind}_time_total"), kernel) for kernel in kernels]
+    busy_s = sum(time_us for time_us, _ in times_us) / 1e6
+    most = sorted(times_us, key=lambda pair: -pair[0])[:SHOWN]
+    shown = [{"name": k.key[:120], "count": k.count, "ms": round(time_us / 1e3, 3)} for time_us, k in most]
+    return {"busy_s": busy_s, "busy_share": busy_s / plain_s, "kernels": shown}
 
 
 def main() -> int:

@@ -49,10 +49,12 @@ def _in_parallel() -> list[Phase]:
 def _alone() -> list[Phase]:
     """What is timed, and what kills and resumes: nothing runs beside them."""
     return [
-        _phase("speed-llama", f"{LLAMA}, stock and ours", "speed", [LLAMA, "stock,lean"], 60, 90, together=False),
-        _phase("speed-gpt2", f"{GPT2}, stock and ours", "speed", [GPT2, "stock,lean"], 50, 80, together=False),
-        _phase("real-run", "train, kill, resume, evaluate, merge, prove", "real_run", [], 80, 130, together=False),
+        _phase("speed-llama", f"{LLAMA}, ours and stock", "speed", [LLAMA, "lean,stock"], 75, 140, together=False),
+        _phase("speed-gpt2", f"{GPT2}, ours and stock", "speed", [GPT2, "lean,stock"], 60, 110, together=False),
         _phase("kernels", f"one step of {LLAMA} under the profiler", "kernels", [LLAMA], 35, 60, together=False),
+        _phase("real-run", "train, kill, resume, evaluate, merge, prove", "real_run", [], 80, 170, together=False),
+        _phase("paging", "memory of paged states, alone on the device", "tests", ["--alone"], 20, 45, together=False),
+        _phase("speed-peft", f"{LLAMA}, a plain PEFT loop", "speed", [LLAMA, "peft-loop"], 35, 60, together=False),
         _phase("speed-unsloth", f"{LLAMA}, Unsloth", "speed", [LLAMA, "unsloth"], 60, 90, together=False),
         _phase("speed-cudnn", f"{LLAMA}, ours with cuDNN's attention", "speed", [LLAMA, "lean"], 35, 50, False, HOPPER),
         _phase("ablation", f"{LLAMA}, one piece off in turn", "ablation", [LLAMA], 30, 600, together=False),

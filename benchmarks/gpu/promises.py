@@ -14,7 +14,9 @@ from gpu.phases import MODELS
 
 GIB = 1 << 30
 DOES_NOT_FIT = float("inf")  # bytes
-STOCK_OF = {"speed-unsloth": "speed-llama", "speed-cudnn": "speed-llama"}  # the phase with stock's row of their case
+STOCK_OF = dict.fromkeys(
+    ("speed-unsloth", "speed-peft", "speed-cudnn"), "speed-llama"
+)  # the phase with stock's row of their case
 Row = Mapping[str, Any]
 Rows = Mapping[str, list[dict[str, Any]]]  # by phase
 
@@ -47,15 +49,22 @@ class Verdict:
 def judge(promise: Promise, found: Mapping[str, Found]) -> Verdict:
     """Hold `promise` against what was found."""
     undone = [(name, found[name].status if name in found else "not run") for name in promise.phases]
+    rows = {name: go.rows for name, go in found.items()}
     try:
-        value = promise.figure({name: go.rows for name, go in found.items()})
+        value = promise.figure(rows)
     except (KeyError, TypeError, ZeroDivisionError):  # rows are another process's: one that is odd costs its own line
         value = None
     if value is None:
-        why = "; ".join(f"{name} {status}" for name, status in undone if status != DONE)
+        why = "; ".join([*(f"{name} {status}" for name, status in undone if status != DONE), *_odd(promise, rows)])
         return Verdict(promise, None, f"missing: {why or 'its rows do not hold it'}")
     partly = "" if all(status == DONE for _, status in undone) else " (of a part)"
     return Verdict(promise, value, _outcome(promise, value) + partly)
+
+
+def _odd(promise: Promise, rows: Rows) -> list[str]:
+    """The contenders of its phases that failed or are void."""
+    of_phases = (row for phase in promise.phases for row in contenders(rows, phase))
+    return [f"{row['contender']} {row['status']}" for row in of_phases if row.get("status", "ok") != "ok"]
 
 
 def _outcome(promise: Promise, value: float) -> str:
@@ -114,14 +123,15 @@ def _one(rows: Iterable[Row], **wanted: Any) -> Row | None:
     return next((row for row in rows if all(row.get(name) == value for name, value in wanted.items())), None)
 
 
+def contenders(rows: Rows, phase: str) -> list[dict[str, Any]]:
+    """The rows of a phase's contenders; void where the losses are not those of stock on the same case."""
+    stock = _one(rows.get(STOCK_OF.get(phase, phase), ()), contender="stock", status="ok")
+    own = [row for row in rows.get(phase, ()) if "contender" in row]
+    return own if stock is None else [row if row is stock else judged([dict(stock), dict(row)])[1] for row in own]
+
+
 def _contender(rows: Rows, phase: str, name: str) -> Row | None:
-    """The row of a contender; None where it is void, for its losses are not those of stock on the same case."""
-    row = _one(rows.get(phase, ()), contender=name, status="ok")
-    case = STOCK_OF.get(phase, phase)
-    stock = _one(rows.get(case, ()), contender="stock", status="ok")
-    if row is None or stock is None or row is stock:
-        return row
-    return _one(judged([dict(stock), dict(row)])[1:], status="ok")
+    return _one(contenders(rows, phase), contender=name, status="ok")
 
 
 def _ratio(key: str, of: tuple[str, str], to: tuple[str, str]) -> Callable[[Rows], float | None]:
@@ -153,12 +163,26 @@ def _over_errors(of: Callable[[list[float]], float]) -> Callable[[Rows], float |
     return lambda rows: of(errors) if (errors := planner_errors(rows)) else None
 
 
-def _failed_tests(rows: Rows) -> float | None:
-    counts = next((row["all"] for row in rows.get("tests", ()) if "all" in row), None)
-    if counts is None:  # ended early: what has failed by then is known
-        failed = sum(row.get("outcome") == "failed" for row in rows.get("tests", ()))
-        return float(failed) if failed else None
-    return float(counts.get("failed", 0) + counts.get("uncollected", 0))
+def _counts(rows: Rows, phase: str) -> Mapping[str, int] | None:
+    """How many tests came out how, once all of them are over."""
+    return next((row["all"] for row in rows.get(phase, ()) if "all" in row), None)
+
+
+def _failed(phase: str) -> Callable[[Rows], float | None]:
+    """The tests of `phase` that failed, or could not be read; where it ended early, those by then if any."""
+
+    def figure(rows: Rows) -> float | None:
+        counts = _counts(rows, phase)
+        if counts is None:
+            return float(sum(row.get("outcome") == "failed" for row in rows.get(phase, ()))) or None
+        return float(counts.get("failed", 0) + counts.get("uncollected", 0))
+
+    return figure
+
+
+def _skipped_tests(rows: Rows) -> float | None:
+    counts = _counts(rows, "tests")
+    return None if counts is None else float(counts.get("skipped", 0))
 
 
 def _passed_tests(rows: Rows) -> float | None:
@@ -193,11 +217,14 @@ def _useless_pieces(rows: Rows) -> float | None:
 MODELS_PHASES = tuple(f"planner-{model}" for model in MODELS)
 LEAN_LLAMA, STOCK_LLAMA, UNSLOTH = ("speed-llama", "lean"), ("speed-llama", "stock"), ("speed-unsloth", "unsloth")
 LEAN_GPT2, STOCK_GPT2 = ("speed-gpt2", "lean"), ("speed-gpt2", "stock")
-SPEEDS = ("speed-llama", "speed-unsloth")
+PEFT_LOOP = ("speed-peft", "peft-loop")
+SPEEDS, BESIDE_PEFT = ("speed-llama", "speed-unsloth"), ("speed-llama", "speed-peft")
 
 PROMISES = (
-    Promise("GPU tests that fail", ("tests",), _failed_tests, at_most=0),
+    Promise("GPU tests that fail", ("tests",), _failed("tests"), at_most=0),
     Promise("GPU tests that pass", ("tests",), _passed_tests, at_least=1),
+    Promise("GPU tests that were skipped", ("tests",), _skipped_tests),
+    Promise("memory of paged states that is not freed (tests)", ("paging",), _failed("paging"), at_most=0),
     Promise("planner: cases measured", MODELS_PHASES, _over_errors(lambda e: float(len(e))), at_least=24),
     Promise(
         "planner: median error of the peak", MODELS_PHASES, _over_errors(statistics.median), at_most=0.01, unit="%"
@@ -209,6 +236,8 @@ PROMISES = (
     Promise("llama-3-8b: time of a step, of stock", ("speed-llama",), _ratio("step_s", LEAN_LLAMA, STOCK_LLAMA), 1.0),
     Promise("gpt2-large: peak, of stock", ("speed-gpt2",), _ratio("peak_bytes", LEAN_GPT2, STOCK_GPT2), 0.2),
     Promise("gpt2-large: time of a step, of stock", ("speed-gpt2",), _ratio("step_s", LEAN_GPT2, STOCK_GPT2), 1.0),
+    Promise("llama-3-8b: peak, of a plain PEFT loop", BESIDE_PEFT, _ratio("peak_bytes", LEAN_LLAMA, PEFT_LOOP), 1.0),
+    Promise("llama-3-8b: time, of a plain PEFT loop", BESIDE_PEFT, _ratio("step_s", LEAN_LLAMA, PEFT_LOOP), 1.0),
     Promise("llama-3-8b: peak, of Unsloth's", SPEEDS, _ratio("peak_bytes", LEAN_LLAMA, UNSLOTH), 1.0),
     Promise("llama-3-8b: time of a step, of Unsloth's", SPEEDS, _ratio("step_s", LEAN_LLAMA, UNSLOTH), 1.0),
     Promise(
@@ -234,5 +263,5 @@ PROMISES = (
     ),
     Promise("real run: error of the predicted peak", ("real-run",), _field("real-run", "plan_error"), 0.03, unit="%"),
     Promise("real run: proof of the release passed", ("real-run",), _field("real-run", "proof_passed"), at_least=1),
-    Promise("pieces of the lean step that bring nothing", ("ablation",), _useless_pieces, at_most=0),
+    Promise("pieces of the lean step that bring nothing here", ("ablation",), _useless_pieces),
 )

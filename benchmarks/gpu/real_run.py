@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SAVE_EVERY = 20  # steps
+SAVE_EVERY = 15  # steps
 PART_S = 110  # no part takes longer
 
 
@@ -147,7 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a few steps, on the CPU")
     args = parser.parse_args()
-    on_gpu = Sizes("cuda", 60, SAVE_EVERY, 64, "paged_adamw_8bit")
+    on_gpu = Sizes("cuda", 40, SAVE_EVERY, 32, "paged_adamw_8bit")
     sizes = Sizes("cpu", 8, 4, 4, "adamw") if args.tiny else on_gpu
     whole, resumed, release = Path("whole"), Path("resumed"), Path("release")
     if not run("whole", "train", *sizes.flags, "--out", str(whole)):

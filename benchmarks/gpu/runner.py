@@ -47,7 +47,7 @@ class Process:
         self.phase, self.journal, self.limit_s = phase, journal, limit_s
         scratch.mkdir(parents=True, exist_ok=True)
         self.said: deque[str] = deque(maxlen=KEPT_LINES)
-        self.began_s = time.monotonic()
+        self.began_s, self.late = time.monotonic(), False
         self.process = subprocess.Popen(
             phase.command,
             cwd=scratch,
@@ -81,15 +81,25 @@ class Process:
         """How long it has been at work."""
         return time.monotonic() - self.began_s
 
+    def end_if_late(self) -> None:
+        """Kill it where its time is over."""
+        if self.seconds >= self.limit_s and self.process.poll() is None:
+            self.late = True
+            self.kill()
+
     def ended(self) -> bool:
-        """Whether it is over, by itself or because its time is; then its end is in the journal."""
-        code = self.process.poll()
-        if code is None and self.seconds < self.limit_s:
+        """Whether it is over, by itself or because its time was; then its end is in the journal."""
+        if not self.late and self.process.poll() is None:
             return False
         self.kill()  # what it started goes with it, also where it is over itself
+        try:
+            self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.said.append("could not be ended: it waits for the system")
         for reader in self.readers:
             reader.join(GRACE_S)
         said = "\n".join(self.said)
+        code = None if self.late else self.process.returncode
         self.journal.end(self.phase.name, _status(code, self.limit_s), self.seconds, said)
         return True
 
@@ -101,10 +111,6 @@ class Process:
                     end(pid, signal.SIGKILL)
                 except (ProcessLookupError, PermissionError):
                     continue  # over already, or no leader of a group
-        try:
-            self.process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self.said.append("could not be ended: it waits for the system")
 
 
 def descendants(pid: int) -> list[int]:
@@ -171,6 +177,8 @@ def run_phases(
             begun.append(Process(phase, journal, scratch / phase.name, min(phase.limit_s, left_s)))
         while begun:
             time.sleep(POLL_S)
+            for process in begun:  # all of them, before any is waited for
+                process.end_if_late()
             over = [process for process in begun if process.ended()]
             for process in over:
                 say(f"{process.phase.name}: over after {process.seconds:.0f} s")

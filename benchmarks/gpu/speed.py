@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu.tiny import tiny_model
 
-ROUNDS, WARM_UP = 20, 5
+ROUNDS, WARM_UP = 10, 3
 TINY_ROUNDS, TINY_WARM_UP = 2, 1
 
 

@@ -8,14 +8,19 @@ from statistics import median
 from typing import Any
 
 from gpu.journal import DONE, Found, devices_in, held_in
-from gpu.promises import planner_errors, table
+from gpu.promises import contenders, planner_errors, table
 
 NOT_VALIDATED = "; not yet validated on hardware"
 SPEEDS = {  # the phases that hold a case's contenders
-    "llama-3-8b, 2 × 2048": ("speed-llama", "speed-unsloth"),
+    "llama-3-8b, 2 × 2048": ("speed-llama", "speed-peft", "speed-unsloth"),
     "gpt2-large, 8 × 1024": ("speed-gpt2",),
 }
-NAMES = {"stock": "stock PEFT and Trainer", "lean": "qlora_kit", "unsloth": "Unsloth"}
+NAMES = {
+    "stock": "stock PEFT and Trainer, fp32 AdamW",
+    "peft-loop": "plain PEFT loop",
+    "lean": "qlora_kit",
+    "unsloth": "Unsloth",
+}
 
 
 def speed_and_promises(results: Path) -> str:
@@ -30,7 +35,8 @@ def speed_and_promises(results: Path) -> str:
 def _contenders(found: Mapping[str, Found]) -> list[str]:
     lines = []
     for case, phases in SPEEDS.items():
-        rows = [row for phase in phases if phase in found for row in found[phase].rows if row.get("status") == "ok"]
+        by_phase = {name: go.rows for name, go in found.items()}
+        rows = [row for phase in phases for row in contenders(by_phase, phase) if row.get("status") == "ok"]
         stock = next((row for row in rows if row["contender"] == "stock"), None)
         lines += [_contender(case, row, stock) for row in rows]
     head = ["| | | peak (GB) | reserved (GB) | tokens/s | of stock |", "|---|---|--:|--:|--:|--:|"]

@@ -14,6 +14,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 WORKERS = "6"
+ALONE = "memory_of_paged_states"  # looks at all of the device's memory, so that nothing else may run meanwhile
 MARK = "mark.gpu"  # only the files that have it are read: the others may want what is not installed there
 
 
@@ -52,10 +53,12 @@ def main() -> int:
     """Run the tests; 0 also where some failed, for that is a finding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="two files, on the CPU: there the tests are skipped")
+    parser.add_argument("--alone", action="store_true", help="those that want the device for themselves")
     args = parser.parse_args()
     rows = Rows()
     options = ["-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    if importlib.util.find_spec("xdist") is not None and not args.tiny:
+    options += ["-k", ALONE if args.alone else f"not {ALONE}"]
+    if importlib.util.find_spec("xdist") is not None and not args.tiny and not args.alone:
         options += ["-n", WORKERS]
     options += ["--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml")]
     code = pytest.main([*options, *(files()[:2] if args.tiny else files())], [rows])
