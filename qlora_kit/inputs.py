@@ -147,8 +147,14 @@ def _read_training(
     config: RunConfig, task: Task, named: BaseConfig, rows: list[data.Record]
 ) -> tuple[list[Any], list[Any]]:
     """The examples to train on, and the share of them that is held out."""
-    examples = task.reader.read(Source(rows, config.data.data, config.data.columns), named)
+    examples = task.reader.read(source_of(config, rows), named)
     return data.split_examples(examples, config.data.eval_fraction, config.seed)
+
+
+def source_of(config: RunConfig, rows: list[data.Record], name: str | None = None, setting: str = "--data") -> Source:
+    """What `rows`, of the data of `config` or of those called `name`, are to be read as."""
+    learns_all = config.data.train_on == "all"
+    return Source(rows, config.data.data if name is None else name, config.data.columns, setting, learns_all)
 
 
 def _resolve(task: Task, named: BaseConfig, train: list[Any], held_out: list[Any]) -> BaseConfig:
@@ -166,7 +172,7 @@ def _read_held_out(config: RunConfig, task: Task, resolved: BaseConfig) -> tuple
     if source is None:
         return [], {}
     rows = data.read_rows(source, config.data.columns, "--eval-data")
-    examples = task.reader.read(Source(rows, source, config.data.columns, "--eval-data"), resolved)
+    examples = task.reader.read(source_of(config, rows, source, "--eval-data"), resolved)
     return examples, data.unread_fields(rows)
 
 
@@ -242,7 +248,7 @@ def held_out_examples(config: RunConfig) -> tuple[list[Any], dict[str, int]]:
     if not config.data.eval_fraction:
         return _read_held_out(config, task, config.base)
     rows = data.read_rows(config.data.data, config.data.columns)
-    examples = task.reader.read(Source(rows, config.data.data, config.data.columns), config.base)
+    examples = task.reader.read(source_of(config, rows), config.base)
     held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)[1]
     return held_out, data.unread_fields(rows)
 

@@ -13,10 +13,11 @@ CALL = [{"id": "c1", "type": "function", "function": {"name": "track", "argument
 TOOLS = [{"type": "function", "function": {"name": "track", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def read(tmp_path, *rows, columns=None):
+def read(tmp_path, *rows, columns=None, train_on="answer"):
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    return read_inputs(RunConfig(base=BaseConfig(model="demo"), data=DataConfig(data=str(file), columns=columns or {})))
+    settings = DataConfig(data=str(file), columns=columns or {}, train_on=train_on)
+    return read_inputs(RunConfig(base=BaseConfig(model="demo"), data=settings))
 
 
 def chat(*turns, **others):
@@ -77,6 +78,13 @@ def test_what_was_said_before_is_refused(tmp_path, row):
 def test_a_history_that_is_the_prompt_is_read(tmp_path):
     columns = {"prompt": "history", "completion": "output"}
     assert len(read(tmp_path, {"history": "What was said.", "output": "b"}, columns=columns).train) == 1
+
+
+@pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}])
+def test_where_everything_is_learned_a_question_that_is_not_to_be_is_refused(tmp_path, weight):
+    with pytest.raises(UserError, match=f"a message whose '{next(iter(weight))}' is not .*, and it would be learned"):
+        read(tmp_path, chat({**ASK, **weight}, ANSWER), train_on="all")
+    assert len(read(tmp_path, chat({**ASK, "train": True}, ANSWER), train_on="all").train) == 1
 
 
 def test_a_text_called_history_is_a_field_like_others(tmp_path):

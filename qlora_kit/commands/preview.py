@@ -25,7 +25,7 @@ from qlora_kit.data import (
 )
 from qlora_kit.data.encode import Encoded
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.inputs import DATA, HELD_OUT, with_columns
+from qlora_kit.inputs import DATA, HELD_OUT, source_of, with_columns
 from qlora_kit.narration import unread_lines
 from qlora_kit.progress import say_line
 from qlora_kit.task_models import GENERATION
@@ -53,7 +53,7 @@ def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
     config = with_columns(config, task, records)
     tokenizer = prepare_tokenizer(load_tokenizer(config.base), task.name == GENERATION)
     seq_len = resolve_seq_len(config.data.seq_len, tokenizer, max_positions(architecture))
-    source = tasks.Source(records, config.data.data, config.data.columns)
+    source = source_of(config, records)
     examples = task.reader.read(source, config.base)
     _check_rows(rows, len(examples))
     _say_unread(console, DATA, records)
@@ -64,7 +64,7 @@ def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
     sets = {"--data": examples}
     if config.data.eval_data is not None:
         held_out = read_rows(config.data.eval_data, config.data.columns, "--eval-data")
-        of_eval = tasks.Source(held_out, config.data.eval_data, config.data.columns, "--eval-data")
+        of_eval = source_of(config, held_out, config.data.eval_data, "--eval-data")
         sets["--eval-data"] = task.reader.read(of_eval, config.base)
         _say_unread(console, HELD_OUT, held_out)
     for setting, members in sets.items():
@@ -82,8 +82,6 @@ def _preview_answers(
     seq_len: int,
 ) -> None:
     """The same of a task whose answers are no tokens, such as labels."""
-    from qlora_kit import tasks
-
     assert task.answering is not None, "only text generation has none"
     console.print(f"{task.name}: the tokens that the model reads, and the answer that it learns.\n")
     for row in rows:
@@ -104,7 +102,7 @@ def _preview_answers(
     sets = {"--data": examples}
     if config.data.held_out_source is not None:
         held_out = read_rows(config.data.held_out_source, config.data.columns, "--eval-data")
-        of_eval = tasks.Source(held_out, config.data.held_out_source, config.data.columns, "--eval-data")
+        of_eval = source_of(config, held_out, config.data.held_out_source, "--eval-data")
         sets["--eval-data"] = task.reader.read(of_eval, config.base)
         _say_unread(console, HELD_OUT, held_out)
     for setting, members in sets.items():

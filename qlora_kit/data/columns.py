@@ -54,13 +54,14 @@ class Example:
 class Shape:
     """A way to lay out examples in columns: the columns that must be there, those that may, and how to read one.
 
-    `by_hand` has the columns that the user named for some of these.
+    `by_hand` has the columns that the user named for some of these; `learns_all` says what is learned of an example.
     """
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[Shape, Record], Iterator[Example]]
     by_hand: Mapping[str, str] = field(default_factory=dict)
+    learns_all: bool = False
 
     def column(self, part: str) -> str:
         """The column in which a part of an example stands."""
@@ -130,7 +131,7 @@ def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
     turns = record.values.get(column)
     if not isinstance(turns, list) or not turns:
         raise BadValueError(f"column {column!r} must be a list with at least one message")
-    check_chat(record.values, turns, ANSWERING)
+    check_chat(record.values, turns, ANSWERING, shape.learns_all)
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
     messages = _with_system(messages, _optional_text(record, shape.column("system")), shape.column("system"))
     if messages[0].role == "assistant":
@@ -237,8 +238,12 @@ def prompt_of(text: str, origin: str) -> Example:
     return Example(text, "", (Message("user", text),), origin)
 
 
-def examples_from(records: list[Record], columns: Mapping[str, str], source: str, setting: str) -> list[Example]:
+def examples_from(
+    records: list[Record], columns: Mapping[str, str], source: str, setting: str, learns_all: bool = False
+) -> list[Example]:
     """The examples in `records`, each file recognised by its own columns, or mapped by `columns`.
+
+    `learns_all` says that not their answers alone are learned.
 
     Raises `UserError` where the columns fit no shape, where `columns` names a target or a column that is not
     there, and where a record does not fit (each with file and line).
@@ -250,7 +255,7 @@ def examples_from(records: list[Record], columns: Mapping[str, str], source: str
         in_file = list(group)
         there = list(dict.fromkeys(column for record in in_file for column in record.values))
         shape = _mapped_shape(columns, there, file) if columns else _recognised_shape(there, file, setting)
-        examples.extend(_read_all(shape, in_file, problems))
+        examples.extend(_read_all(replace(shape, learns_all=learns_all), in_file, problems))
     problems.raise_if_any()
     return examples
 

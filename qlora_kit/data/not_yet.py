@@ -25,8 +25,8 @@ THOUGHT_REMEDY = (
     "Write them into the contents as the model's chat template has them (<think>…</think> before the answer), or "
     "remove {} to train without them."
 )
-WEIGHT_REMEDY = "Remove {} to learn these answers like the others, or leave these conversations out."
-TRAIN_REMEDY = "Remove {} to learn the answers alone, or learn everything with --train-on all (and remove it too)."
+WEIGHT_REMEDY = "Remove {} to learn these like the others, or leave these conversations out."
+TRAIN_REMEDY = "Remove {} to learn the answers alone, or learn everything with --train-on all."
 HISTORY_REMEDY = (
     "Give the whole as a conversation, {messages: [{role, content}, …]}, or remove 'history' to train without it."
 )
@@ -45,10 +45,10 @@ class NotYetError(BadValueError):
             problems.add_kind(origin, rule, remedy)
 
 
-def check_chat(values: Mapping[str, Any], turns: Sequence[object], answering: Set[str]) -> None:
-    """Check a conversation for tools, and its `turns` for calls, thoughts, and weights of those of `answering` roles.
+def check_chat(values: Mapping[str, Any], turns: Sequence[object], answering: Set[str], learns_all: bool) -> None:
+    """Check a conversation for tools, and its `turns` for calls, thoughts, and weights that are not obeyed.
 
-    Raises `NotYetError`.
+    Learned are turns of `answering` roles, or with `learns_all` every turn. Raises `NotYetError`.
     """
     reasons = {
         f"has {name!r} beside its messages, which would not reach the prompt: {NOT_YET}": TOOL_REMEDY.format(repr(name))
@@ -57,32 +57,33 @@ def check_chat(values: Mapping[str, Any], turns: Sequence[object], answering: Se
     }
     for turn in turns:
         if isinstance(turn, Mapping):
-            reasons.update(_reasons_of(turn, answering))
+            reasons.update(_reasons_of(turn, answering, learns_all))
     if reasons:
         raise NotYetError(reasons)
 
 
-def _reasons_of(turn: Mapping[str, Any], answering: Set[str]) -> Iterator[tuple[str, str]]:
+def _reasons_of(turn: Mapping[str, Any], answering: Set[str], learns_all: bool) -> Iterator[tuple[str, str]]:
     """The rules that a turn breaks, each with its remedy."""
     for name in turn:
         if name in (*CALLS, *THOUGHTS) and not _says_nothing(turn[name]):
             remedy = CALL_REMEDY if name in CALLS else THOUGHT_REMEDY.format(repr(name))
             yield f"has a message with {name!r}, which would be left out: {NOT_YET}", remedy
         elif name in WEIGHTS and not is_empty(turn[name]):
-            yield from _reasons_of_weight(name, turn[name], _is_answer(turn, answering))
+            yield from _reasons_of_weight(name, turn[name], _is_answer(turn, answering), learns_all)
 
 
 def _is_answer(turn: Mapping[str, Any], answering: Set[str]) -> bool:
     return not answering.isdisjoint((str(turn.get("role")), str(turn.get("from"))))
 
 
-def _reasons_of_weight(name: str, weight: object, is_answer: bool) -> Iterator[tuple[str, str]]:
-    """Why a turn is not learned as its weight says: an answer is, in full, and anything else is not."""
+def _reasons_of_weight(name: str, weight: object, is_answer: bool, learns_all: bool) -> Iterator[tuple[str, str]]:
+    """Why a turn is not learned as its weight says: one that is learned is, in full, and any other is not at all."""
     in_full = _is_one(weight)
-    if is_answer and not in_full:
-        rule = f"has an answer whose {name!r} is not {WEIGHTS[name]}, and it would be learned in full: {NOT_YET}"
+    if (is_answer or learns_all) and not in_full:
+        what = "an answer" if is_answer else "a message"
+        rule = f"has {what} whose {name!r} is not {WEIGHTS[name]}, and it would be learned in full: {NOT_YET}"
         yield rule, WEIGHT_REMEDY.format(repr(name))
-    if not is_answer and in_full and name != "weight":  # which stands at questions too, where it means nothing
+    elif in_full and not is_answer and not learns_all and name != "weight":  # that stands at questions for nothing
         rule = f"has a message whose {name!r} is true and that is no answer, so it would not be learned: {NOT_YET}"
         yield rule, TRAIN_REMEDY.format(repr(name))
 

@@ -13,6 +13,7 @@ from qlora_kit import base, data, tasks
 from qlora_kit.config import RunConfig
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
+from qlora_kit.inputs import source_of
 from qlora_kit.task_models import GENERATION, TASK_MODELS, task_of
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _examples(config: RunConfig) -> tuple[list[Any], str]:
 def _read(config: RunConfig, source: str, setting: str) -> list[Any]:
     rows = data.read_rows(source, config.data.columns, setting)
     reader = tasks.task_named(config.base.task).reader
-    return reader.read(tasks.Source(rows, source, config.data.columns, setting), config.base)
+    return reader.read(source_of(config, rows, source, setting), config.base)
 
 
 def _within(

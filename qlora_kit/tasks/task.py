@@ -46,12 +46,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Source:
-    """Records to read examples from: what the user called them, the columns mapped by hand, and whose setting it is."""
+    """Records to read examples from: what the user called them, the columns mapped by hand, whose setting it is."""
 
     records: list[Record]
     name: str
     columns: Mapping[str, str]
     setting: str = "--data"
+    learns_all: bool = False  # all of a text, and not its answers alone
 
 
 @dataclass(frozen=True)

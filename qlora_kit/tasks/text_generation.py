@@ -21,7 +21,7 @@ def _fits(columns: Set[str]) -> bool:
 
 
 def _read(source: Source, config: BaseConfig) -> list[data.Example]:
-    return examples_from(source.records, source.columns, source.name, source.setting)
+    return examples_from(source.records, source.columns, source.name, source.setting, source.learns_all)
 
 
 def _resolve(config: BaseConfig, examples: Sequence[data.Example], setting: str) -> BaseConfig:
