@@ -17,6 +17,7 @@ import os
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def _drawn_by(seed: int, name: str, device: Any) -> Iterator[None]:
 # --------------------------------------------------------------------------- the contenders
 
 
-class Contender:
+class Contender(ABC):
     """A model with its optimizer on `device`."""
 
     def __init__(self, job: Job) -> None:
@@ -110,21 +111,21 @@ class Contender:
         self.batches = torch.randint(0, self.model.config.vocab_size, (BATCHES, job.rows, job.tokens), generator=draw)
         self.steps = 0
 
+    @abstractmethod
     def prepare(self) -> None:
         """Import what it is made of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self) -> Any:
         """The model, ready to train."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_optimizer(self) -> Any:
         """The optimizer of what trains."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_step(self, batch: dict[str, Any]) -> Any:
         """One optimizer step on `batch`; returns the loss before it."""
-        raise NotImplementedError
 
     def warm_up(self) -> None:
         """A step on a few tokens: the optimizer's states are born, and what is compiled or cached is there."""

@@ -43,7 +43,7 @@ def jobs(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])  # plain, transposed and tied layers
 def test_a_peer_loads_the_same_weights_by_its_own_means(tmp_path, family):
     FAMILIES[family]().save_pretrained(tmp_path)
-    peer = contenders.Peer.__new__(contenders.Peer)
+    peer = contenders.Stock.__new__(contenders.Stock)
     peer.job = step.job_of("stock", step.Case("tiny", 1, 8).flat(tmp_path), "cpu")
     peer.device = CPU
     theirs = dict(peer.base().named_parameters())
