@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 # Waiting threads sleep rather than spin: on a busy machine spinning makes small models several times slower.
 export OMP_WAIT_POLICY := passive
@@ -17,7 +17,11 @@ demo: $(STAMP)
 
 # Two processes: a test keeps to one core.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Those that start, kill or measure whole processes, or follow long curves.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -66,6 +66,7 @@ def is_gone(pid, within_s=5.0):
     return False
 
 
+@pytest.mark.slow
 def test_what_hangs_and_what_dies_cost_their_own_result_only(journal, tmp_path):
     these = [
         phase("good", says(n=1)),
@@ -86,6 +87,7 @@ def test_what_hangs_and_what_dies_cost_their_own_result_only(journal, tmp_path):
     assert all(is_gone(found[name].rows[0]["child"]) for name in ("hangs", "hangs beside"))
 
 
+@pytest.mark.slow
 def test_no_phase_goes_on_beyond_the_end_or_is_begun_too_late(journal, tmp_path):
     these = [phase("good", says(n=1)), phase("hangs", HANGS, limit_s=600), phase("late", says(n=2), estimate_s=60)]
     found, seconds = run(these, journal, tmp_path, seconds=6.0)
@@ -294,6 +296,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_one_phase_rehearsed_from_end_to_end_without_git(tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), str(tmp_path)])  # no git on it
     done = on_gpu("--rehearse", "--only", "fit-6gib", "--out", tmp_path / "out", PATH=path)

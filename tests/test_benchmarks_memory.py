@@ -32,6 +32,7 @@ def test_one_gpus_result_does_not_overwrite_anothers(device, place):
     assert common.place_of(device) == place
 
 
+@pytest.mark.slow
 def test_one_tiny_case_from_end_to_end(model, tmp_path, monkeypatch):
     monkeypatch.setattr("common.RESULTS", tmp_path / "results")
     arguments = ["--models", model, "--methods", "qlora4,lora16", "--batch", "2", "--seq", "32", "--measure-cpu", model]
@@ -53,6 +54,7 @@ def test_one_tiny_case_from_end_to_end(model, tmp_path, monkeypatch):
         assert abs(measured["error"]) < 0.15  # of AdamW: a CPU's 8-bit one makes copies that are not predicted
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_a_row_that_says_so(tmp_path):
     row = memory.in_own_process(memory.Case(str(tmp_path / "absent"), "qlora4", 1, 8), timeout_s=120)
     assert row["status"].startswith("failed: ")

@@ -54,6 +54,7 @@ def test_a_peer_loads_the_same_weights_by_its_own_means(tmp_path, family):
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_contenders_step_in_turn_train_alike_and_one_that_fails_says_how(jobs):
     broken = dataclasses.replace(jobs["peft-loop"], folder="/nowhere")
     seen = []
@@ -198,6 +199,7 @@ def test_a_fit_is_planned_for_the_gpu_that_is_given(tmp_path):
     assert (fit.gpu_here() is None) == (not torch.cuda.is_available())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures CUDA where there is one")
 def test_the_whole_command_on_a_tiny_case(tmp_path, monkeypatch):
     FAMILIES["gpt2"]().save_pretrained(tmp_path)

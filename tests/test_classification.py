@@ -191,6 +191,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_way_to_train_leaves_a_release_that_passes_its_proof(workshop, in_this_process, tmp_path, method):
     """With a head that trains in full beside the factors."""

@@ -82,6 +82,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(args):
         assert not process.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_command_says_nothing_of_libraries_before_it_begins():
     """The import of bitsandbytes warns, and some commands' modules import it."""
     command = [sys.executable, "-m", "qlora_kit", "profile", "--model", "no/such", "--weights", "random"]
@@ -91,6 +92,7 @@ def test_a_command_says_nothing_of_libraries_before_it_begins():
     assert done.stderr.startswith("error: --model")
 
 
+@pytest.mark.slow
 def test_the_script_and_the_command_do_the_same(tmp_path, inputs):
     model, data = inputs
     flags = ["--model", model, "--data", data, "--max-steps", "2", "--seq-len", "32", "--r", "4"]

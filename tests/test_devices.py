@@ -35,6 +35,7 @@ def test_only_tests_marked_so_see_it(markers, shown):
     assert shows_cuda(markers) == shown
 
 
+@pytest.mark.slow
 def test_a_process_that_sees_it_runs_no_ordinary_test():
     here = Path(__file__)
     command = [

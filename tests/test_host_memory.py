@@ -76,6 +76,7 @@ def run_program(program: str, *arguments: str) -> list[list[str]]:
     return [line.split() for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_freed_blocks_go_back_to_the_system_when_told_and_not_otherwise():
     kept = {mode: [int(n) for n in run_program(KEPT, mode)[0]] for mode in ("told", "nested", "untold", "built")}
     assert kept["told"][0] < 20 << 20
@@ -85,6 +86,7 @@ def test_freed_blocks_go_back_to_the_system_when_told_and_not_otherwise():
     assert kept["built"][1] < 20 << 20  # until the next model is built
 
 
+@pytest.mark.slow
 def test_a_step_maps_nothing_anew_and_has_the_same_loss():
     for running, building in zip(run_program(STEPS, "built"), run_program(STEPS, "still building"), strict=True):
         assert running[1:] == building[1:]  # bit for bit

@@ -141,6 +141,7 @@ def curve(model, batches):
     return torch.tensor(losses, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fifty_steps_give_the_same_curve(family):
     """The lean curve is no farther from the stock one than twice what bf16 takes the stock one from fp32's."""

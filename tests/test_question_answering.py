@@ -153,6 +153,7 @@ def plain_answer(model, tokenizer, row, joint):
     return row["context"][offsets[start][0] : offsets[end][1]].strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "bart", "llama"])
 def test_the_release_answers_by_plain_argmax_in_stock_transformers(workshop, in_this_process, kind):
     """There is no pipeline for this task in transformers 5. The likeliest ends are the likeliest pair if they fit."""

@@ -59,7 +59,7 @@ def test_every_command_flag_and_file_that_it_names_exists():
     assert all((ROOT / link).exists() for link in links)
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "lint"])
 def test_make_knows_its_targets(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 

@@ -45,6 +45,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_releases_a_run_in_processes_of_its_own(finished, tmp_path):
     """As a user types it, with relative paths: no other path of this machine is in what is written."""
     script = str(ROOT / "scripts" / "merge.py")
@@ -77,6 +78,7 @@ def test_the_command_releases_a_run_in_processes_of_its_own(finished, tmp_path):
     assert [file.name for file in out.parent.iterdir()] == ["x"]
 
 
+@pytest.mark.slow
 def test_interrupting_the_proof_ends_its_processes_and_leaves_nothing(finished, tmp_path):
     out = tmp_path / "new" / "out"
     command = [sys.executable, "-m", "qlora_kit", "merge", "--run", "run", "--out", str(out)]

@@ -35,6 +35,7 @@ def run(tmp_path_factory, shared_data) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_release_of_a_gsm8k_run(run, tmp_path, monkeypatch, dtype):
     def in_this_process(sides: verify.Sides) -> None:

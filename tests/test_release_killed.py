@@ -20,7 +20,10 @@ from qlora_kit.release import merge
 from qlora_kit.release.request import Request
 
 KILLS = 20
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python 3.12
+]
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ def resident(kind: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bf16"), ("gpt2", "fp32")])
 def test_the_peak_is_that_of_a_few_tensors(tmp_path, family, dtype):
     from families import tiny_tokenizer

@@ -19,7 +19,10 @@ from qlora_kit.search.space import Space
 from qlora_kit.search.store import Store, opened
 
 __all__ = ["light_collections"]  # a fixture of every test here
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python 3.12
+]
 MOMENTS = [  # what a search does, and the how manyth time of it
     pytest.param(trainer, "append_metrics", 1, id="in the first fold"),
     pytest.param(RunFolder, "finish", 2, id="before a fold's run is in its place"),

@@ -222,6 +222,7 @@ def test_resuming_ends_with_the_same_weights(config, settings, steps):
         assert [m.get("loss") for m in metrics(resumed.folder)] == [m.get("loss") for m in metrics(whole.folder)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(config, tmp_path):
     whole = train(config, QUIET)
     out = tmp_path / "killed"
