@@ -51,7 +51,7 @@ def test_every_command_flag_and_file_that_it_names_exists():
             "--cpu",
         }
     )
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
     assert named <= flags
     assert set(re.findall(r"qlora-kit ([a-z]+)", README)) <= set(COMMANDS)
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
