@@ -19,7 +19,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Those that start, kill or measure whole processes, or follow long curves.
+# Those that start, kill or measure whole processes, follow long curves or plan many times.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 

@@ -135,6 +135,7 @@ def test_random_weights_depend_on_the_seed_only():
     assert not torch.equal(build(1), build(2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident bytes are read from /proc")
 def test_building_random_weights_returns_the_sixteen_bit_layers(tmp_path):
     """Freed layers must not stay with the process: at 4 bits it may grow by little more than the 4-bit model."""

@@ -184,6 +184,7 @@ def test_a_name_needs_no_download(capsys, monkeypatch):
     assert found["plan"]["attention"]
 
 
+@pytest.mark.slow
 def test_fit_lists_what_fits(tiny, capsys):
     found = json_of(capsys, *tiny, "--fit", "600MiB", "--no-baselines")
     budget = 600 << 20
@@ -194,6 +195,7 @@ def test_fit_lists_what_fits(tiny, capsys):
     assert any(change["flags"] == "--gradient-checkpointing" for change in found["switched_on"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_ranked_remedies(tiny, capsys):
     big = with_flags(tiny, ["--batch-size", "128", "--no-gradient-checkpointing", "--no-baselines"])
     out = " ".join(prints(capsys, *big, "--fit", "520MiB").split())

@@ -124,6 +124,7 @@ def test_the_longest_sequence_is_at_the_border_and_nothing_fits_into_nothing(pla
     assert (none.longest.seq_len, none.longest.device_bytes) == (0, None)
 
 
+@pytest.mark.slow
 def test_more_memory_fits_no_less(planner):
     fits = [find_fit(planner, Budget(n * 100 * MIB, "test")) for n in (6, 7, 9)]
     for less, more in itertools.pairwise(fits):
@@ -131,6 +132,7 @@ def test_more_memory_fits_no_less(planner):
         assert less.longest.seq_len <= more.longest.seq_len
 
 
+@pytest.mark.slow
 def test_savings_are_planned_ranked_and_honest(tiny, planner):
     now = planner.plan()
     ranked = savings(planner, Budget(now.device_bytes - 1, "test"))
@@ -150,6 +152,7 @@ def test_savings_are_planned_ranked_and_honest(tiny, planner):
         assert change.fits
 
 
+@pytest.mark.slow
 def test_changes_are_joined_until_they_fit(planner):
     ranked = savings(planner, Budget(1, "test"))
     best = min(change.device_bytes for change in ranked)

@@ -55,6 +55,7 @@ def test_the_plan_is_recorded_and_said_beside_the_baselines(config):
     assert "16-bit LoRA (bf16 base, AdamW) would take" in last
 
 
+@pytest.mark.slow
 def test_a_profiled_run_shows_predicted_beside_measured_and_trains_the_same(config):
     said = io.StringIO()
     profiled = train(dataclasses.replace(config, profile=True), Console(file=said, width=300))
@@ -110,6 +111,7 @@ def test_the_plan_is_for_the_longest_row_and_not_for_more():
     assert short.plan.seq_len == 16
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_a_remedy_that_does(monkeypatch):
     config = RunConfig(
         base=BaseConfig(model="gpt2-large", weights="random"),
@@ -128,6 +130,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy_that_does(monkeypatch):
     assert preflight.plan_run(config, torch.device("cuda"), 512).plan is not None
 
 
+@pytest.mark.slow
 def test_a_host_without_room_for_the_checkpoints_is_refused_with_everything_else_that_is_wrong(monkeypatch):
     config = RunConfig(base=BaseConfig(model="gpt2", weights="random"), optim=OptimConfig(batch_size=4))
     gpu = find_gpu("rtx3060")
@@ -163,6 +166,7 @@ def gpt2(**evaluation) -> RunConfig:
     return RunConfig(base=base, optim=OptimConfig(batch_size=1), evaluation=EvalConfig(**evaluation))
 
 
+@pytest.mark.slow
 def test_a_run_whose_answers_do_not_fit_is_refused_by_their_name_with_what_helps_them(monkeypatch):
     """Its step would fit: only that was compared with what is free."""
     config, gpu = gpt2(exact_match=8), find_gpu("rtx3060")

@@ -202,6 +202,7 @@ def test_an_optimizer_that_the_device_would_choose_otherwise_is_refused(config, 
 # ------------------------------------------------------------------------------------------------------ longer, shorter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"max_steps": 8}, {"max_steps": None, "epochs": 1.5}])
 def test_a_run_made_longer_is_the_run_that_was_never_stopped(config, tmp_path, more):
     """Bit for bit, over the end of an epoch; and every step has the rate that it would have had."""

@@ -194,6 +194,7 @@ def test_evaluating_changes_nothing(config):
     assert same(factors(with_evaluations.adapter), factors(without.adapter))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
