@@ -220,6 +220,11 @@ def test_bad_results_say_by_how_much():
     assert table(found)[1]
 
 
+def test_tests_that_were_all_skipped_show_nothing():
+    skipped = found_of({**GOOD, "paging": [{"all": {"skipped": 1}}]})
+    assert outcome("memory of paged states that is not freed (tests)", skipped).startswith("missing")
+
+
 def test_missing_results_say_why():
     found = {**found_of(GOOD), "speed-gpt2": Found(status="ended at its limit of 80 s", seconds=80.0, where=WHERE)}
     assert outcome("gpt2-large: time of a step, of stock", found) == "missing: speed-gpt2 ended at its limit of 80 s"

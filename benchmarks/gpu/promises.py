@@ -175,7 +175,8 @@ def _failed(phase: str) -> Callable[[Rows], float | None]:
         counts = _counts(rows, phase)
         if counts is None:
             return float(sum(row.get("outcome") == "failed" for row in rows.get(phase, ()))) or None
-        return float(counts.get("failed", 0) + counts.get("uncollected", 0))
+        failed = counts.get("failed", 0) + counts.get("uncollected", 0)
+        return float(failed) if failed or counts.get("passed") else None  # where none ran, nothing was shown
 
     return figure
 
