@@ -42,7 +42,8 @@ def _assemble(config: RunConfig, device: torch.device, architecture: PretrainedC
     if config.base.full and in_fp16:
         rule = "cannot train 16-bit weights on a device without bf16"
         raise UserError.of("--full", True, rule, "Use --bits 32, or adapters.")
-    if device.type != "meta" and not config.base.trust_remote_code:  # a model's own code is run by its loading alone
+    own_code = config.base.trust_remote_code  # which is run by its loading alone
+    if device.type != "meta" and not own_code and unquantized.may_refuse(config):
         unquantized.check(config, unquantized.foresee(config, architecture))
     lean = config.lean.resolved("cuda" if device.type == "meta" else device.type)
     on_host = loads_embedding_on_host(lean) and not config.base.full

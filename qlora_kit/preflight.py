@@ -155,7 +155,8 @@ def _prompts_in_free(planned: MemoryPlan, device: torch.device) -> int:
     own, loading = planned.answers, planned.stages[LOADING].components
     loaded_bytes = sum(n_bytes for name, n_bytes in loading.items() if name != "workspaces")  # and those are gone
     one_bytes = max(own.one_bytes - loaded_bytes, own.each_bytes)
-    room_bytes = free_bytes(device) - rules.fragmentation_bytes(free_bytes(device))
+    free = free_bytes(device)
+    room_bytes = free - rules.fragmentation_bytes(free)
     return stages.prompts_at_once(room_bytes, one_bytes, own.each_bytes, own.most)
 
 

@@ -101,9 +101,14 @@ def foresee(config: RunConfig, architecture: PretrainedConfig | None = None) -> 
     return base.load_base(plain, torch.device("meta"), architecture=copy.deepcopy(architecture))
 
 
+def may_refuse(config: RunConfig) -> bool:
+    """Whether `check` looks at a model of `config` at all: it is quantized, and not allowed to leave the rest."""
+    return config.base.bits <= 8 and not config.base.allow_16_bit_experts
+
+
 def check(config: RunConfig, model: Any) -> None:
     """Raises `UserError` where the bits of `config` leave much of `model` in 16, and the settings do not allow it."""
-    if config.base.allow_16_bit_experts or config.base.bits > 8:
+    if not may_refuse(config):
         return
     found = of_run(config, model)
     if found is not None:
