@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.runs import versions, write_json
+from qlora_kit.system.files import versions, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parents[1]
@@ -130,7 +130,7 @@ def our_settings(args: argparse.Namespace, train_file: str, out: Path) -> Any:
 def our_answers(config: Any, file: Path) -> list[dict[str, Any]]:
     """Train the run `config`, and the lines that `predict` then writes about `file`."""
     from qlora_kit import train
-    from qlora_kit.cli import main
+    from qlora_kit.cli.main import main
 
     folder = train(config).folder
     answers = folder.parent / "answers.jsonl"
@@ -178,8 +178,8 @@ def take_our_start(model: Any, config: Any, labels: Sequence[str]) -> None:
     """
     import torch
 
-    from qlora_kit.assembly import build_model
-    from qlora_kit.inputs import read_inputs
+    from qlora_kit.build import build_model
+    from qlora_kit.tasks.inputs import read_inputs
 
     resolved = read_inputs(config).config
     ours = dict(build_model(resolved, model.device).named_parameters())

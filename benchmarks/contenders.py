@@ -342,23 +342,23 @@ class Lean(Contender):
         root = str(Path(__file__).resolve().parents[1])
         if root not in sys.path:
             sys.path.insert(0, root)
-        from qlora_kit import assembly, trainer  # noqa: F401
-        from qlora_kit.config import RunConfig
+        from qlora_kit.config.settings import RunConfig
         from qlora_kit.memory import simulate  # noqa: F401
-        from qlora_kit.quiet import quiet_libraries
+        from qlora_kit.system.quiet import quiet_libraries
+        from qlora_kit.training import trainer  # noqa: F401
 
         quiet_libraries()
         self.config = RunConfig.from_flat(self.job.settings)
 
     def build(self) -> Any:
         """The model of a run."""
-        from qlora_kit import assembly
+        from qlora_kit.build import build_model
 
-        return assembly.build_model(self.config, self.device)
+        return build_model(self.config, self.device)
 
     def make_optimizer(self) -> Any:
         """The optimizer of a run."""
-        from qlora_kit.trainer import make_optimizer, resolve_optim
+        from qlora_kit.optim.optimizers import make_optimizer, resolve_optim
 
         return make_optimizer(self.model, self.config, resolve_optim(self.config, self.device))
 

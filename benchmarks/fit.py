@@ -23,7 +23,7 @@ from common import RESULTS, device_name, write_result
 from contenders import Job, Lean
 from step import in_own_process, job_of
 
-from qlora_kit.config import RunConfig
+from qlora_kit.config.settings import RunConfig
 
 if TYPE_CHECKING:
     from qlora_kit.memory.rules import Gpu

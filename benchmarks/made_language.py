@@ -100,7 +100,7 @@ def trained(kind: str, model: Path, data: Path, out: Path, args: argparse.Namesp
 
 def predicted(folder: Path, asked: Path, setting: str) -> list[str]:
     """What `qlora-kit predict` says of the run or model in `folder`."""
-    from qlora_kit.cli import main
+    from qlora_kit.cli.main import main
 
     out = asked.with_name(f"answers-{folder.name}.jsonl")
     main(["predict", setting, str(folder), "--data", str(asked), "--seq-len", "16", "--out", str(out)])
@@ -130,7 +130,7 @@ def bleu(answers: list[str], asked: Path) -> float:
 
 def measure(kind: str, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Make a base of `kind`, train and merge it; the figures."""
-    from qlora_kit.cli import main
+    from qlora_kit.cli.main import main
 
     save_base(place / "random", kind)
     repeats = save_pairs(place / "repeats.jsonl", 20_000, 1, translates=False)

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import RESULTS, device_name, write_result
 
-from qlora_kit.config import RunConfig
+from qlora_kit.config.settings import RunConfig
 from qlora_kit.errors import UserError
-from qlora_kit.runs import write_text
+from qlora_kit.system.files import write_text
 
 GIB = 1 << 30
 TIMED_STEPS = 5
@@ -114,15 +114,15 @@ def measure_cuda(case: Case, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:
     """Run `case` on the GPU: the peaks of two steps (and of loading), and the time of `timed_steps` more."""
     import torch
 
-    from qlora_kit import assembly
+    from qlora_kit import build
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
-    from qlora_kit.trainer import make_optimizer
+    from qlora_kit.optim.optimizers import make_optimizer
 
     device, config = torch.device("cuda:0"), case.config
     before_bytes = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    model = assembly.build_model(config, device).train()
+    model = build.build_model(config, device).train()
     optimizer = make_optimizer(model, config, config.optim.optim or "adamw")
     load_peak_bytes = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -167,16 +167,16 @@ def measure_cpu(case: Case) -> dict[str, Any]:
     """Two steps on the CPU: live bytes by the tracker, beside the same steps predicted as a CPU runs them."""
     import torch
 
-    from qlora_kit import assembly
-    from qlora_kit.memory.profile import Profiler
+    from qlora_kit import build
+    from qlora_kit.memory.profile.profiler import Profiler
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
-    from qlora_kit.trainer import make_optimizer
+    from qlora_kit.optim.optimizers import make_optimizer
 
     optim = {"optim": case.config.optim.optim.removeprefix("paged_")}  # type: ignore[union-attr]
     config = dataclasses.replace(case.config, optim=dataclasses.replace(case.config.optim, **optim))
     device = torch.device("cpu")
-    model = assembly.build_model(config, device).train()
+    model = build.build_model(config, device).train()
     optimizer = make_optimizer(model, config, optim["optim"])
     unused, step_s = MemoryTracker("cpu"), 0.0
     with Profiler(config, device, steps=2) as profiler:
@@ -203,7 +203,7 @@ def measure_cpu(case: Case) -> dict[str, Any]:
 
 def run_case(case: Case, on_cuda: bool) -> None:
     """In a process of its own: print what is predicted, then what was measured, as lines of JSON."""
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     if not on_cuda:
@@ -211,7 +211,7 @@ def run_case(case: Case, on_cuda: bool) -> None:
         return
     import torch
 
-    from qlora_kit.memory.profile import present_gpu
+    from qlora_kit.memory.profile.profiler import present_gpu
 
     gpu = present_gpu(torch.device("cuda:0"))
     predicted = predict(case, gpu)
@@ -265,7 +265,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     """Every row: on a GPU measured, else predicted, with the small ones measured on the CPU."""
     import torch
 
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     cases = [

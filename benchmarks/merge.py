@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import write_result
 
-from qlora_kit import demo, shapes
+from qlora_kit import demo
+from qlora_kit.model import architectures
 
 WAYS = {
     "copy": "plain copy of the files",
@@ -41,13 +42,13 @@ def make_inputs(shape: str, folder: Path) -> dict[str, Any]:
     """Write base and adapter; returns their sizes."""
     import torch
 
-    from qlora_kit.base import load_base
-    from qlora_kit.config import BaseConfig
-    from qlora_kit.release.shards import TensorPlan, plan_shards, writing
+    from qlora_kit.config.settings import BaseConfig
+    from qlora_kit.model.load import load_base
+    from qlora_kit.release.files.write import TensorPlan, plan_shards, writing
 
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir(parents=True)
-    shapes.config_from(shape).save_pretrained(base)
+    architectures.config_from(shape).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo.base_folder() / name, base / name)
     model = load_base(BaseConfig(model=shape, weights="random", bits=16), torch.device("meta"))
@@ -68,7 +69,7 @@ def make_adapter(model: Any, folder: Path, draw: Any) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from qlora_kit.adapters import linear_layers
+    from qlora_kit.adapters.targets import linear_layers
 
     folder.mkdir()
     tensors = {}
@@ -110,10 +111,10 @@ def arithmetic(folder: Path) -> tuple[float, float]:
     """Quantize and dequantize every layer of the blocks."""
     import torch
 
-    from qlora_kit.config import BaseConfig
+    from qlora_kit.config.settings import BaseConfig
+    from qlora_kit.release.files.read import open_base
     from qlora_kit.release.mapping import read_layout
     from qlora_kit.release.quantize import Quantization, as_seen
-    from qlora_kit.release.source import open_base
 
     config = BaseConfig(model=str(folder / "base"))
     _, checkpoint = open_base(config)
@@ -131,7 +132,7 @@ def arithmetic(folder: Path) -> tuple[float, float]:
 
 def ours(folder: Path, into: str) -> tuple[float, float]:
     """Merge with this package, each tensor proven; the whole model would be another process."""
-    from qlora_kit.config import BaseConfig
+    from qlora_kit.config.settings import BaseConfig
     from qlora_kit.release.merge import merge
     from qlora_kit.release.request import Request
 
@@ -147,8 +148,8 @@ def import_what_a_merge_needs(folder: Path) -> None:
     """Building a model on `meta` is what imports most."""
     import torch
 
-    from qlora_kit.base import load_base
-    from qlora_kit.config import BaseConfig
+    from qlora_kit.config.settings import BaseConfig
+    from qlora_kit.model.load import load_base
 
     load_base(BaseConfig(model=str(folder / "base")), torch.device("meta"))
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import write_result
 
-from qlora_kit.config import AdapterConfig, BaseConfig, RunConfig
+from qlora_kit.config.settings import AdapterConfig, BaseConfig, RunConfig
 
 METHODS = {  # name → base settings, adapter dtype, and what a reader is told
     "full": ({"bits": 32, "full": True}, "fp32", "every weight in fp32, AdamW"),
@@ -32,9 +32,10 @@ def measure(model_name: str, method: str, r: int) -> dict[str, Any]:
     """Bytes of weights, gradients and optimizer states of `method` after one step."""
     import torch
 
-    from qlora_kit.adapters import inject, trainable
-    from qlora_kit.base import count_parameters, load_base
-    from qlora_kit.trainer import make_optimizer
+    from qlora_kit.adapters.inject import inject, trainable
+    from qlora_kit.model.load import load_base
+    from qlora_kit.model.quantize import count_parameters
+    from qlora_kit.optim.optimizers import make_optimizer
 
     base_settings, adapter_dtype, recipe = METHODS[method]
     config = BaseConfig(model=model_name, weights="random", **base_settings)
@@ -75,7 +76,7 @@ def main() -> int:
     parser.add_argument("--model", default="gpt2-large")
     parser.add_argument("--r", type=int, default=16)
     args = parser.parse_args()
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     rows = {}

@@ -55,8 +55,8 @@ def run_model(model: str) -> None:
     """In a process of its own: predict and measure each case of `model`; prints a line of JSON a case."""
     import torch
 
-    from qlora_kit.memory.profile import present_gpu
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.memory.profile.profiler import present_gpu
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     gpu = present_gpu(torch.device("cuda:0"))
@@ -92,16 +92,16 @@ def run_overhead() -> None:
     """In a process of its own: the time of a step with the profiler and without, in turn; prints a line of JSON."""
     import torch
 
-    from qlora_kit import assembly
-    from qlora_kit.memory.profile import Profiler
+    from qlora_kit import build
+    from qlora_kit.memory.profile.profiler import Profiler
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
-    from qlora_kit.quiet import quiet_libraries
-    from qlora_kit.trainer import make_optimizer
+    from qlora_kit.optim.optimizers import make_optimizer
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     device, config = torch.device("cuda:0"), OVERHEAD_CASE.config
-    model = assembly.build_model(config, device).train()
+    model = build.build_model(config, device).train()
     optimizer = make_optimizer(model, config, config.optim.optim or "adamw")
     unused = MemoryTracker("cuda")
 
@@ -144,9 +144,9 @@ def on_cpu() -> list[dict[str, Any]]:
     """Tiny models of four families: the profiler's record, the tracker's, and the prediction on `meta`."""
     from memory_cases import BATCH, TOKENS, record, settings, small_config
 
-    from qlora_kit.memory.profile_cpu import BatchShape, predict
+    from qlora_kit.memory.profile.cpu import BatchShape, predict
     from qlora_kit.memory.track import overall_peak
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     ways: list[dict[str, Any]] = [

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, error_of_difference
 from gpu import tables
 
-from qlora_kit.runs import write_text
+from qlora_kit.system.files import write_text
 
 ROOT = RESULTS.parents[1]
 METHOD_NAMES = {
@@ -284,11 +284,11 @@ def _regularized(result: dict[str, Any]) -> list[str]:
 
 def draw_plan(file: Path) -> None:
     """The plan that the README shows, as `qlora-kit plan --plot` draws it."""
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
-    from qlora_kit.commands.plan import Request, make_report
-    from qlora_kit.config import RunConfig
+    from qlora_kit.cli.plan import Request, make_report
+    from qlora_kit.config.settings import RunConfig
     from qlora_kit.memory.picture import write_picture
 
     config = RunConfig.from_flat({"model": "llama-3-8b", "bits": 4, "r": 16, "batch_size": 2, "seq_len": 2048})

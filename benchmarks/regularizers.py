@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def train_and_score(args: argparse.Namespace) -> None:
     """Train one way with one seed and score it; prints its row as JSON."""
     from qlora_kit import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     lines = (args.data / "train.tsv").read_text(encoding="utf-8").splitlines()

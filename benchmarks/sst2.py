@@ -95,7 +95,7 @@ def answers_of_stock(args: argparse.Namespace, out: Path) -> list[str]:
 
 def contend(args: argparse.Namespace) -> None:
     """Train and score one contender with one seed; prints its row as JSON."""
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:

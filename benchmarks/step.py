@@ -40,8 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, device_name, write_result
 from contenders import Job
 
-from qlora_kit.config import GROUPS, LeanConfig, RunConfig, default_of
-from qlora_kit.runs import write_json, write_text
+from qlora_kit.config.rules import default_of
+from qlora_kit.config.settings import GROUPS, LeanConfig, RunConfig
+from qlora_kit.system.files import write_json, write_text
 
 CHILD = Path(__file__).resolve().parent / "contenders.py"
 GB = 10**9
@@ -101,15 +102,15 @@ class Case:
     @contextmanager
     def described(self) -> Iterator[Path]:
         """A folder with the model's config.json and a tokenizer, and no weights."""
-        from qlora_kit import base, shapes
+        from qlora_kit.model import architectures, tokenizer
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if self.model in OWN_SHAPES:
                 write_json(folder / "config.json", OWN_SHAPES[self.model])
             else:
-                shapes.config_from(self.model).save_pretrained(folder)
-            base.load_tokenizer(RunConfig.from_flat(self.flat(folder)).base).save_pretrained(folder)
+                architectures.config_from(self.model).save_pretrained(folder)
+            tokenizer.load_tokenizer(RunConfig.from_flat(self.flat(folder)).base).save_pretrained(folder)
             yield folder
 
 
@@ -136,13 +137,14 @@ def build_stock(config: RunConfig, device: Any, architecture: Any = None) -> Any
     """`contenders.Stock`'s model on `meta`, where nothing is loaded: for the simulation."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    from qlora_kit import adapters, base
+    from qlora_kit.adapters import targets
+    from qlora_kit.model import load
 
-    model: Any = prepare_model_for_kbit_training(base.load_base(config.base, device, config.seed, architecture))
+    model: Any = prepare_model_for_kbit_training(load.load_base(config.base, device, config.seed, architecture))
     settings = LoraConfig(
         r=config.adapter.r,
         lora_alpha=config.adapter.resolved_alpha,
-        target_modules=adapters.choose_targets(model, None),
+        target_modules=targets.choose_targets(model, None),
         task_type="CAUSAL_LM",
     )
     with device:
@@ -269,7 +271,7 @@ def _run_once(connection: Connection, function: Any, arguments: tuple[Any, ...])
 def _begin() -> None:
     import warnings
 
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     warnings.simplefilter("ignore")  # a process of a benchmark prints figures
@@ -279,7 +281,7 @@ def measure_live_bytes(job: Job) -> Row:
     """The live bytes of a CPU's second step at their peak: the same tracker as the profiler's, and no time."""
     import torch
 
-    from qlora_kit.memory.profile_cpu import CpuTracker
+    from qlora_kit.memory.profile.cpu import CpuTracker
     from qlora_kit.memory.track import overall_peak
     from qlora_kit.memory.watch import watch
 

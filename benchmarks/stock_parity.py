@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import commit, device_name, write_result
 
-from qlora_kit.config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig
+from qlora_kit.config.settings import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig
 
 BOUND = 0.005  # the held-out losses may differ by this share
 
@@ -53,8 +53,9 @@ def encoded(args: argparse.Namespace, tokenizer: Any, source: str, limit: int | 
 def train_ours(args: argparse.Namespace, out: str) -> tuple[Any, list[float]]:
     """Train with qlora_kit; returns a freshly loaded base with the adapter, and the loss of every step."""
     from qlora_kit import train
-    from qlora_kit.adapters import load_adapter
-    from qlora_kit.base import load_base, resolve_device
+    from qlora_kit.adapters.files import load_adapter
+    from qlora_kit.model.device import resolve_device
+    from qlora_kit.model.load import load_base
 
     config = run_config(args, out)
     result = train(config)
@@ -128,9 +129,9 @@ def score(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[float, 
 
 def contend(args: argparse.Namespace) -> None:
     """Train and score one contender; prints its row as JSON."""
-    from qlora_kit.base import load_tokenizer
     from qlora_kit.data import prepare_tokenizer
-    from qlora_kit.quiet import quiet_libraries
+    from qlora_kit.model.tokenizer import load_tokenizer
+    from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     tokenizer = prepare_tokenizer(load_tokenizer(BaseConfig(model=args.model)))

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, SearchConfig
+from qlora_kit.config.settings import (
+    AdapterConfig,
+    BaseConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    SearchConfig,
+)
 from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_kit.training import RunResult, train
+    from qlora_kit.training.run import RunResult, train
 
 __all__ = [
     "AdapterConfig",
@@ -33,5 +41,5 @@ def __getattr__(name: str) -> Any:
     if name in ("train", "RunResult"):
         import importlib
 
-        return getattr(importlib.import_module("qlora_kit.training"), name)
+        return getattr(importlib.import_module("qlora_kit.training.run"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

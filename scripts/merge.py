@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qlora_kit.cli import main
+from qlora_kit.cli.main import main
 
 main(["merge", *sys.argv[1:]])

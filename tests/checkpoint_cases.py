@@ -8,8 +8,9 @@ import torch
 from families import FAMILIES, POSITIONS, VOCAB
 from transformers import AutoModelForCausalLM
 
-from qlora_kit import adapters, assembly
-from qlora_kit.config import AdapterConfig, LeanConfig
+from qlora_kit import build
+from qlora_kit.adapters import inject
+from qlora_kit.config.settings import AdapterConfig, LeanConfig
 from qlora_kit.data import Collator
 
 SETTINGS = LeanConfig(half_blocks="on", offload_activations="on", offload_embedding="on")
@@ -43,14 +44,14 @@ def adapted(
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
     model.config.use_cache = False
     settings = AdapterConfig(r=4, dropout=dropout, targets=targets, adapter_dtype="fp32")
-    model = adapters.inject(model, settings)
+    model = inject.inject(model, settings)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, dtype=torch.float32).to(dtype)
-    for _, factor in adapters.trainable(model):
+    for _, factor in inject.trainable(model):
         factor.data = factor.data.to(dtype)
     if checkpointing:
-        assembly.enable_checkpointing(model)
+        build.enable_checkpointing(model)
     return model.train()
 
 
@@ -85,7 +86,7 @@ def gradients(model: Any, *batches: dict[str, torch.Tensor], seed: int = 0) -> t
         loss = outputs.loss if batch["input_ids"].shape[1] > 1 else outputs.logits.square().mean()
         loss.backward()
         losses.append(float(loss.detach()))
-    found = {name: p.grad for name, p in adapters.trainable(model)}
+    found = {name: p.grad for name, p in inject.trainable(model)}
     model.zero_grad(set_to_none=True)
     return losses, found
 

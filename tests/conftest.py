@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[HIDES] = ""
     import torch
 
-    from qlora_kit.quiet import quiet_libraries, quiet_progress_bars
+    from qlora_kit.system.quiet import quiet_libraries, quiet_progress_bars
 
     quiet_libraries()
     quiet_progress_bars()
@@ -62,14 +62,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Both sides of a proof answer here, where the libraries are imported already."""
-    from qlora_kit.release import live, stock, verify  # here: most tests need none of it
-    from qlora_kit.task_models import GENERATION
+    from qlora_kit.model.task_models import GENERATION
+    from qlora_kit.release.proof import (
+        live_side,
+        release_side,
+        verify,  # here: most tests need none of it
+    )
 
     def run(sides: verify.Sides) -> None:
-        live.main(sides.job)
+        live_side.main(sides.job)
         for into, release in sides.releases.items():
             (sides.folder / into).mkdir()
             task = sides.job.config["base"]["task"] or GENERATION
-            stock.main(release, sides.folder / live.ROWS_FILE, sides.folder / into, task=task)
+            release_side.main(release, sides.folder / live_side.ROWS_FILE, sides.folder / into, task=task)
 
     monkeypatch.setattr(verify.Sides, "run", run)

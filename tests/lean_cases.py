@@ -11,8 +11,9 @@ import oracles
 import torch
 from families import VOCAB, tiny_model
 
-from qlora_kit import adapters, assembly
-from qlora_kit.config import AdapterConfig, LeanConfig
+from qlora_kit import build
+from qlora_kit.adapters import inject
+from qlora_kit.config.settings import AdapterConfig, LeanConfig
 
 LEAN = LeanConfig().resolved("cpu")
 ADAPTER_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -24,9 +25,9 @@ def with_factors(base: Any, **settings: Any) -> Any:
     draw = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = adapters.inject(base, AdapterConfig(**{"r": 4, "adapter_dtype": ADAPTER_DTYPES[dtype], **settings}))
+        model = inject.inject(base, AdapterConfig(**{"r": 4, "adapter_dtype": ADAPTER_DTYPES[dtype], **settings}))
     with torch.no_grad():
-        for name, factor in adapters.trainable(model):
+        for name, factor in inject.trainable(model):
             if "lora_B" in name:
                 factor.copy_(torch.randn(factor.shape, generator=draw) * 0.05)
     return model.train()
@@ -46,12 +47,12 @@ def adapted(
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
     if checkpointing:
-        assembly.enable_checkpointing(model)
+        build.enable_checkpointing(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = adapters.inject(model, AdapterConfig(r=4))
+        model = inject.inject(model, AdapterConfig(r=4))
     draw = torch.Generator().manual_seed(1)
-    for name, factor in adapters.trainable(model):
+    for name, factor in inject.trainable(model):
         values = torch.randn(factor.shape, generator=draw) * (0.05 if "lora_B" in name else 0.2)
         factor.data = values.bfloat16().to(dtype)
     return model.train()
@@ -97,7 +98,7 @@ def exact_step(model: Any, inputs: dict[str, torch.Tensor], n_items: Any = None)
 
 
 def _take_gradients(model: Any) -> dict[str, torch.Tensor]:
-    gradients = {name: factor.grad.double() for name, factor in adapters.trainable(model)}
+    gradients = {name: factor.grad.double() for name, factor in inject.trainable(model)}
     model.zero_grad(set_to_none=True)
     return gradients
 

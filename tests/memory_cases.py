@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from families import FAMILIES
 
-from qlora_kit import assembly
-from qlora_kit.config import RunConfig
+from qlora_kit import build
+from qlora_kit.config.settings import RunConfig
 from qlora_kit.data import Collator, packed_mask_dtype
 from qlora_kit.lean import flat, varlen
 from qlora_kit.memory import kernels
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import Event, MemoryTracker, overall_peak
 from qlora_kit.memory.watch import watch
-from qlora_kit.split_adamw import SplitAdamW
-from qlora_kit.trainer import trains_split
+from qlora_kit.optim.optimizers import trains_split
+from qlora_kit.optim.split_adamw import SplitAdamW
 
 CPU = torch.device("cpu")
 BATCH, TOKENS = 4, 96
@@ -116,7 +116,7 @@ class Recorded:
 def record(config: RunConfig, architecture: Any, autocast: bool = False, block_bytes: int = 1) -> Recorded:
     """Two real steps under the profiler and the tracker at once."""
     torch.manual_seed(0)
-    model = assembly.build_model(config, CPU, architecture).train()
+    model = build.build_model(config, CPU, architecture).train()
     optimizer = cpu_optimizer(model, config)
     tracker = MemoryTracker("cpu", block_bytes, kernels.open_kernels())
     batches = [real_batch(config, architecture.vocab_size) for _ in range(config.optim.grad_accum)]

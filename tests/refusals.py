@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from qlora_kit.cli import main
+from qlora_kit.cli.main import main
 
 
 def fails(capsys, *args: str) -> str:

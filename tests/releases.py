@@ -16,11 +16,12 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from qlora_kit import AdapterConfig, DataConfig, OptimConfig, RunConfig, cli, train
-from qlora_kit.adapters import choose_targets
-from qlora_kit.base import load_base
-from qlora_kit.commands.merge import make_request
-from qlora_kit.config import BaseConfig
+from qlora_kit import AdapterConfig, DataConfig, OptimConfig, RunConfig, train
+from qlora_kit.adapters.targets import choose_targets
+from qlora_kit.cli import main
+from qlora_kit.cli.merge import make_request
+from qlora_kit.config.settings import BaseConfig
+from qlora_kit.model.load import load_base
 from qlora_kit.release.merge import Result, merge
 from qlora_kit.release.request import Request
 
@@ -72,8 +73,8 @@ def train_tiny(base: Path, out: Path, **base_settings: Any) -> Path:
 
 def asked(*words: object) -> Request:
     """What `qlora-kit merge` makes of the words after it."""
-    command = cli.COMMANDS["merge"]
-    flags = cli._parse("merge", command, [str(word) for word in words])
+    command = main.COMMANDS["merge"]
+    flags = main._parse("merge", command, [str(word) for word in words])
     own = {key: flags.pop(key) for key in command.flags if key in flags}
     return make_request(flags, own.pop("run", None), own.pop("adapter", ()), own.pop("base", None), own)
 

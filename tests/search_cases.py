@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from tiny_runs import TinyRuns
 from qlora_kit import SearchConfig
 from qlora_kit.search import fold_run
 from qlora_kit.search.result import SearchResult
-from qlora_kit.search.search import search
+from qlora_kit.search.run import search
 from qlora_kit.search.space import Space
 
 N_EXAMPLES = 6
@@ -76,19 +76,9 @@ def light_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-def in_a_child(task: Callable[[], object]) -> int:
-    """Start `task` in a copy of this process, which has everything imported; gives its number.
+FOUR = ["r=2/fold-1", "r=2/fold-2", "r=4/fold-1", "r=4/fold-2"]
 
-    It ends with 1 where the task raised something.
-    """
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            task()
-            status = 0
-        except BaseException:  # noqa: BLE001  # whatever it is, the parent must hear of it
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return child
+
+def results_of(folder: Path) -> dict[str, list[float]]:
+    content = json.loads((folder / "results.json").read_text())
+    return {json.dumps(one["point"]): one["values"] for one in content["tried"]}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from devices import HIDES, shows_cuda
 
-from qlora_kit.base import resolve_device
-from qlora_kit.config import BaseConfig
+from qlora_kit.config.settings import BaseConfig
+from qlora_kit.model.device import resolve_device
 
 
 def test_what_is_left_to_the_machine_is_the_cpu():

@@ -15,7 +15,7 @@ def main() -> int:
     """Print the rows: `without` is the piece that is off, None for the whole."""
     from step import pieces
 
-    from qlora_kit.config import LeanConfig
+    from qlora_kit.config.settings import LeanConfig
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case")

@@ -7,7 +7,7 @@ import json
 import torch
 from common import commit, device_name
 
-from qlora_kit.runs import versions
+from qlora_kit.system.files import versions
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from qlora_kit.config import DEFAULT_SEQ_LEN
+from qlora_kit.config.settings import DEFAULT_SEQ_LEN
 from qlora_kit.data.audit import AuditReport, audit
 from qlora_kit.data.columns import Example, Message
 from qlora_kit.data.problems import Problems

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.config import LeanConfig
+from qlora_kit.config.settings import LeanConfig
 from qlora_kit.lean import attention, embedding, flat, gelu, half_blocks, linear, loss, mask, mlp, norm, offload, varlen
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_kit import sdpa
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
+from qlora_kit.model import sdpa
 
 NAME = "sdpa_by_row"
 DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")  # how transformers' configs call it

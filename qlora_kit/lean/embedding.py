@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_kit.host_embedding import HostEmbedding, move_to_host, why_not
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
+from qlora_kit.model.host_embedding import HostEmbedding, move_to_host, why_not
 
 __all__ = ["HostEmbedding", "move_to_host", "put_on"]
 

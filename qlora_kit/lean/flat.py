@@ -23,8 +23,8 @@ from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 from transformers import Trainer
 
-from qlora_kit import adapters
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.adapters import inject
+from qlora_kit.lean.piece import Outcome
 
 ALIGNMENT = 256
 """Every factor begins at a multiple of so many elements, the block in which bitsandbytes scales 8-bit states: so no
@@ -171,7 +171,7 @@ def flat_factors(model: Any) -> FlatFactors | None:
 
 def put_on(model: Any) -> Outcome:
     """Lay all factors of `model` side by side; after that no factor may be moved or cast."""
-    named = adapters.trainable(model)
+    named = inject.trainable(model)
     if not named:
         return Outcome(left="nothing trains")
     decaying, fast = decaying_names(model), fast_names(model)
@@ -204,7 +204,7 @@ def fast_names(model: Any) -> set[str]:
     """The parameters that learn faster under LoRA+: every B, where `model.lora_plus` has a ratio; else none."""
     if getattr(model, "lora_plus", None) is None:
         return set()
-    return {name for name, _ in adapters.trainable(model) if ".lora_B." in name}
+    return {name for name, _ in inject.trainable(model) if ".lora_B." in name}
 
 
 def _keep_fp32_states(parameter: nn.Parameter) -> None:
@@ -224,7 +224,7 @@ def parameter_groups(model: Any, weight_decay: float, lr: float | None = None) -
     flat = flat_factors(model)
     if flat is None:
         decaying, fast = decaying_names(model), fast_names(model)
-        trained = [(p, name in decaying, name in fast) for name, p in adapters.trainable(model)]
+        trained = [(p, name in decaying, name in fast) for name, p in inject.trainable(model)]
     else:
         trained = [(buffer.parameter, buffer.decays, buffer.is_fast) for buffer in flat.buffers]
     groups = []

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
 
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
 
 SAME_FUNCTION = (NewGELUActivation, FastGELUActivation, AccurateGELUActivation)
 

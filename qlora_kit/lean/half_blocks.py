@@ -6,7 +6,7 @@
 Only x and h are kept. The additions stay outside the checkpoints: they save nothing, and a recomputation that need
 not go as far as the sum stops before the last product of its half.
 B batch, T tokens, D features. Each function below says for one kind of block what transformers' own forward pass
-says, so the result is the same; `tests/test_lean_half_blocks.py` holds the two together.
+says, so the result is the same; `tests/lean/test_half_blocks.py` holds the two together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
 
 Checkpoint = Callable[[Callable[[torch.Tensor], Any], torch.Tensor], torch.Tensor]
 Given = dict[str, Any]  # what a block is called with beside its input, by name

@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
 from qlora_kit.lean.unread import is_output_unread
 
 

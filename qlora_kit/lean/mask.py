@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_kit import new_head
-from qlora_kit.lean.outcome import Outcome
-from qlora_kit.task_models import reads_both_ways
+from qlora_kit.lean.piece import Outcome
+from qlora_kit.model import heads
+from qlora_kit.model.task_models import reads_both_ways
 
 # their attention is not causal everywhere, or they count the tokens that the mask shows
 NOT_CAUSAL = ("prefix_lm", "is_encoder_decoder", "use_bidirectional_attention")
@@ -27,7 +27,7 @@ def put_on(model: Any) -> Outcome:
         return Outcome(left="attention is not causal everywhere")
     if any(getattr(config, name, None) for name in COUNTS_TOKENS):
         return Outcome(left="experts are balanced over the tokens that the mask shows")
-    if new_head.is_over_tokens(model):
+    if heads.is_over_tokens(model):
         return Outcome(left="the answer is chosen among the tokens that the mask shows")
     model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
     return Outcome("padded rows attend causally, without a mask")

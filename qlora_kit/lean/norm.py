@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
 
 CHUNK_BYTES = 16 << 20
 """The fp32 temporaries of so many rows at a time, each of this size."""

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.errors import UserError
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
 
 CHUNK_BYTES = 1 << 20  # of the host's memory; a checkpoint takes whole ones
 

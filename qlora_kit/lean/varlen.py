@@ -23,10 +23,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_kit import sdpa
 from qlora_kit.lean import attention
 from qlora_kit.lean.mask import NOT_CAUSAL
-from qlora_kit.lean.outcome import Outcome
+from qlora_kit.lean.piece import Outcome
+from qlora_kit.model import sdpa
 
 NAMES = {
     "sdpa": "sdpa_by_example",

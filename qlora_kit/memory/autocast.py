@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from qlora_kit import sdpa
+from qlora_kit.model import sdpa
 
 _LOWER = frozenset(
     (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from qlora_kit.config import LeanConfig, RunConfig
+from qlora_kit.config.settings import LeanConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan
-from qlora_kit.scoring import NOTHING_HELD_OUT
+from qlora_kit.tasks.decoding import NOTHING_HELD_OUT
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit import base
-from qlora_kit.config import RunConfig, flag, settings
+from qlora_kit.config.rules import flag
+from qlora_kit.config.settings import RunConfig, settings
 from qlora_kit.errors import UserError
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan, resolve_architecture
-from qlora_kit.scoring import HeldOut
+from qlora_kit.model.source import max_positions
+from qlora_kit.tasks.decoding import HeldOut
 
 UNITS = {
     "B": 1,
@@ -220,7 +221,7 @@ def _where_met(known: Mapping[int, int], budget_bytes: int, low: int, high: int)
 
 def find_fit(planner: Planner, budget: Budget) -> Fit:
     """What fits into `budget`. Raises `UserError`."""
-    positions = base.max_positions(resolve_architecture(planner.config)) or MAX_TOKENS
+    positions = max_positions(resolve_architecture(planner.config)) or MAX_TOKENS
     own_len = planner.plan().seq_len
     batches: list[Fitting] = []
     capacity: int | None = None  # tokens of a batch that just fits

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qlora_kit import sdpa
 from qlora_kit.lean import varlen
 from qlora_kit.memory import rules
 from qlora_kit.memory.track import MemoryTracker, StandIn
+from qlora_kit.model import sdpa
 
 aten = torch.ops.aten
 

@@ -14,8 +14,8 @@ from qlora_kit.memory.fit import Budget
 from qlora_kit.memory.plan import MemoryPlan, Point
 from qlora_kit.memory.report import NOT_VALIDATED, PlanReport, default_ones, method, operation_name, title
 from qlora_kit.memory.track import CATEGORIES
-from qlora_kit.progress import human_bytes
-from qlora_kit.runs import write_bytes
+from qlora_kit.system.files import write_bytes
+from qlora_kit.system.progress import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

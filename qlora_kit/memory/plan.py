@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import base, shapes, unquantized
-from qlora_kit.adversarial import passes_of
-from qlora_kit.config import RunConfig
+from qlora_kit.adapters import unquantized
+from qlora_kit.config.settings import RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.memory import rules, stages
 from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
@@ -21,9 +20,11 @@ from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.simulate import STEPS, Recipe, Record, resolve_cuda_optim, simulate
 from qlora_kit.memory.stages import AnswerBatch, Occasion, Stage
 from qlora_kit.memory.track import CATEGORIES, Peak, peaks_by_region
-from qlora_kit.progress import LOADING, STEP
-from qlora_kit.scoring import NOTHING_HELD_OUT, HeldOut
-from qlora_kit.task_models import task_of
+from qlora_kit.model import architectures, source
+from qlora_kit.model.task_models import task_of
+from qlora_kit.optim.adversarial import passes_of
+from qlora_kit.system.progress import LOADING, STEP
+from qlora_kit.tasks.decoding import NOTHING_HELD_OUT, HeldOut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -147,7 +148,7 @@ def plan(
     )
     if held_out is None:
         held_out = stages.assumed(config, recipe.seq_len) if config.data.holds_out else NOTHING_HELD_OUT
-    task, positions = task_of(config.base.task, architecture), base.max_positions(architecture)
+    task, positions = task_of(config.base.task, architecture), source.max_positions(architecture)
     occasions = stages.occasions(config, held_out, recipe.seq_len, task, positions)
     with failures_named(config):
         try:
@@ -173,14 +174,14 @@ def _first_line(error: BaseException) -> str:
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
     """The architecture to plan: of a known name without any download, else as `base.load_model_config` finds it."""
     model = config.base.model
-    if model.lower() in shapes.ARCHITECTURES and not Path(model).exists():
-        return base.with_labels(shapes.named_config(model), config.base)
-    return base.load_model_config(config.base)
+    if model.lower() in architectures.ARCHITECTURES and not Path(model).exists():
+        return source.with_labels(architectures.named_config(model), config.base)
+    return source.load_model_config(config.base)
 
 
 def resolve_tokens(config: RunConfig, architecture: PretrainedConfig) -> int:
     """The tokens of an example, as training resolves them. Raises `UserError` for more than the model has positions."""
-    positions = base.max_positions(architecture)
+    positions = source.max_positions(architecture)
     wanted = config.data.seq_len
     if wanted is None:
         return min(positions or DEFAULT_TOKENS, DEFAULT_TOKENS)

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_kit import runs
-from qlora_kit.config import VARIANTS, RunConfig
+from qlora_kit.config.settings import VARIANTS, RunConfig
 from qlora_kit.memory import rules
 from qlora_kit.memory.baselines import Baseline
 from qlora_kit.memory.fit import Budget, Change, Fit, Fitting
 from qlora_kit.memory.plan import MemoryPlan
-from qlora_kit.progress import PHASES, human_bytes
+from qlora_kit.system import files
+from qlora_kit.system.progress import PHASES, human_bytes
 
 NOT_VALIDATED = "predicted, not yet validated on hardware"
 PHASES_IN_WORDS = {
@@ -76,7 +76,7 @@ class PlanReport:
         return {
             "basis": NOT_VALIDATED,
             "settings": self.config.to_dict(),
-            "versions": runs.versions(),
+            "versions": files.versions(),
             "gpu": None if self.gpu is None else dataclasses.asdict(self.gpu),
             "plan": self.plan.to_dict(),
             "budget": budget,

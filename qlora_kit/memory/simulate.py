@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit import assembly, base
-from qlora_kit.config import RunConfig
+from qlora_kit.build import build_model
+from qlora_kit.config.settings import RunConfig
 from qlora_kit.lean import flat, offload
 from qlora_kit.memory import kernels, loading, rules
 from qlora_kit.memory.autocast import MetaAutocast
 from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.track import Event, MemoryTracker
 from qlora_kit.memory.watch import watch
-from qlora_kit.rank_penalty import add_gradients
-from qlora_kit.split_adamw import SplitAdamW
-from qlora_kit.task_models import TASK_MODELS, task_of
-from qlora_kit.trainer import resolve_optim, trains_split
+from qlora_kit.model import device, quantize
+from qlora_kit.model.task_models import TASK_MODELS, task_of
+from qlora_kit.optim.optimizers import resolve_optim, trains_split
+from qlora_kit.optim.rank_penalty import add_gradients
+from qlora_kit.optim.split_adamw import SplitAdamW
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -81,7 +82,7 @@ def simulate(
     *,
     first_step: bool = True,
     results: MetaResults | None = None,
-    build: Build = assembly.build_model,
+    build: Build = build_model,
     afterwards: Sequence[Afterwards] = (),
 ) -> Record:
     """Build the model of `config` on `meta`, train it for two steps, and return what that did to memory.
@@ -95,12 +96,12 @@ def simulate(
     results = results if results is not None else MetaResults()
     tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins(), run=results.run)
     has_bf16 = rules.has_bf16(recipe.capability)
-    with nothing_left_behind(), base.planned_for(has_bf16):
+    with nothing_left_behind(), device.planned_for(has_bf16):
         model = build(config, META, architecture)
         model.train()
         paged: list[torch.Tensor] = []
         optimizer = make_optimizer(model, config, recipe.optim, paged, recipe.depth)
-        count = base.count_parameters(model)
+        count = quantize.count_parameters(model)
         autocast = _autocast_of(config, recipe)
         with watch(tracker, model, optimizer), kernels.CudaChoices(recipe.capability), tracker:
             for step in range(STEPS):
@@ -181,7 +182,7 @@ def _forward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast:
 
 def _autocast_of(config: RunConfig, recipe: Recipe) -> Autocast | None:
     """The autocast that the Trainer runs the step under; None without."""
-    in_fp16 = base.compute_dtype(config.base, META) == torch.float16
+    in_fp16 = device.compute_dtype(config.base, META) == torch.float16
     if not recipe.autocast and not in_fp16:
         return None
     lower = torch.bfloat16 if rules.has_bf16(recipe.capability) else torch.float16

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from qlora_kit.config import RunConfig
+from qlora_kit.config.settings import RunConfig
 from qlora_kit.memory import kernels
 from qlora_kit.memory.simulate import META, Autocast, make_batch
 from qlora_kit.memory.track import MemoryTracker
-from qlora_kit.progress import EVALUATION, GENERATING
-from qlora_kit.scoring import ANSWER_BATCH, MAX_ANSWER_TOKENS, SAMPLE_TOKENS, Answers, HeldOut
-from qlora_kit.task_models import TASK_MODELS, TaskModel, sequence_loss, task_of
-from qlora_kit.tasks.text2text_generation import next_logits
+from qlora_kit.model.task_models import TASK_MODELS, TaskModel, sequence_loss, task_of
+from qlora_kit.system.progress import EVALUATION, GENERATING
+from qlora_kit.tasks.decoding import ANSWER_BATCH, MAX_ANSWER_TOKENS, SAMPLE_TOKENS, Answers, HeldOut
+from qlora_kit.tasks.text2text.task import next_logits
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from qlora_kit.lean.loss import ChunkedLoss
 from qlora_kit.memory.track import MemoryTracker
-from qlora_kit.new_head import TaskLoss
+from qlora_kit.model.heads import TaskLoss
 
 LOSSES = (ChunkedLoss, ModulesToSaveWrapper, TaskLoss)  # the loss of a batch begins with any of these
 

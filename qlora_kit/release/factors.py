@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapters import CONFIG_FILE, WEIGHTS_FILE
+from qlora_kit.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.release.source import BadFileError, Checkpoint, read_json
+from qlora_kit.release.files.read import BadFileError, Checkpoint, read_json
 
 if TYPE_CHECKING:
     import torch

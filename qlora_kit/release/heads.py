@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kit import base, new_head, runs
-from qlora_kit.config import BaseConfig
+from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data import prepare_tokenizer
 from qlora_kit.errors import UserError
-from qlora_kit.release.content import GENERATION_FILE
+from qlora_kit.model import load, source
+from qlora_kit.model.heads import is_in_head
+from qlora_kit.model.task_models import GENERATION, TASK_MODELS, class_name, task_of
+from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.release.factors import SETTING, Adapter
-from qlora_kit.release.source import Checkpoint
-from qlora_kit.task_models import GENERATION, TASK_MODELS, class_name, task_of
-from qlora_kit.tasks.text2text_generation import greedy_settings
+from qlora_kit.release.files.read import Checkpoint
+from qlora_kit.release.files.side_files import GENERATION_FILE
+from qlora_kit.runs.folder import LABELS_FILE
+from qlora_kit.tasks.text2text.task import greedy_settings
 
 
 def with_task(config: BaseConfig, adapters: Sequence[Adapter]) -> BaseConfig:
@@ -27,7 +30,7 @@ def with_task(config: BaseConfig, adapters: Sequence[Adapter]) -> BaseConfig:
     named = next((name for name, own in TASK_MODELS.items() if own.loss is not None and own.peft_type in kinds), None)
     if named is None:
         return config
-    file = adapters[0].folder / runs.LABELS_FILE
+    file = adapters[0].folder / LABELS_FILE
     if not file.is_file():
         return dataclasses.replace(config, task=named)
     try:
@@ -42,8 +45,8 @@ def with_task(config: BaseConfig, adapters: Sequence[Adapter]) -> BaseConfig:
 
 def head_names(config: BaseConfig) -> list[str]:
     """The names of the modules that the task puts beside the base; empty where it has its own head."""
-    architecture = base.load_model_config(config)
-    return base.planned_heads(architecture, task_of(config.task, architecture))
+    architecture = source.load_model_config(config)
+    return load.planned_heads(architecture, task_of(config.task, architecture))
 
 
 def with_heads(checkpoint: Checkpoint, adapters: Sequence[Adapter], heads: Sequence[str]) -> Checkpoint:
@@ -52,7 +55,7 @@ def with_heads(checkpoint: Checkpoint, adapters: Sequence[Adapter], heads: Seque
         name: adapter.checkpoint.entries[key]
         for adapter in adapters
         for name, key in adapter.whole.items()
-        if new_head.is_in_head(name, heads)
+        if is_in_head(name, heads)
     }
     if not found:
         return checkpoint
@@ -60,7 +63,7 @@ def with_heads(checkpoint: Checkpoint, adapters: Sequence[Adapter], heads: Seque
     if scaled:
         rule = f"cannot have the weight {scaled[0].weight:g}: it holds a head, of which the base has none to mix with"
         raise UserError.of(SETTING, scaled[0].given, rule, "Merge it with weight 1.")
-    kept = {name: entry for name, entry in checkpoint.entries.items() if not new_head.is_in_head(name, heads)}
+    kept = {name: entry for name, entry in checkpoint.entries.items() if not is_in_head(name, heads)}
     return Checkpoint({**kept, **found})
 
 
@@ -71,7 +74,7 @@ def config_fields(config: BaseConfig) -> Mapping[str, Any]:
     """
     import torch
 
-    architecture = base.load_model_config(config)
+    architecture = source.load_model_config(config)
     task = task_of(config.task, architecture)
     if TASK_MODELS[task].decodes:
         has_prefix = config.source_prefix is not None or hasattr(architecture, "prefix")
@@ -79,7 +82,7 @@ def config_fields(config: BaseConfig) -> Mapping[str, Any]:
         return {"architectures": [class_name(task, architecture)], **prefix}
     if task == GENERATION or not TASK_MODELS[task].has_new_head:
         return {}
-    base.set_padding(architecture, config, torch.device("cpu"))
+    load.set_padding(architecture, config, torch.device("cpu"))
     return {
         "architectures": [class_name(task, architecture)],
         "id2label": {str(number): label for number, label in architecture.id2label.items()},
@@ -96,10 +99,10 @@ def generation_fields(config: BaseConfig, folder: Path) -> dict[str, Any] | None
     """
     from transformers import GenerationConfig
 
-    architecture = base.load_model_config(config)
+    architecture = source.load_model_config(config)
     if not TASK_MODELS[task_of(config.task, architecture)].decodes:
         return None
     has_own = (folder / GENERATION_FILE).is_file()
     own = GenerationConfig.from_pretrained(folder) if has_own else GenerationConfig.from_model_config(architecture)
-    tokenizer = prepare_tokenizer(base.load_tokenizer(config), generates=False)
+    tokenizer = prepare_tokenizer(load_tokenizer(config), generates=False)
     return greedy_settings(own, architecture, tokenizer)

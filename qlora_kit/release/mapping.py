@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import base
-from qlora_kit.config import BaseConfig
+from qlora_kit.config.settings import BaseConfig
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.model import load
+from qlora_kit.model.task_models import task_of
 from qlora_kit.release.factors import REMEDY, SETTING, Adapter, targeted
-from qlora_kit.release.source import FETCH_REMEDY, Checkpoint
-from qlora_kit.task_models import task_of
+from qlora_kit.release.files.read import FETCH_REMEDY, Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) 
     """
     import torch
 
-    model = base.load_base(config, torch.device("meta"), dtype=dtype)
+    model = load.load_base(config, torch.device("meta"), dtype=dtype)
     weights = {weight.name: weight for weight in _weights(model, dtype)}
     file_names, converted, unknown = _match_names(
         model, task_of(config.task, model.config), set(weights), checkpoint.entries
@@ -139,7 +139,7 @@ def _match_names(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    rules = get_model_conversion_mapping(model, key_mapping=base.base_renaming(task, model.config))
+    rules = get_model_conversion_mapping(model, key_mapping=load.base_renaming(task, model.config))
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     in_model = dict.fromkeys(known, True)

@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qlora_kit import base, host_memory, quiet, runs
-from qlora_kit.config import BaseConfig, DataConfig, RunConfig
+from qlora_kit.adapters.base_record import TrainedBase
+from qlora_kit.config.settings import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
-from qlora_kit.progress import BytesProgress, say_line
-from qlora_kit.release import content, live, proof, report, stream, verify
-from qlora_kit.release.blocks import adapter_of_first_blocks, block_of, blocks_that_fit, first_blocks
+from qlora_kit.model.task_models import CLASSIFICATION, QUESTION_ANSWERING
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.release import report, stream
 from qlora_kit.release.factors import Adapter, open_adapter
+from qlora_kit.release.files import side_files
+from qlora_kit.release.files.folder import Place
+from qlora_kit.release.files.read import FETCH_REMEDY, BadFileError, Checkpoint, open_base
+from qlora_kit.release.files.write import SHARD_BYTES, Shard, plan_shards, writing
 from qlora_kit.release.heads import config_fields, generation_fields, head_names, with_heads, with_task
 from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
 from qlora_kit.release.outputs import Outputs, plan_outputs
-from qlora_kit.release.place import Place
+from qlora_kit.release.proof import live_side, verify
+from qlora_kit.release.proof.first_blocks import adapter_of_first_blocks, block_of, blocks_that_fit, first_blocks
+from qlora_kit.release.proof.tensors import TensorProof, check_files
 from qlora_kit.release.quantize import Quantization
 from qlora_kit.release.request import (
     Request,
@@ -33,12 +39,10 @@ from qlora_kit.release.request import (
     seen_dtype_name,
     trained_base,
 )
-from qlora_kit.release.shards import SHARD_BYTES, Shard, plan_shards, writing
-from qlora_kit.release.source import FETCH_REMEDY, BadFileError, Checkpoint, open_base
 from qlora_kit.release.stream import Recipe
-from qlora_kit.task_models import CLASSIFICATION, QUESTION_ANSWERING
-from qlora_kit.tasks.text_classification import separates_pairs
-from qlora_kit.trained_base import TrainedBase
+from qlora_kit.system import files, host_memory, quiet
+from qlora_kit.system.progress import BytesProgress, say_line
+from qlora_kit.tasks.classification.task import separates_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +76,7 @@ class Candidate:
     into: str
     folder: Path
     recipe: Recipe
-    tensors: Sequence[proof.TensorProof]
+    tensors: Sequence[TensorProof]
 
 
 def read_inputs(request: Request, say: Console) -> Inputs:
@@ -91,7 +95,7 @@ def read_inputs(request: Request, say: Console) -> Inputs:
     folder, checkpoint = opened
     _check_together(found)
     request = dataclasses.replace(request, base=with_task(request.base, found))
-    tokenizer = content.find_tokenizer(request.base, [adapter.folder for adapter in found], folder)
+    tokenizer = side_files.find_tokenizer(request.base, [adapter.folder for adapter in found], folder)
     complete = _with_tokenizer(request, tokenizer)
     heads = head_names(complete.base)
     checkpoint = with_heads(checkpoint, found, heads)
@@ -176,17 +180,17 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
     finally:
         progress.stop()
     with say.status("reading the files back"):
-        proof.check_files(folder, shards, writer.checksums)
+        check_files(folder, shards, writer.checksums)
     dtype = str(request.torch_dtype).removeprefix("torch.")
     with_code = request.base.trust_remote_code
     complete = _with_tokenizer(request, inputs.tokenizer).base
     fields, generation = config_fields(complete), generation_fields(complete, inputs.base_folder)
-    content.write_config(
+    side_files.write_config(
         inputs.base_folder, folder, dtype, inputs.outputs.untied, recipe.pack, with_code, inputs.heads, fields
     )
-    content.copy_side_files(inputs.base_folder, inputs.tokenizer, folder, with_code)
+    side_files.copy_side_files(inputs.base_folder, inputs.tokenizer, folder, with_code)
     if generation is not None:
-        runs.write_json(folder / content.GENERATION_FILE, generation)
+        files.write_json(folder / side_files.GENERATION_FILE, generation)
     return Candidate(into, folder, recipe, tensors)
 
 
@@ -203,7 +207,7 @@ def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], fol
     vocabulary = max(entry.shape[0] for entry in entries.values() if len(entry.shape) == 2)
     recipe = candidates[0].recipe
     config = _run_config(request, inputs, shown.base)
-    job = live.Job(
+    job = live_side.Job(
         config=config.to_dict(),
         seen_dtype=str(inputs.seen_dtype).removeprefix("torch."),
         adapters=list(shown.adapters),
@@ -216,7 +220,7 @@ def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], fol
         out=str(folder),
     )
     verify.Sides(job, shown.releases, folder, together=2 * needed <= available).run()
-    tokenizer = base.load_tokenizer(config.base)
+    tokenizer = load_tokenizer(config.base)
     cases = [
         verify.Case(into, request.dtype, request.held, recipe.pack is not None, shown.first) for into in shown.releases
     ]
@@ -370,7 +374,7 @@ def _report(
         request,
         report.Findings(
             base_hash=inputs.base_hash,
-            base_licence=content.licence_of(inputs.base_folder),
+            base_licence=side_files.licence_of(inputs.base_folder),
             adapters=inputs.adapters,
             trained_bases=inputs.trained_bases,
             records=inputs.records,
@@ -389,4 +393,4 @@ def _joins_pairs(config: BaseConfig) -> bool:
     """Whether pairs of texts have a newline between them that the tokenizer does not put there."""
     if config.task not in OF_PAIRS:
         return False
-    return not separates_pairs(base.load_tokenizer(config))
+    return not separates_pairs(load_tokenizer(config))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_kit.release.factors import Adapter, Factor
+from qlora_kit.release.files.read import Checkpoint
 from qlora_kit.release.mapping import Layout, Weight
-from qlora_kit.release.source import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -11,17 +11,19 @@ from typing import Any
 
 import yaml
 
-from qlora_kit import base, runs
-from qlora_kit.adapters import WEIGHTS_FILE
-from qlora_kit.config import DataConfig
-from qlora_kit.release import content
+from qlora_kit.adapters.base_record import TrainedBase
+from qlora_kit.adapters.files import WEIGHTS_FILE
+from qlora_kit.config.settings import DataConfig
+from qlora_kit.model import source
+from qlora_kit.model.task_models import GENERATION, QUESTION_ANSWERING, TAGGING, TASK_MODELS
 from qlora_kit.release.factors import DEFAULT_ALPHA, DEFAULT_RANK, Adapter
-from qlora_kit.release.place import REPORT_FILE
-from qlora_kit.release.proof import TensorProof, summary
+from qlora_kit.release.files import side_files
+from qlora_kit.release.files.folder import REPORT_FILE
+from qlora_kit.release.proof.tensors import TensorProof, summary
+from qlora_kit.release.proof.verify import ModelProof
 from qlora_kit.release.request import Request, RunRecord
-from qlora_kit.release.verify import ModelProof
-from qlora_kit.task_models import GENERATION, QUESTION_ANSWERING, TAGGING, TASK_MODELS
-from qlora_kit.trained_base import TrainedBase
+from qlora_kit.runs.folder import CARD_FILE
+from qlora_kit.system import files
 
 MAX_TARGETS = 12  # names of layers on the card; full names of every layer would be too many
 Report = dict[str, Any]
@@ -55,7 +57,7 @@ class Findings:
 
 def make_report(request: Request, found: Findings) -> Report:
     """The content of `merge_report.json`. Paths in it are those that the user typed."""
-    own_licences = [content.licence_of(adapter.folder) for adapter in found.adapters]
+    own_licences = [side_files.licence_of(adapter.folder) for adapter in found.adapters]
     return {
         "release": {
             "into": found.into,
@@ -69,7 +71,7 @@ def make_report(request: Request, found: Findings) -> Report:
         },
         "base": {
             "model": request.base.model,
-            "on_hub": not Path(base.model_source(request.base)).exists(),
+            "on_hub": not Path(source.model_source(request.base)).exists(),
             "revision": request.base.revision,
             "hash": found.base_hash,
             "is_that_of_the_run": found.base_is_theirs,
@@ -80,8 +82,8 @@ def make_report(request: Request, found: Findings) -> Report:
         "adapters": [_adapter(*own) for own in zip(found.adapters, own_licences, strict=True)],
         "runs": [_run(record) for record in found.records],
         "licenses": {
-            "base": content.licence_text(found.base_licence),
-            "adapter": "; ".join(filter(None, map(content.licence_text, own_licences))) or None,
+            "base": side_files.licence_text(found.base_licence),
+            "adapter": "; ".join(filter(None, map(side_files.licence_text, own_licences))) or None,
             "data": None,
         },
         "choice": dict(found.choice) if found.choice is not None else None,
@@ -90,7 +92,7 @@ def make_report(request: Request, found: Findings) -> Report:
             "model": found.model.to_dict() if found.model is not None else None,
         },
         "command": command_of(request, found.records),
-        "versions": runs.versions(),
+        "versions": files.versions(),
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -106,7 +108,7 @@ def _adapter(adapter: Adapter, licence: Mapping[str, Any]) -> Report:
     targets = settings.get("target_modules")
     return {
         "folder": adapter.given,
-        "hash": f"sha256:{base.file_digest(adapter.folder / WEIGHTS_FILE).hex()}",
+        "hash": f"sha256:{source.file_digest(adapter.folder / WEIGHTS_FILE).hex()}",
         "weight": adapter.weight,
         "r": settings.get("r", DEFAULT_RANK),
         "alpha": settings.get("lora_alpha", DEFAULT_ALPHA),
@@ -176,8 +178,8 @@ def _given(flag: str, value: object) -> list[str]:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write the report and the card into the release."""
-    runs.write_json(folder / REPORT_FILE, report)
-    runs.write_text(folder / runs.CARD_FILE, card(report))
+    files.write_json(folder / REPORT_FILE, report)
+    files.write_text(folder / CARD_FILE, card(report))
 
 
 def card(report: Report) -> str:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import base, reopening
-from qlora_kit.config import BaseConfig, DataConfig, RunConfig, flag, read_settings
+from qlora_kit.adapters.base_record import TrainedBase, read_record
+from qlora_kit.config.files import read_settings
+from qlora_kit.config.rules import flag
+from qlora_kit.config.settings import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.model import source
 from qlora_kit.release.quantize import Quantization
-from qlora_kit.runs import RUN_FILE
-from qlora_kit.trained_base import TrainedBase, read_record
+from qlora_kit.runs import finished
+from qlora_kit.runs.folder import RUN_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +156,7 @@ def _check_start(request: Request, records: Iterable[RunRecord]) -> None:
 
 
 def _record(run: str) -> RunRecord:
-    return RunRecord(run, reopening.find_run(run, {}).record)
+    return RunRecord(run, finished.find_run(run, {}).record)
 
 
 def _run_around(given: str) -> str | None:
@@ -225,7 +228,7 @@ def check_base(request: Request, seen: Sequence[TrainedBase | None]) -> str:
                 rule = f"is not how {given} saw the base, which was {value!r}"
                 raise UserError.of(flag(name), getattr(request.base, name), rule, "Leave it as it was in training.")
     try:
-        found = base.hash_base(request.base, request.seed)
+        found = source.hash_base(request.base, request.seed)
     except OSError as error:
         rule = f"its files cannot be read ({error.strerror})"
         raise UserError.of("--base", request.base.model, rule, "Fetch or copy it again.") from None

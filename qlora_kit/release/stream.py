@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_kit.release import delta, outputs, proof, quantize
+from qlora_kit.release import delta, outputs, quantize
+from qlora_kit.release.files.read import Checkpoint
+from qlora_kit.release.files.write import ShardWriter, TensorPlan, dtype_name
 from qlora_kit.release.outputs import Output
+from qlora_kit.release.proof.tensors import TensorCheck, TensorProof
 from qlora_kit.release.quantize import Quantization
-from qlora_kit.release.shards import ShardWriter, TensorPlan, dtype_name
-from qlora_kit.release.source import Checkpoint
 from qlora_kit.release.threads import Room, in_threads
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def write_all(
     recipe: Recipe,
     writer: ShardWriter,
     advance: Callable[[str, int], None],
-) -> Iterator[proof.TensorProof]:
+) -> Iterator[TensorProof]:
     """Write every weight and yield its proof; `advance` hears the name and the bytes read of each.
 
     As many are worked on at once as torch has threads and `LARGEST_AT_ONCE` allows. Raises `UserError` where one is
@@ -77,7 +78,7 @@ def write_all(
     largest = max((checkpoint.entries[output.source].numel for output in planned), default=0)
     room = Room(LARGEST_AT_ONCE * 4 * largest)
 
-    def work(output: Output) -> proof.TensorProof:
+    def work(output: Output) -> TensorProof:
         with room.taken(_held_bytes(output, checkpoint, recipe)):
             return _write(output, checkpoint, recipe, writer)
 
@@ -86,7 +87,7 @@ def write_all(
         advance(output.name, checkpoint.entries[output.source].n_bytes)
 
 
-def _write(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> proof.TensorProof:
+def _write(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> TensorProof:
     if recipe.packs(output):
         return _write_packed(output, checkpoint, recipe, writer)
     if output.adapted or _is_quantized(output, recipe):
@@ -108,12 +109,12 @@ def _is_quantized(output: Output, recipe: Recipe) -> bool:
     return recipe.how is not None and recipe.how.bits <= 8 and output.weight is not None and output.weight.quantized
 
 
-def _write_copy(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> proof.TensorProof:
+def _write_copy(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> TensorProof:
     """A weight without factors on a layer that is not quantized: the base's, cast as loading casts it."""
     dtype = outputs.written_dtype(output, checkpoint, recipe.dtype)
     seen_dtype = outputs.seen_dtype(output, checkpoint, recipe.original)
     numel = checkpoint.entries[output.source].numel
-    check = proof.TensorCheck(output.name, dtype, numel, must_change=False)
+    check = TensorCheck(output.name, dtype, numel, must_change=False)
     for start in range(0, numel, COPY_ELEMENTS):
         own = checkpoint.read_elements(output.source, start, min(COPY_ELEMENTS, numel - start))
         cast = own.to(seen_dtype).to(dtype)
@@ -126,13 +127,13 @@ def _write_copy(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: 
     return check.result()
 
 
-def _write_matrix(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> proof.TensorProof:
+def _write_matrix(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> TensorProof:
     """A weight that changes: computed in fp32 row by row, out × in, and written in the files' own orientation."""
     import torch
 
     dtype = outputs.written_dtype(output, checkpoint, recipe.dtype)
     entry = writer.entry(output.name)
-    check = proof.TensorCheck(output.name, dtype, entry.numel, output.must_change)
+    check = TensorCheck(output.name, dtype, entry.numel, output.must_change)
     transposed = _is_transposed(output)
     turned = torch.empty(entry.shape, dtype=dtype) if transposed else None
     columns = entry.shape[-1]
@@ -148,13 +149,13 @@ def _write_matrix(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer
     return check.result()
 
 
-def _write_packed(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> proof.TensorProof:
+def _write_packed(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> TensorProof:
     """A weight that is merged first and quantized then, in the form that transformers loads: out × in, packed."""
     import torch
 
     assert recipe.pack is not None
     shape = checkpoint.entries[output.source].shape
-    check = proof.TensorCheck(output.name, recipe.dtype, math.prod(shape), output.must_change)
+    check = TensorCheck(output.name, recipe.dtype, math.prod(shape), output.must_change)
     shape = tuple(reversed(shape)) if _is_transposed(output) else shape
     builder = quantize.PackedWeightBuilder(shape, recipe.dtype, recipe.pack)
     for _, seen, merged in merged_pieces(output, checkpoint, recipe):

@@ -12,12 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_kit import base, runs
-from qlora_kit.config import RunConfig
-from qlora_kit.inputs import Examples
+from qlora_kit.config.settings import RunConfig
+from qlora_kit.model import device
+from qlora_kit.runs.folder import CARD_FILE, CHECKPOINTS, RUN_FILE, RunFolder
+from qlora_kit.tasks.inputs import Examples
 
 DIVERGED, OUT_OF_MEMORY = "diverged", "out of memory"
-WEIGHTS = ("adapter", "model", runs.CHECKPOINTS)  # what a finished run leaves beside its figures, and its card names
+WEIGHTS = ("adapter", "model", CHECKPOINTS)  # what a finished run leaves beside its figures, and its card names
 
 
 class EndedEarlyError(Exception):
@@ -30,23 +31,25 @@ def run_fold(config: RunConfig, examples: Examples, folder: Path, keep: bool) ->
     What the run says goes to a log beside the folder. One that does not end leaves nothing but the log.
     Raises `EndedEarlyError`, and `UserError` for what no other settings would mend.
     """
-    if not (folder / runs.RUN_FILE).is_file():
+    if not (folder / RUN_FILE).is_file():
         _train(config, examples, folder)
     if not keep:
         for name in WEIGHTS:
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / runs.CARD_FILE).unlink(missing_ok=True)
-    record: dict[str, Any] = json.loads((folder / runs.RUN_FILE).read_text(encoding="utf-8"))
+        (folder / CARD_FILE).unlink(missing_ok=True)
+    record: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     return record
 
 
 def _train(config: RunConfig, examples: Examples, folder: Path) -> None:
     import torch
 
-    from qlora_kit.trainer import DivergedError
-    from qlora_kit.training import train
+    from qlora_kit.training.run import train
+    from qlora_kit.training.trainer import DivergedError
 
-    is_planned = config.preflight and base.resolve_device(config.base.device).type == "cuda"  # elsewhere it is a record
+    is_planned = (
+        config.preflight and device.resolve_device(config.base.device).type == "cuda"
+    )  # elsewhere it is a record
     scored_at_its_end = dataclasses.replace(config.evaluation, keep_best=False)  # the fold that scores must not choose
     here = dataclasses.replace(
         config, evaluation=scored_at_its_end, out=str(folder), overwrite=True, preflight=is_planned
@@ -61,7 +64,7 @@ def _train(config: RunConfig, examples: Examples, folder: Path) -> None:
     except torch.OutOfMemoryError:
         raise EndedEarlyError(OUT_OF_MEMORY) from None
     finally:  # a finished run has moved to its place
-        runs.RunFolder.at(folder).remove_unfinished()
+        RunFolder.at(folder).remove_unfinished()
 
 
 def _forget_last_run() -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.runs import write_bytes
 from qlora_kit.search.choice import Tried, higher_is_better
 from qlora_kit.search.result import SearchResult
+from qlora_kit.system.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,9 @@ from qlora_kit.errors import UserError
 from qlora_kit.memory import stages
 from qlora_kit.memory.fit import Budget, Planner, parse_size, present_device
 from qlora_kit.memory.plan import CannotPlanError
-from qlora_kit.preflight import with_rows
-from qlora_kit.progress import human_bytes
+from qlora_kit.memory.preflight import with_rows
 from qlora_kit.search.space import Point, Space, folder_name, label_of
+from qlora_kit.system.progress import human_bytes
 
 NO_BYTES = ("lr", "alpha", "clip", "weight_decay", "warmup", "epochs", "max_steps")  # settings that change none
 

@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from qlora_kit import runs
-from qlora_kit.config import PER_CALL, RunConfig, default_of, settings
-from qlora_kit.progress import human_bytes
+from qlora_kit.config.rules import default_of
+from qlora_kit.config.settings import PER_CALL, RunConfig, settings
 from qlora_kit.search.choice import Tried
 from qlora_kit.search.result import SearchResult
-from qlora_kit.training import OF_HELD_OUT
+from qlora_kit.system import files
+from qlora_kit.system.progress import human_bytes
+from qlora_kit.training.run import OF_HELD_OUT
 
 RESULTS_FILE, BEST_FILE = "results.json", "best.yaml"
 SAID = ("model", "data")  # stand in the file even where they are the default
@@ -63,8 +64,8 @@ def closing(result: SearchResult) -> list[str]:
 
 def write(result: SearchResult) -> None:
     """Write the results and the settings to train with into the folder of the search, each whole or not at all."""
-    runs.write_json(result.folder / RESULTS_FILE, _as_json(result))
-    runs.write_text(result.folder / BEST_FILE, best_yaml(result))
+    files.write_json(result.folder / RESULTS_FILE, _as_json(result))
+    files.write_text(result.folder / BEST_FILE, best_yaml(result))
 
 
 def _as_json(result: SearchResult) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _as_json(result: SearchResult) -> dict[str, Any]:
         "best": dict(result.best.point),
         "chosen": dict(result.chosen.point),
         "settings": result.config.to_dict(),
-        "versions": runs.versions(),
+        "versions": files.versions(),
         "tried": [_tried_as_json(one) for one in result.tried],
     }
 

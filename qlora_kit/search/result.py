@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.config import RunConfig
+from qlora_kit.config.settings import RunConfig
 from qlora_kit.search.choice import Tried
 
 

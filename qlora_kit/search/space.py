@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qlora_kit.config import RunConfig, convert, flag, settings
+from qlora_kit.config.rules import convert, flag
+from qlora_kit.config.settings import RunConfig, settings
 from qlora_kit.errors import Fault, Faults, UserError
 from qlora_kit.memory.fit import with_settings
 

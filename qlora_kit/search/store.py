@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import DEFAULT_TRIALS, SearchConfig, flag
+from qlora_kit.config.rules import flag
+from qlora_kit.config.settings import DEFAULT_TRIALS, SearchConfig
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.locks import Lock, locked, take
 from qlora_kit.search.choice import FINISHED, RULED_OUT, RUNNING, WAITING, Tried, higher_is_better, metric_of
-from qlora_kit.search.place import DB_FILE, LOCK_FILE, RUNS, discard_if_empty, exists
+from qlora_kit.search.folder import DB_FILE, LOCK_FILE, RUNS, discard_if_empty, exists
 from qlora_kit.search.planning import PlannedMemory
 from qlora_kit.search.space import Point, Space, folder_name
+from qlora_kit.system.locks import Lock, locked, take
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import BaseConfig, RunConfig
+from qlora_kit.config.settings import BaseConfig, RunConfig
 from qlora_kit.data.read import Record
-from qlora_kit.task_models import TASK_MODELS, TaskModel
+from qlora_kit.model.task_models import TASK_MODELS, TaskModel
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,98 @@
+"""`qlora-kit generate`: answers to prompts, from the live model of a run or from any model folder.
+
+Answers go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qlora_kit.cli.open_model import open_chosen
+from qlora_kit.config.rules import flag
+from qlora_kit.config.settings import DEFAULT_NEW_TOKENS, RunConfig
+from qlora_kit.errors import Fault, UserError
+from qlora_kit.model.task_models import GENERATION
+from qlora_kit.system import quiet
+
+if TYPE_CHECKING:
+    from qlora_kit.runs.finished import Opened
+
+OF_A_RUN = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
+
+
+def run(
+    given: Mapping[str, Any],
+    run: str | None = None,
+    base: str | None = None,
+    prompt: Sequence[str] = (),
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    raw: bool | None = None,
+    json: bool = False,
+) -> None:
+    """Answer `prompt`, or the prompts of `given["data"]`, or the lines of standard input.
+
+    `given` holds those settings that were given, by name. Raises `UserError`.
+    """
+    _check(given, run, base, prompt, temperature, top_p)
+    quiet.quiet_libraries()
+    from qlora_kit.cli.dialogue import Session, answer_file, answer_one, asked_prompts, prompts_of_file
+    from qlora_kit.evaluate.generate import seeded
+    from qlora_kit.runs.finished import memory_errors
+    from qlora_kit.tasks.decoding import Sampling
+
+    seed = RunConfig.from_flat({name: given[name] for name in ("seed",) if name in given}).seed
+    say = Console(stderr=True, highlight=False)
+
+    def check_task(config: RunConfig, opened: Opened) -> None:
+        if opened.task != GENERATION:
+            setting, value = ("--run", run) if run else ("--model", config.base.model)
+            rule = f"was trained for {opened.task}, not to go on with a prompt"
+            raise UserError.of(setting, value, rule, "Use `qlora-kit predict`.")
+
+    config, opened = open_chosen(given, run, base, "seed", check_task, say)
+    raw = opened.is_plain_text if raw is None else raw
+    from_file = prompts_of_file(config, opened, raw, say) if "data" in given else None
+    asked = asked_prompts(prompt, opened, raw, say) if from_file is None else iter(())
+    with memory_errors(config.base.device):
+        with say.status("loading the model"):
+            model = opened.load()
+        session = Session(model, opened, Sampling(max_new_tokens, temperature, top_p), json, say)
+        with seeded(model, seed):
+            if from_file is not None:
+                answer_file(session, from_file, config.optim.batch_size)
+            for one in asked:
+                answer_one(session, one)
+
+
+def _check(
+    given: Mapping[str, Any],
+    run: str | None,
+    base: str | None,
+    prompt: Sequence[str],
+    temperature: float,
+    top_p: float,
+) -> None:
+    """The rules that join several flags. Raises one `UserError` with every fault."""
+    faults = []
+    if run is None and "model" not in given:
+        faults.append(Fault("--run", None, "is missing, and so is --model", "Give --run RUN or --model MODEL."))
+    if run is not None:
+        rule, remedy = (
+            "cannot go with --run, which has its own",
+            "Give one of the two (--base says where a base moved).",
+        )
+        faults += [Fault(flag(name), given[name], rule, remedy) for name in OF_A_RUN if name in given]
+    if base is not None and run is None:
+        faults.append(Fault("--base", base, "is the base of a run, and there is no --run", "Give --model instead."))
+    if prompt and "data" in given:
+        faults.append(Fault("--prompt", prompt[0], "cannot go with --data", "Give one of the two."))
+    if top_p != 1 and temperature == 0:
+        rule = "changes nothing at --temperature 0, which always takes the likeliest token"
+        faults.append(Fault("--top-p", top_p, rule, "Add for example --temperature 0.7."))
+    if faults:
+        raise UserError(faults)

@@ -1,0 +1,83 @@
+"""`qlora-kit predict`: the answers of a trained model to examples, a line of JSON each.
+
+They go to `--out`, written whole, or to standard output; everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qlora_kit.cli.open_model import open_chosen
+from qlora_kit.config.rules import flag
+from qlora_kit.config.settings import RunConfig
+from qlora_kit.errors import Fault, UserError
+from qlora_kit.system import files, quiet
+
+OF_A_RUN = ("model", "revision", "bits", "tokenizer", "source_prefix")  # what a run has of its own
+
+
+def run(given: Mapping[str, Any], run: str | None = None, base: str | None = None) -> None:
+    """Answer the examples of `given["data"]` with the model of `run`, or with `given["model"]`.
+
+    `given` holds those settings that were given, by name. Raises `UserError`.
+    """
+    _check(given, run, base)
+    quiet.quiet_libraries()
+    from qlora_kit.evaluate.predict import predict, read_questions
+    from qlora_kit.runs.finished import memory_errors
+    from qlora_kit.runs.messages import unread_lines
+    from qlora_kit.system.progress import counted, say_line
+
+    say = Console(stderr=True, highlight=False)
+    of_model = {k: v for k, v in given.items() if k not in ("data", "out")}
+    config, opened = open_chosen(of_model, run, base, "columns", lambda *_: None, say)
+    out = Path(given["out"]) if "out" in given else None
+    if out is not None:
+        files.check_file(out)
+    columns = RunConfig.from_flat({"columns": given["columns"]}).data.columns if "columns" in given else {}
+    questions = read_questions(opened, given["data"], columns, config.data.seq_len, config.data.columns)
+    for line in unread_lines(questions.unread):
+        say_line(say, line)
+    with memory_errors(config.base.device):
+        with say.status("loading the model"):
+            model = opened.load()
+        with counted(say, "predicted", len(questions.examples)) as tick:
+            lines = [json.dumps(line, ensure_ascii=False) for line in predict(model, questions, config, tick)]
+    text = "".join(f"{line}\n" for line in lines)
+    if out is None:
+        sys.stdout.write(text)
+        return
+    with files.disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(out, text)
+    say_line(say, f"{len(lines):,} predictions: {out}")
+
+
+def _check(given: Mapping[str, Any], run: str | None, base: str | None) -> None:
+    """The rules that join several flags. Raises one `UserError` with every fault."""
+    faults = []
+    if run is None and "model" not in given:
+        faults.append(Fault("--run", None, "is missing, and so is --model", "Give --run RUN or --model MODEL."))
+    if run is not None:
+        rule = "cannot go with --run, which has its own"
+        faults += [Fault(flag(name), given[name], rule, "Give one of the two.") for name in OF_A_RUN if name in given]
+    if base is not None and run is None:
+        faults.append(Fault("--base", base, "is the base of a run, and there is no --run", "Give --model instead."))
+    if "data" not in given:
+        faults.append(Fault("--data", None, "is missing", "Give --data FILE with the examples to answer."))
+    elif "out" in given and _is_same_file(given["data"], given["out"]):
+        rule = "is the file of --data, which would be lost"
+        faults.append(Fault("--out", given["out"], rule, "Give the name of another file."))
+    if faults:
+        raise UserError(faults)
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    paths = Path(one).expanduser(), Path(other)
+    return all(path.is_file() for path in paths) and paths[0].samefile(paths[1])

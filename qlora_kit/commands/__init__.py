@@ -1,1 +1,0 @@
-"""The commands, one small file each: they compose the parts below."""

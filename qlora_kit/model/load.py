@@ -1,0 +1,285 @@
+"""The frozen base: found, loaded in 4, 8, 16 or 32 bits, and counted.
+
+`load_base` is the only place that builds a model, so that the trainer, the benchmarks and the planner
+all see the same one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config.settings import BaseConfig
+from qlora_kit.errors import UserError
+from qlora_kit.model import host_embedding
+from qlora_kit.model.task_models import TASK_MODELS, task_of, transformers_class
+from qlora_kit.system import host_memory
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+from qlora_kit.model.device import compute_dtype
+from qlora_kit.model.quantize import keep_weights_plain, quantization
+from qlora_kit.model.source import first_line, load_model_config, model_source
+from qlora_kit.model.synthetic import build_on_meta, build_random
+from qlora_kit.model.tokenizer import load_tokenizer
+
+
+def load_base(
+    config: BaseConfig,
+    device: torch.device,
+    seed: int = 0,
+    architecture: PretrainedConfig | None = None,
+    dtype: torch.dtype | None = None,
+    embedding_on_host: bool = False,
+) -> PreTrainedModel:
+    """The base model on `device`, quantized as told, every weight frozen unless `config.full`.
+
+    Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `dtype`, unset that of
+    `compute_dtype` (another is for the release of a run that was made on another kind of device). A head that the
+    task puts on is fp32, drawn by `seed` where the files have none for these labels, and meant to be trained (see
+    `new_head`). On the `meta`
+    device the model has the same structure but no values, whatever `config.weights` says: for the planner.
+    `architecture` overrides the one that `config` names (which must be None for pretrained weights).
+    With `embedding_on_host` the input embedding is a `HostEmbedding`, where the model allows it: it lies in the host's
+    memory from the first, and what `device` has of it at any time is little beside the rest of the model.
+    Raises `UserError` where it is not found or cannot be read.
+    """
+    assert architecture is None or config.weights == "random" or device.type == "meta", "it would not fit the weights"
+    with host_memory.building(device.type):
+        return _build_base(config, device, seed, architecture, dtype, embedding_on_host)
+
+
+def _build_base(
+    config: BaseConfig,
+    device: torch.device,
+    seed: int,
+    architecture: PretrainedConfig | None,
+    dtype: torch.dtype | None,
+    embedding_on_host: bool,
+) -> PreTrainedModel:
+    if architecture is None:
+        architecture = load_model_config(config)
+    dtype = compute_dtype(config, device) if dtype is None else dtype
+    task = task_of(config.task, architecture)
+    if TASK_MODELS[task].has_new_head:
+        set_padding(architecture, config, device)
+    elsewhere = embedding_on_host and device.type != "cpu" and not config.full
+    on_host = host_embedding.host_weight(_structure(architecture, task, config)) if elsewhere else None
+    if device.type == "meta":
+        model = build_on_meta(architecture, config, device, dtype, on_host)
+    elif config.weights == "random":
+        model = build_random(architecture, config, device, seed, dtype, on_host)
+    else:
+        model = _load_pretrained(architecture, config, device, dtype, seed, on_host)
+    keep_weights_plain(model)
+    _attend_by_kernel(model, device)
+    if TASK_MODELS[task].has_new_head and not config.full:
+        from qlora_kit.model.heads import head_names, keep_in_fp32
+
+        keep_in_fp32(model, head_names(model))
+    model.requires_grad_(config.full)
+    for module in computed_modules(model):
+        module.requires_grad_(False)
+    _forget_cache(model)
+    return model
+
+
+def computed_modules(model: nn.Module) -> list[Any]:
+    """The modules whose weight transformers computes, and leaves out of the files: sines as positions (Marian's)."""
+    return [module for module in model.modules() if hasattr(module, "create_weight")]
+
+
+def _forget_cache(model: PreTrainedModel) -> None:
+    """No cache in training; generation asks for its own."""
+    model.config.use_cache = False
+    for module in model.modules():  # the decoder of an encoder and a decoder has a configuration of its own
+        if hasattr(module, "config"):
+            module.config.use_cache = False
+
+
+def load_originals(config: BaseConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """The base of `config` on `device` as it is before it is quantized, frozen: with the names and weights of it.
+
+    It lies whole in the host's memory, at 2 bytes a parameter; random weights, which every kind of device draws
+    otherwise, on `device`. Raises `UserError` where it is not found or cannot be read.
+    """
+    import torch
+
+    place = device if config.weights == "random" else torch.device("cpu")
+    dtype = compute_dtype(config, device)
+    return load_base(dataclasses.replace(config, bits=16), place, seed, dtype=dtype)
+
+
+def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
+    """A whole model on `device` as its files are, in their dtype and quantization, frozen; `config.bits` is ignored.
+
+    Raises `UserError` where it is not found or cannot be read.
+    """
+    with host_memory.building(device.type):
+        model = _load_pretrained(load_model_config(config), config, device, None)
+    keep_weights_plain(model)
+    _attend_by_kernel(model, device)
+    model.requires_grad_(False)
+    return model
+
+
+def _attend_by_kernel(model: PreTrainedModel, device: torch.device) -> None:
+    """On a GPU, attention with grouped keys by a kernel that keeps no scores."""
+    if device.type != "cpu":
+        from qlora_kit.model import sdpa
+
+        sdpa.put_on(model)
+
+
+def set_padding(architecture: PretrainedConfig, config: BaseConfig, device: torch.device) -> None:
+    """Let a model that reads its answer off the last token know what is padding: the tokenizer's padding token.
+
+    Without one it is the end-of-text token, as in `data.prepare_tokenizer`. Raises `UserError` without a tokenizer.
+    """
+    if device.type == "meta":  # a plan reads no tokenizer, and which token it is makes no difference to it
+        pad = architecture.pad_token_id or 0
+    else:
+        tokenizer = load_tokenizer(config)
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    architecture.pad_token_id = architecture.get_text_config().pad_token_id = pad
+
+
+def _load_pretrained(
+    architecture: PretrainedConfig,
+    config: BaseConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    seed: int | None = None,
+    on_host: str | None = None,
+) -> PreTrainedModel:
+    """The model in the files of `config`, quantized as told from `dtype`; None for both as the files have them.
+
+    With a `seed`, a head of the task that the files do not have, or have for other labels, is drawn by it. The weight
+    `on_host`, that of the input embedding, never sees the device.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    from qlora_kit.model.heads import draw, is_in_head
+
+    task = task_of(config.task, architecture)
+    heads = planned_heads(architecture, task) if seed is not None else []
+    short_before = _times_short(device)
+    try:
+        with nullcontext() if on_host is None else _left_where_loaded():
+            model, loaded = transformers_class(task).from_pretrained(
+                model_source(config),
+                config=architecture,
+                revision=config.revision,
+                dtype="auto" if dtype is None else dtype,
+                quantization_config=None if dtype is None else quantization(config, dtype, heads),
+                ignore_mismatched_sizes=bool(heads),  # another number of labels; what else differs is told below
+                device_map=placement(device, on_host),
+                use_safetensors=True,
+                trust_remote_code=config.trust_remote_code,
+                key_mapping=base_renaming(task, architecture),
+                output_loading_info=True,
+            )
+    except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
+        if "out of memory" in str(error):
+            raise
+        if _times_short(device) > short_before:  # which transformers keeps to itself while it converts weights
+            raise torch.OutOfMemoryError(f"loading {config.model}: {first_line(error)}") from error
+        raise UserError.of(
+            "--model",
+            config.model,
+            f"its weights cannot be read ({first_line(error)})",
+            "Fetch or convert the model again.",
+        ) from None
+    if on_host is not None:
+        host_embedding.move_to_host(model.get_input_embeddings(), device)
+    lacking = _not_loaded(loaded)
+    _check_loaded(config, [name for name in lacking if not is_in_head(name, heads)])
+    if seed is not None and any(is_in_head(name, heads) for name in lacking):
+        draw(model, heads, seed)  # all of it, so that no part of it depends on what else was drawn
+    return model
+
+
+def _times_short(device: torch.device) -> int:
+    """How often an allocation on a GPU found no room in this process; 0 elsewhere."""
+    import torch
+
+    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
+
+
+def placement(device: torch.device, on_host: str | None = None) -> dict[str, str | torch.device]:
+    """Where transformers is to load each weight: all onto `device`, but for the one that is `on_host`.
+
+    The host is given as a torch device: the text "cpu" beside another device makes transformers refuse to quantize,
+    for it would run a layer there in 32 bits. What lies there is none that it quantizes.
+    """
+    import torch
+
+    # the weight in full: another that begins with the name of its module stays
+    return {"": str(device), **({} if on_host is None else {on_host: torch.device("cpu")})}
+
+
+@contextmanager
+def _left_where_loaded() -> Iterator[None]:
+    """Keep transformers from hooking a model on two devices: its hooks bring the whole embedding to each lookup."""
+    from transformers import modeling_utils
+
+    stock: Any = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = stock
+
+
+def base_renaming(task: str, architecture: PretrainedConfig) -> dict[str, str] | None:
+    """The name of the base in files of such models → the one it has in the class for `task`, where that is another.
+
+    transformers calls the base "transformer" in its classes of Llama, Qwen and others for question answering, and
+    "model" in all others of them, and loads the one into the other only when it is told.
+    """
+    from transformers import AutoModel
+
+    if not TASK_MODELS[task].has_new_head:
+        return None
+    classes = (own._model_mapping.get(type(architecture), None) for own in (AutoModel, transformers_class(task)))
+    usual, here = (getattr(own, "base_model_prefix", None) for own in classes)
+    return {rf"^{usual}\.": f"{here}."} if usual and here and usual != here else None
+
+
+def planned_heads(architecture: PretrainedConfig, task: str) -> list[str]:
+    """The names of the modules that `task` puts on a model beside its base; empty where it has its own head."""
+    from qlora_kit.model.heads import head_names
+
+    return head_names(_structure(architecture, task)) if TASK_MODELS[task].has_new_head else []
+
+
+def _structure(architecture: PretrainedConfig, task: str, config: BaseConfig | None = None) -> PreTrainedModel:
+    """The modules of a model for `task`, with their ties, their weights on `meta`."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        trusted = {} if config is None else {"trust_remote_code": config.trust_remote_code}
+        model = transformers_class(task).from_config(copy.deepcopy(architecture), **trusted)
+    model.tie_weights()
+    return model
+
+
+def _not_loaded(loaded: dict[str, Any]) -> list[str]:
+    """The weights that the files lack or have in another shape."""
+    missing = [str(name) for name in loaded.get("missing_keys") or ()]
+    mismatched = loaded.get("mismatched_keys") or ()
+    return sorted({*missing, *(str(entry if isinstance(entry, str) else entry[0]) for entry in mismatched)})
+
+
+def _check_loaded(config: BaseConfig, wrong: list[str]) -> None:
+    """Check that every weight came from the files. Raises `UserError` naming those that did not."""
+    if wrong:
+        rule = f"its files lack, or have in another shape, {len(wrong)} weights: {', '.join(wrong[:3])}"
+        raise UserError.of("--model", config.model, rule, "Fetch or convert the model again.")

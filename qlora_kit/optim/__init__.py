@@ -1,0 +1,1 @@
+"""What takes the step: optimizers, their paged states, and what is added to the gradient."""

@@ -1,0 +1,1 @@
+"""A release's files: read, written as a stream, and put in their place whole."""

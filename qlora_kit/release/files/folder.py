@@ -1,0 +1,192 @@
+"""Where a release is written: beside its final place, and renamed when it is whole.
+
+release/x.merging/   while it is made; a killed merge leaves it, and the next one to the same place removes it
+release/x/           complete, or not there
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_kit.errors import UserError
+from qlora_kit.system import files
+
+MERGING = ".merging"
+REPORT_FILE = "merge_report.json"
+LOCK_FILE = ".qlora_kit.lock"
+SETTING = "--out"
+OTHER_FOLDER = "Choose another folder."
+GONE = (errno.EIO, errno.ENOENT, errno.ESTALE)  # the disk, or the folder that is written to, went away
+IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The final folder of a release, and the one that it is made in."""
+
+    final: Path
+    working: Path
+
+    @classmethod
+    def at(cls, out: str) -> Place:
+        """The place of the release `out`. Raises `UserError` for no name of its own."""
+        final = Path(out)
+        if final.name in ("", ".."):
+            raise UserError.of(SETTING, out, "names no folder of its own", "For example --out release/x.")
+        return cls(final, final.with_name(final.name + MERGING))
+
+    def check(self, overwrite: bool) -> None:
+        """Check that the place can be written and nothing would be overwritten unasked. Raises `UserError`."""
+        files.check_writable(self.final)
+        if not os.path.lexists(self.final):
+            return
+        if self.final.is_symlink():
+            remedy = f"Give the folder that it leads to, {self.final.resolve()}, or choose another."
+            raise UserError.of(SETTING, str(self.final), "is a symbolic link, which is never replaced", remedy)
+        if not _may_be_replaced(self.final):
+            rule = "already exists and is no release, so it is never replaced"
+            raise UserError.of(SETTING, str(self.final), rule, OTHER_FOLDER)
+        if not overwrite:
+            remedy = "Choose another folder, or add --overwrite."
+            raise UserError.of(SETTING, str(self.final), "already exists", remedy)
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Check that the disk has room for `needed_bytes` while the release is made. Raises `UserError`."""
+        files.require_space(self.working, needed_bytes, self.final)
+
+    @contextmanager
+    def made(self) -> Iterator[Path]:
+        """The folder to work in, new and empty; it vanishes at the end, whatever happened.
+
+        Raises `UserError` where it cannot be written, another merge is writing there, or it is somebody else's.
+        """
+        new_parents = [folder for folder in self.working.absolute().parents if not folder.exists()]
+        with self._disk_errors():
+            lock = self._begin()
+            try:
+                yield self.working
+            finally:
+                with contextlib.suppress(OSError):
+                    _empty(self.working)
+                shutil.rmtree(self.working, ignore_errors=True)
+                for folder in new_parents:
+                    with contextlib.suppress(OSError):  # the release is in it
+                        folder.rmdir()
+                os.close(lock)
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn what a disk says that is full, read-only or gone into a `UserError`."""
+        try:
+            with files.disk_errors(self.final):
+                yield
+        except OSError as error:
+            if error.errno in GONE:
+                raise files.unwritable(str(self.final), error) from error
+            raise
+
+    def _begin(self) -> int:
+        """Make the working folder, remove what a killed merge left in it, and lock it; returns the lock."""
+        try:
+            self._check_own()
+            self.working.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.working / LOCK_FILE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise files.unwritable(str(self.final), error) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise self._busy() from None
+        except OSError as error:  # a network disk without locks
+            os.close(lock)
+            raise files.unwritable(str(self.final), error) from None
+        if not _is_file(lock, self.working / LOCK_FILE):  # the merge that held it has just removed it
+            os.close(lock)
+            raise self._busy()
+        _empty(self.working)
+        return lock
+
+    def _check_own(self) -> None:
+        """Check that a working folder that is there already was made by a merge. Raises `UserError`."""
+        if not os.path.lexists(self.working):
+            return
+        is_folder = self.working.is_dir() and not self.working.is_symlink()
+        names = {file.name for file in self.working.iterdir()} if is_folder else set()
+        if not is_folder or (names and LOCK_FILE not in names):
+            rule = f"is made in {self.working}, which exists and which no merge has made"
+            raise UserError.of(SETTING, str(self.final), rule, "Move that away, or choose another --out.")
+
+    def _busy(self) -> UserError:
+        rule = f"another merge is writing {self.working}"
+        return UserError.of(SETTING, str(self.final), rule, "Wait for it, or choose another folder.")
+
+    def put(self, whole: Path, overwrite: bool) -> None:
+        """Put the finished folder `whole` in the final place; what it replaces is removed only then.
+
+        Looks again at what is there, for much may have happened meanwhile. Raises `UserError` as `check` does.
+        """
+        _sync(whole)
+        self.check(overwrite)
+        set_aside = f".{self.final.name}.old-"
+        old = Path(tempfile.mkdtemp(dir=self.final.parent, prefix=set_aside)) if self.final.exists() else None
+        try:
+            if old is not None:
+                self.final.rename(old)
+            whole.rename(self.final)  # which replaces nothing but an empty folder
+        except OSError as error:
+            if old is not None:
+                with contextlib.suppress(OSError):  # where something stands in its place it stays where it is
+                    old.rename(self.final) if any(old.iterdir()) else old.rmdir()
+            if error.errno not in IN_THE_WAY:
+                raise
+            rule = "was made by somebody else while the release was finished"
+            raise UserError.of(SETTING, str(self.final), rule, OTHER_FOLDER) from None
+        _sync(self.final.parent)
+        for left in self.final.parent.glob(f"{glob.escape(set_aside)}*"):  # also of a merge that was killed just here
+            if _may_be_replaced(left):
+                shutil.rmtree(left)
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether `folder` is a release, or holds nothing: anything else may be dear to its owner."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / REPORT_FILE).is_file() or not any(folder.iterdir())
+
+
+def _is_file(handle: int, path: Path) -> bool:
+    """Whether the open file is the one that `path` names."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except OSError:
+        return False
+
+
+def _empty(working: Path) -> None:
+    """Remove all but the lock, by which a killed merge's folder is known."""
+    with contextlib.suppress(FileNotFoundError):
+        for leftover in working.iterdir():
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            elif leftover.name != LOCK_FILE:
+                leftover.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in `folder` on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

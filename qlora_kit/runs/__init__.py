@@ -1,0 +1,1 @@
+"""Run folders: written, finished, opened again, and what is said of them."""

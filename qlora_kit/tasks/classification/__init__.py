@@ -1,0 +1,1 @@
+"""Text classification: a text, or a pair of texts, gets a label, or several."""

@@ -1,0 +1,1 @@
+"""Text generation: a model learns what to say next."""

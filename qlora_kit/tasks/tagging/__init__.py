@@ -1,0 +1,1 @@
+"""Token classification: each word of a sentence gets a tag."""

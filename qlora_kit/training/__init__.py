@@ -1,0 +1,1 @@
+"""The training run, from settings to a finished run folder."""
