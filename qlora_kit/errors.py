@@ -1,26 +1,62 @@
-"""What a user can cause and mend."""
+"""What a user can cause and mend.
+
+A fault carries the name of the setting that is wrong, as Python has it (`eval_data`), and its texts name other settings
+with `named`. Who shows a fault decides how settings are written: Python as fields (`bits=16`), the command line as
+flags (`--bits 16`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
 
+Written = Callable[[str, "str | None"], str]  # a setting and its value, or None, as text
+_NAMED = re.compile("⟦([^=⟧]*)(?:=([^⟧]*))?⟧")
+
+
+def named(setting: str, value: object = None) -> str:
+    """The setting `setting`, or it with `value`, within the text of a fault; each door writes it in its own way."""
+    return f"⟦{setting}⟧" if value is None else f"⟦{setting}={value}⟧"
+
+
+def as_field(setting: str, value: str | None) -> str:
+    """A setting as Python writes it: `bits=16`."""
+    return setting if value is None else f"{setting}={value}"
+
+
+def as_flag(setting: str, value: str | None) -> str:
+    """A setting as the command line writes it: `--bits 16`, `--no-double-quant`."""
+    flag = setting.replace("_", "-")
+    if value == "False":
+        return f"--no-{flag}"
+    return f"--{flag}" if value in (None, "True") else f"--{flag} {value}"
+
 
 @dataclass(frozen=True)
 class Fault:
-    """One mistake: which setting, the value received, the rule it breaks, and the remedy."""
+    """One mistake: which setting, the value received, the rule it breaks, and the remedy.
+
+    `rule` and `remedy` name other settings with `named`.
+    """
 
     setting: str
     value: object
     rule: str
     remedy: str
 
+    def text(self, written: Written) -> str:
+        """The fault in words, settings written as `written` has it."""
+        setting = self.setting if self.setting.startswith("--") else named(self.setting)  # until all have names
+        said = f"{setting} = {self.value!r}: {self.rule}.\n    {self.remedy}"
+        return _NAMED.sub(lambda found: written(found[1], found[2]), said)
+
     def __str__(self) -> str:
-        return f"{self.setting} = {self.value!r}: {self.rule}.\n    {self.remedy}"
+        return self.text(as_field)
 
 
 class UserError(Exception):
@@ -29,26 +65,53 @@ class UserError(Exception):
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
         assert self.faults, "a UserError names at least one fault"
-        super().__init__("\n".join(str(fault) for fault in self.faults))
+        super().__init__(self.text(as_field))
 
     @classmethod
     def of(cls, setting: str, value: object, rule: str, remedy: str) -> UserError:
         """The error of a single fault."""
         return cls([Fault(setting, value, rule, remedy)])
 
+    def text(self, written: Written) -> str:
+        """All faults in words, settings written as `written` has it."""
+        return "\n".join(fault.text(written) for fault in self.faults)
+
 
 class Faults:
-    """Gathers the mistakes of several steps, so that the user hears of all at once."""
+    """Gathers the mistakes of several steps, so that the user hears of all at once.
+
+    with Faults() as faults:         # raises one `UserError` at its end, with every fault found
+        with faults.collecting():    # a step; what it would have bound stays as it was where it failed
+            tokenizer = load_tokenizer(config)
+    """
 
     def __init__(self) -> None:
         self._found: list[Fault] = []
 
+    def __enter__(self) -> Faults:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            self._note(error)
+            raise UserError(self._found) from None
+        if kind is None:
+            self.raise_if_any()
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """A step whose `UserError` is kept rather than raised."""
+        try:
+            yield
+        except UserError as error:
+            self._note(error)
+
     def collect(self, step: Callable[[], T]) -> T | None:
-        """The result of `step`; None where it raised a `UserError`, whose faults are kept."""
+        """The result of `step`; None where it raised a `UserError`, whose faults are kept."""  # until none uses it
         try:
             return step()
         except UserError as error:
-            self._found += [fault for fault in error.faults if fault not in self._found]
+            self._note(error)
             return None
 
     def add(self, fault: Fault) -> None:
@@ -61,18 +124,32 @@ class Faults:
         if self._found:
             raise UserError(self._found)
 
+    def _note(self, error: UserError) -> None:
+        for fault in error.faults:
+            self.add(fault)
+
 
 @contextmanager
-def said_of(setting: str, instead_of: str, old_remedy: str = "", remedy: str = "") -> Iterator[None]:
+def said_of(
+    setting: str,
+    instead_of: str,
+    old_remedy: str = "",
+    remedy: str = "",
+    remedies: Mapping[str, str] | None = None,
+) -> Iterator[None]:
     """Say mistakes of the setting `instead_of` of `setting`, which is what the user gave.
 
-    `remedy` stands in the place of `old_remedy`, where that does not help with `setting`.
+    `remedies` are those that help with `setting`, by the ones in whose place they stand.
     """
     try:
         yield
     except UserError as error:
         raise UserError(
-            replace(fault, setting=setting, remedy=fault.remedy.replace(old_remedy, remedy))
+            replace(
+                fault,
+                setting=setting,
+                remedy=(remedies or {}).get(fault.remedy, fault.remedy.replace(old_remedy, remedy)),
+            )
             if fault.setting == instead_of
             else fault
             for fault in error.faults

@@ -18,7 +18,7 @@ import tyro
 from qlora_kit.config.files import read_settings_file
 from qlora_kit.config.rules import default_of, fields_of, flag
 from qlora_kit.config.settings import DEFAULT_ASKED, DEFAULT_NEW_TOKENS, RunConfig, SearchConfig, settings
-from qlora_kit.errors import Fault, Faults, UserError
+from qlora_kit.errors import Fault, Faults, UserError, as_flag
 from qlora_kit.system import quiet
 
 
@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.text(as_flag)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
