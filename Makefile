@@ -29,9 +29,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The site, into site/. The variable is the theme's own: it quiets what it prints about its successor.
+# The site, into site/. With --quiet warnings are not counted and --strict does nothing. The variable is the theme's own:
+# it quiets what it prints about its successor.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch comes first, and below what the package takes (up to 2.15): on a machine with a CPU build at hand this range
 # takes it, elsewhere the CUDA build. The second line finds it there, and installs no other.
