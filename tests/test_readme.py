@@ -86,6 +86,14 @@ def test_the_readme_leads_to_every_page():
     assert set(PAGES) - {"README.md", "docs/index.md"} <= linked
 
 
+def test_the_tree_of_the_readme_is_that_of_the_checkout():
+    tree = re.search(r"## What is where\n\n(.*?)\n\n", README, re.DOTALL)[1]
+    folders = re.findall(r"^    (\w+)/ ", tree, re.MULTILINE)
+    rooms = re.findall(r"^      (\w+)/ ", tree, re.MULTILINE)
+    assert [name for name in folders if not (ROOT / name).is_dir()] == []
+    assert set(rooms) == {file.parent.name for file in (ROOT / "qlora_kit").glob("*/__init__.py")}
+
+
 def test_every_public_name_and_every_setting_is_on_the_python_page():
     described = set(re.findall(r"^::: qlora_kit\.(\w+)$", API, re.MULTILINE))
     assert set(qlora_kit.__all__) == described
