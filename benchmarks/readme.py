@@ -87,7 +87,8 @@ def memory() -> str:
     settings = result["settings"]
     lines += [
         "",
-        f"Of `torch.cuda.max_memory_allocated`, r = {settings['r']}, with gradient checkpointing, planned for",
+        f"Examples × tokens of a batch; peak of `torch.cuda.max_memory_allocated`, r = {settings['r']}, with gradient "
+        "checkpointing, planned for",
     ]
     lines += [f"{tables.validated(settings['predicted_for'], RESULTS)}; full: {result['rows'][0]['recipe']}."]
     lines += ["At 8 bits bitsandbytes keeps every layer's input, which checkpointing cannot drop."]
