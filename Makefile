@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 # Waiting threads sleep rather than spin: on a busy machine spinning makes small models several times slower.
 export OMP_WAIT_POLICY := passive
@@ -29,6 +29,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, into site/. With --quiet warnings are not counted and --strict does nothing. The variable is the theme's own:
+# it quiets what it prints about its successor.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # torch comes first, and below what the package takes (up to 2.15): on a machine with a CPU build at hand this range
 # takes it, elsewhere the CUDA build. The second line finds it there, and installs no other.
 # The constraints are the versions that were tested; they are used where they can be had.
@@ -39,4 +44,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs release
+	rm -rf $(VENV) runs release site

@@ -1,4 +1,4 @@
-"""What the README says of GPUs, from the committed journals; as long as there is none, that nothing is measured yet."""
+"""What README.md and docs/ say of GPUs, from the committed journals; without one, that nothing is measured yet."""
 
 from __future__ import annotations
 
