@@ -6,12 +6,14 @@ Answers go to standard output, everything else to standard error.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from qlora_kit.cli.flags import Command, as_given
 from qlora_kit.cli.open_model import open_chosen
-from qlora_kit.config.rules import flag
+from qlora_kit.config.rules import Checked, Rule, at_least, flag, setting
 from qlora_kit.config.settings import DEFAULT_NEW_TOKENS, RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.model.task_models import GENERATION
@@ -20,6 +22,46 @@ from qlora_kit.system import quiet
 if TYPE_CHECKING:
     from qlora_kit.runs.finished import Opened
 
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(Checked):
+    """The flags of this command alone."""
+
+    run: str | None = setting(
+        None, "finished run folder: its trained model answers, on the base as it was trained on", metavar="FOLDER"
+    )
+    base: str | None = setting(None, "the run's base, where it lies elsewhere now", metavar="MODEL")
+    prompt: tuple[str, ...] = setting(
+        (),
+        "prompt to answer; may be given several times; unset: --data, or lines of standard input",
+        repeated=True,
+        metavar="TEXT",
+    )
+    max_new_tokens: int = setting(DEFAULT_NEW_TOKENS, "longest answer in tokens", at_least(1))
+    temperature: float = setting(0.0, "0: always the likeliest token; higher: drawn, and the more varied", at_least(0))
+    top_p: float = setting(
+        1.0,
+        "draw from the likeliest tokens that together have this probability",
+        Rule("must be greater than 0 and at most 1", lambda v: 0 < v <= 1),
+    )
+    raw: bool | None = setting(
+        None, "go on with the prompt as it stands, in no template (as after training on plain text)", switch=True
+    )
+    json: bool = setting(False, "print one JSON object a prompt, as for --data")
+
+
+SETTINGS = {
+    "model": "model folder or hub id that answers instead of a run, e.g. a release",
+    "revision": "",
+    "bits": "load --model in so many bits; unset: as it was saved",
+    "tokenizer": "",
+    "data": "answer the prompts of this file, folder or data set, in the forms of training; JSON lines",
+    "columns": "",
+    "batch_size": "prompts of --data answered at once (default: 4, or the run's)",
+    "seed": "seed of what --temperature draws (default: 42)",
+    "device": "",
+    "trust_remote_code": "",
+}
 OF_A_RUN = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
 
 
@@ -96,3 +138,12 @@ def _check(
         faults.append(Fault("--top-p", top_p, rule, "Add for example --temperature 0.7."))
     if faults:
         raise UserError(faults)
+
+
+COMMAND = Command(
+    run=run,
+    example="qlora-kit generate --run runs/chat --prompt 'Why is the sky blue?'",
+    flags=GenerateFlags,
+    settings=SETTINGS,
+    read=as_given,
+)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from qlora_kit.cli.main import COMMANDS
+from qlora_kit.cli.main import COMMANDS, command_of
 from qlora_kit.config.rules import flag
-from qlora_kit.config.settings import SearchConfig, settings
+from qlora_kit.config.settings import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,8 +37,7 @@ def test_every_command_flag_and_file_that_it_names_exists():
     flags = (
         {flag(field.name) for _, field, _ in settings()}
         | switches
-        | {flag(name) for command in COMMANDS.values() for name in command.flags}
-        | {flag(name) for name in SearchConfig.names()}
+        | {flag(name) for command in map(command_of, COMMANDS) for name in command.own_names()}
         | {
             "--ablation",
             "--run",
