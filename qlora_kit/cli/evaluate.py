@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 class EvalFlags(Checked):
     """The flags of this command alone."""
 
-    run: str | None = setting(None, "finished run folder", metavar="FOLDER")
+    run: str | None = setting(None, "finished run: its base and its trained model are evaluated", metavar="FOLDER")
     release: str | None = setting(
-        None, "also evaluate this model folder or hub id, on the same tokens", metavar="MODEL"
+        None, "also evaluate this model, on the same tokens: folder or hub id", metavar="MODEL"
     )
-    base: str | None = setting(None, "the run's base, where it lies elsewhere now", metavar="MODEL")
+    base: str | None = setting(None, "where the run's base is now, if it has moved", metavar="MODEL")
     json: bool = setting(False, "print JSON instead of a table")
 
 
 SETTINGS = {
-    "model": "model folder or hub id to evaluate alone instead of a run, e.g. a release of an adapter made elsewhere",
+    "model": "model to evaluate instead of a run: folder or hub id",
     "revision": "",
     "bits": "load --model in so many bits; unset: as it was saved",
     "tokenizer": "",
     "data": "data to evaluate on; unset: what the run held out",
     "columns": "",
     "seq_len": "longest example in tokens; unset: the run's",
-    "exact_match": f"answer so many prompts, and count exact matches; unset: as the run, else {DEFAULT_ASKED}",
+    "exact_match": f"prompts to answer, to count exact matches; unset: as the run, else {DEFAULT_ASKED}",
     "batch_size": "examples in a forward pass (default: the run's)",
     "device": "",
     "trust_remote_code": "",

@@ -63,6 +63,11 @@ class Flag:
         return self.hint is bool or bool(self.setting.metadata.get("switch"))
 
     @property
+    def may_be_on(self) -> bool:
+        """Whether a switch is on, or may be, where neither of its forms is given."""
+        return default_of(self.setting) is not False
+
+    @property
     def is_repeated(self) -> bool:
         """Whether it may be given several times."""
         return bool(self.setting.metadata.get("repeated"))
@@ -126,6 +131,7 @@ class Command:
     settings: Mapping[str, str] | None = None
     helps: Mapping[str, str] = field(default_factory=dict)
     headings: tuple[str, ...] = tuple(HEADINGS.values())  # what `--help` shows; `--help-all` shows the rest too
+    common: tuple[str, ...] = ()  # if given: the settings that `--help` shows
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], object] = field(default_factory=lambda: read_config)
     renamed: Mapping[str, str] = field(default_factory=dict)  # setting: the flag that gives it here
     lists: tuple[str, ...] = ()  # the groups of settings whose numbers may be several, as in `--r 4,8,16`
@@ -155,9 +161,14 @@ class Command:
                 help=text or f.metadata["help"],
                 heading=heading if self.settings is None else OWN,
                 shows_default=self.settings is None,
-                rare=self.settings is None and (bool(f.metadata.get("rare")) or heading not in self.headings),
+                rare=self.settings is None and self._is_rare(f, heading),
                 is_several=group in self.lists and _is_number(hint),
             )
+
+    def _is_rare(self, f: Field[Any], heading: str) -> bool:
+        if self.common:
+            return f.name not in self.common
+        return bool(f.metadata.get("rare")) or heading not in self.headings
 
 
 def _is_number(hint: Any) -> bool:

@@ -27,38 +27,36 @@ if TYPE_CHECKING:
 class GenerateFlags(Checked):
     """The flags of this command alone."""
 
-    run: str | None = setting(
-        None, "finished run folder: its trained model answers, on the base as it was trained on", metavar="FOLDER"
-    )
-    base: str | None = setting(None, "the run's base, where it lies elsewhere now", metavar="MODEL")
+    run: str | None = setting(None, "finished run, whose trained model answers", metavar="FOLDER")
+    base: str | None = setting(None, "where the run's base is now, if it has moved", metavar="MODEL")
     prompt: tuple[str, ...] = setting(
         (),
-        "prompt to answer; may be given several times; unset: --data, or lines of standard input",
+        "prompt to answer; may be repeated; unset: --data, or lines of standard input",
         repeated=True,
         metavar="TEXT",
     )
     max_new_tokens: int = setting(DEFAULT_NEW_TOKENS, "longest answer in tokens", at_least(1))
-    temperature: float = setting(0.0, "0: always the likeliest token; higher: drawn, and the more varied", at_least(0))
+    temperature: float = setting(0.0, "0: always the likeliest token; higher: sampled, more varied", at_least(0))
     top_p: float = setting(
         1.0,
-        "draw from the likeliest tokens that together have this probability",
+        "sample from the likeliest tokens that together have this probability",
         Rule("must be greater than 0 and at most 1", lambda v: 0 < v <= 1),
     )
     raw: bool | None = setting(
-        None, "go on with the prompt as it stands, in no template (as after training on plain text)", switch=True
+        None, "give the prompt as it is, without a template; unset: as the run was trained", switch=True
     )
     json: bool = setting(False, "print one JSON object a prompt, as for --data")
 
 
 SETTINGS = {
-    "model": "model folder or hub id that answers instead of a run, e.g. a release",
+    "model": "model to ask instead of a run: folder or hub id, e.g. a release",
     "revision": "",
     "bits": "load --model in so many bits; unset: as it was saved",
     "tokenizer": "",
-    "data": "answer the prompts of this file, folder or data set, in the forms of training; JSON lines",
+    "data": "prompts to answer, in any form that train takes; prints JSON lines",
     "columns": "",
     "batch_size": "prompts of --data answered at once (default: 4, or the run's)",
-    "seed": "seed of what --temperature draws (default: 42)",
+    "seed": "seed of the sampling (default: 42)",
     "device": "",
     "trust_remote_code": "",
 }

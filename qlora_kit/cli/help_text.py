@@ -27,8 +27,8 @@ def command_text(name: str, summary: str, command: Command, *, everything: bool)
     """The flags of a command under their headings; the rare ones too if `everything` is asked for."""
     flags = list(command.all_flags().values())
     shown = [flag for flag in flags if everything or not flag.rare]
-    words = f" {{{','.join(command.all_flags()[command.positional].choices)}}}" if command.positional else ""
-    lines = [f"usage: qlora-kit {name}{words} [--FLAG VALUE …]", "", *_filled(f"{summary[0].upper()}{summary[1:]}.")]
+    words = command.all_flags()[command.positional].metavar if command.positional else "[--FLAG VALUE …]"
+    lines = [f"usage: qlora-kit {name} {words}", "", *_filled(f"{summary[0].upper()}{summary[1:]}.")]
     lines.append(f"For example: {command.example}")
     order = [OWN, *command.headings, *(flag.heading for flag in shown)]
     for heading, members in groupby(sorted(shown, key=lambda flag: order.index(flag.heading)), lambda f: f.heading):
@@ -42,7 +42,7 @@ def command_text(name: str, summary: str, command: Command, *, everything: bool)
 
 
 def _entry(flag: Flag) -> list[str]:
-    if flag.is_switch and flag.default:
+    if flag.is_switch and flag.may_be_on:
         left = [f"  {flag.written}, --no-{flag.written[2:]}"]
     else:
         left = _wrapped_choices(f"  {flag.written} {flag.metavar}".rstrip())

@@ -28,12 +28,13 @@ COMMANDS = {
     "preview": ("preview", "show examples token by token, and audit the data"),
     "merge": ("merge", "merge the adapter of a run into its base, and prove that the release is right"),
     "generate": ("generate", "answer prompts with the model of a finished run, or with any other"),
-    "predict": ("predict", "labels with their scores, or texts, from the model of a finished run or from a release"),
+    "predict": ("predict", "predict labels with their scores, or texts, with the model of a run or with a release"),
     "eval": (
         "evaluate",
-        "evaluate base, adapter and release side by side: loss and exact match, or the task's metrics",
+        "compare base, adapter and release: loss and exact match, or the task's metrics",
     ),
     "search": ("search", "choose settings by cross-validation; a number may be several, as in --r 4,8,16"),
+    "completion": ("completion", "print a script with which bash, zsh or fish completes commands and flags"),
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

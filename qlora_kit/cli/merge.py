@@ -19,17 +19,15 @@ if TYPE_CHECKING:
 class MergeFlags(Checked):
     """The flags of this command alone."""
 
-    run: str | None = setting(
-        None, "finished run folder: its adapter is merged, into the base as it was trained on", metavar="FOLDER"
-    )
+    run: str | None = setting(None, "finished run, whose adapter is merged into its base", metavar="FOLDER")
     adapter: tuple[str, ...] = setting(
         (),
-        "adapter made elsewhere, DIR or DIR:weight; may be given several times, their changes then add up",
+        "adapter made elsewhere, DIR or DIR:weight; repeat it to add up several",
         repeated=True,
         metavar="ADAPTER",
     )
     base: str | None = setting(
-        None, "the base of --adapter, or where the run's base lies now: folder, hub id or 'demo'", metavar="MODEL"
+        None, "the base of --adapter, or where the run's base is now: folder or hub id", metavar="MODEL"
     )
     into: str | None = setting(
         None,
@@ -39,21 +37,21 @@ class MergeFlags(Checked):
     )
     dtype: str = setting("bf16", "dtype of the release", choices=("bf16", "fp16", "fp32"))
     format: str = setting("dense", "nf4: quantized after the merge, for bitsandbytes", choices=("dense", "nf4"))
-    allow_other_base: bool = setting(False, "merge although the base is not the one that the run was trained on")
+    allow_other_base: bool = setting(False, "merge even if the base is not the one that the run was trained on")
 
 
 SETTINGS = {
     "out": "folder of the release",
     "overwrite": "replace an existing release",
-    "data": "what the proof asks, and what --into best is decided on; unset: the run's held-out data",
+    "data": "data for the proof and for --into best; unset: the run's held-out data",
     "columns": "",
-    "seq_len": "longest example of it in tokens; unset: the run's",
+    "seq_len": "longest example of --data in tokens; unset: the run's",
     "bits": "how --adapter saw its base (default: 4)",
     "quant_type": "",
     "double_quant": "",
     "revision": "",
     "tokenizer": "tokenizer of the release; unset: the adapter's, else the base's",
-    "source_prefix": "text before each source that --adapter was trained with; unset: the run's",
+    "source_prefix": "text before each source that --adapter saw; unset: the run's",
     "trust_remote_code": "",
 }
 

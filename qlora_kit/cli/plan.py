@@ -34,7 +34,7 @@ class PlanFlags(Checked):
     gpu: str | None = setting(None, "GPU to plan for: rtx3060, rtx4090, t4, a100, h100, …", metavar="NAME")
     fit: str | None = setting(
         None,
-        "list what fits into so much memory: 8GiB, 6000MiB, 24GB, or device (what is free on the one present)",
+        "list what fits into this much memory: 8GiB, 6000MiB, 24GB, or device (what is free on the GPU present)",
         metavar="SIZE",
     )
     exact: bool = setting(False, "simulate every layer instead of extrapolating from 3 and 4")

@@ -26,18 +26,18 @@ from qlora_kit.system import files, quiet
 class PredictFlags(Checked):
     """The flags of this command alone."""
 
-    run: str | None = setting(None, "finished run folder", metavar="FOLDER")
-    base: str | None = setting(None, "the run's base, where it lies elsewhere now", metavar="MODEL")
+    run: str | None = setting(None, "finished run, whose trained model predicts", metavar="FOLDER")
+    base: str | None = setting(None, "where the run's base is now, if it has moved", metavar="MODEL")
 
 
 SETTINGS = {
-    "model": "model folder or hub id that predicts instead of a run, e.g. a release",
+    "model": "model to ask instead of a run: folder or hub id, e.g. a release",
     "revision": "",
     "bits": "load --model in so many bits; unset: as it was saved",
     "tokenizer": "",
-    "data": "the examples: a file, folder or data set, in the forms of training; answers are not looked at",
+    "data": "examples, in any form that train takes; answers in it are ignored",
     "columns": "",
-    "out": "file of the predictions, a line of JSON each; unset: standard output",
+    "out": "file for the predictions, JSON lines; unset: standard output",
     "batch_size": "examples in a forward pass (default: 4, or the run's)",
     "seq_len": "longest example in tokens; unset: the run's",
     "source_prefix": "text before each source for --model; unset: what its config.json says",

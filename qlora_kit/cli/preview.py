@@ -236,5 +236,8 @@ COMMAND = Command(
     run=preview,
     example="qlora-kit preview --model Qwen/Qwen3-0.6B --data chat.jsonl --rows 1,5,17",
     flags=PreviewFlags,
-    headings=("model", "data"),
+    common=(
+        *("model", "revision", "tokenizer", "trust_remote_code", "task", "labels", "multi_label", "source_prefix"),
+        *("data", "eval_data", "eval_fraction", "columns", "train_on", "seq_len", "pack"),
+    ),
 )

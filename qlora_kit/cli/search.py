@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 WIDTH = 160  # columns where the output is no terminal
 HELPS = {
-    "out": "folder of the search; one that is there already goes on; unset: search/<model>",
-    "overwrite": "begin anew where the folder is there already",
+    "out": "folder of the search, continued if it exists; unset: search/<model>",
+    "overwrite": "start over if the folder exists",
     "seed": "seed of the folds, of tpe, and of every run",
-    "resume": "not for a search: the same command goes on",
+    "resume": "not for a search: repeat the command to continue",
 }
 
 
@@ -71,9 +71,10 @@ def run(asked: Asked, **_: Any) -> None:
 
 COMMAND = Command(
     run=run,
-    example="qlora-kit search --data chat.jsonl --r 4,8,16 --lr 1e-4,1e-3 --folds 3 --out search/chat",
+    example="qlora-kit search --data chat.jsonl --r 4,8,16 --lr 1e-4,1e-3 --out search/chat",
     flags=SearchConfig,
     helps=HELPS,
     read=read,
+    headings=("model", "adapter", "data", "optimizer", "run"),
     lists=("base", "adapter", "optim"),
 )

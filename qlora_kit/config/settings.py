@@ -356,7 +356,7 @@ class RunConfig(Checked):
         "seed of the factors, the data order and random weights",
         Rule(f"must be from 0 to {2**32 - 1}", lambda v: 0 <= v < 2**32),
     )
-    out: str | None = setting(None, "run folder; unset: runs/<model>-<time>", metavar="FOLDER")
+    out: str | None = setting(None, "run folder; unset: runs/<model>-<time>", metavar="PATH")
     overwrite: bool = setting(False, "replace an existing run folder")
     resume: str | None = setting(None, "continue from a run folder or one of its checkpoints", metavar="FOLDER")
     preflight: bool = setting(True, "plan the memory first; on CUDA refuse what cannot fit", group="memory")
