@@ -121,3 +121,12 @@ def test_help_imports_nothing_heavy_and_is_quick(args):
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not loaded & HEAVY
     assert min(times_s) < 0.5
+
+
+def test_the_choices_of_a_merge_are_those_that_it_takes():
+    from qlora_kit.release import request
+
+    flags = command_of("merge").all_flags()
+    assert flags["into"].choices == request.INTO
+    assert flags["dtype"].choices == tuple(request.DTYPES)
+    assert flags["format"].choices == request.FORMATS
