@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_kit.config.rules import Checked, default_of, fields_of, read_value, setting
 from qlora_kit.config.settings import RunConfig, settings
-from qlora_kit.errors import Faults
+from qlora_kit.errors import Fault, Faults, named
 
 # the headings of `--help`, by the group of settings in `config`
 HEADINGS = {
@@ -75,14 +75,9 @@ class Flag:
     @property
     def choices(self) -> tuple[str, ...]:
         """All the values there are, if they can be listed; may import the module that knows them."""
-        rule = self.setting.metadata.get("rule")
-        found = self.setting.metadata.get("choices") or (rule.choices if rule is not None else ())
-        if isinstance(found, str):
-            module, attribute = found.split(":")
-            found = getattr(importlib.import_module(module), attribute)
         if self.hint == bool | None and not self.is_switch:
-            found = ("true", "false")
-        return tuple(str(choice) for choice in found)
+            return ("true", "false")
+        return choices_of(self.setting)
 
     @property
     def kind(self) -> type:
@@ -179,6 +174,28 @@ def _own_flag(f: Field[Any], hint: Any, heading: str = OWN) -> Flag:
     return Flag(setting=f, hint=hint, help=f.metadata["help"], heading=heading, rare=bool(f.metadata.get("rare")))
 
 
+def choices_of(f: Field[Any]) -> tuple[str, ...]:
+    """All the values of a setting, if they can be listed; may import the module that knows them."""
+    rule = f.metadata.get("rule")
+    found = f.metadata.get("choices") or (rule.choices if rule is not None else ())
+    if isinstance(found, str):
+        module, attribute = found.split(":")
+        found = getattr(importlib.import_module(module), attribute)
+        found = found() if callable(found) else found
+    return tuple(str(choice) for choice in found)
+
+
+def check_choices(given: Mapping[str, Any]) -> None:
+    """Check those settings whose values a table elsewhere knows. Raises one `UserError` for all that it does not."""
+    with Faults() as faults:
+        for _, f, _ in settings():
+            value = given.get(f.name)
+            if isinstance(f.metadata.get("choices"), str) and value is not None and value not in choices_of(f):
+                choices = choices_of(f)
+                rule, remedy = f"must be one of {', '.join(choices)}", f"For example {named(f.name, choices[0])}."
+                faults.add(Fault(f.name, value, rule, remedy))
+
+
 def read_own(cls: type[Checked], given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the settings `cls` that were given, as their types. Raises one `UserError` for all that break a rule."""
     values: dict[str, Any] = {}
@@ -192,12 +209,20 @@ def read_own(cls: type[Checked], given: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_config(given: Mapping[str, Any], own: Mapping[str, Any]) -> RunConfig:
     """The run that was given, by flags and by file. Raises one `UserError` for all that break a rule."""
-    return RunConfig.from_flat(with_files(given))
+    flat = with_files(given)
+    with Faults() as faults:
+        with faults.collecting():
+            check_choices(flat)
+        with faults.collecting():
+            config = RunConfig.from_flat(flat)
+    return config
 
 
 def as_given(given: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings as they were given, each checked by itself: the run has the others. Raises one `UserError`."""
     with Faults() as faults:
+        with faults.collecting():
+            check_choices(given)
         for _, f, hint in settings():
             if f.name in given:
                 with faults.collecting():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.cli.flags import Command, with_files
+from qlora_kit.cli.flags import Command, check_choices, with_files
 from qlora_kit.config.settings import SearchConfig
 from qlora_kit.errors import Faults
 
@@ -41,6 +41,8 @@ def read(given: Mapping[str, Any], flags: Mapping[str, Any]) -> Asked:
     flat, own = with_files(given), SearchConfig.names()
     told = {name: value for name, value in flat.items() if name in own and value is not None}
     with Faults() as faults:
+        with faults.collecting():
+            check_choices(flat)
         with faults.collecting():
             space = Space.from_flat({name: value for name, value in flat.items() if name not in own})
         with faults.collecting():

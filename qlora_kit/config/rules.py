@@ -45,10 +45,10 @@ def fraction() -> Rule:
 def setting(default: Any, help: str, rule: Rule | None = None, **shown: Any) -> Any:
     """Declare a setting: its default, the line that `--help` prints, and the rule its values obey.
 
-    `shown` says more on how the command line shows it, all optional: `group` (its heading in `--help`, instead of the
+    `shown` says how the command line shows it, all optional: `group` (its heading in `--help`, instead of the
     dataclass's), `rare` (only `--help-all` shows it), `metavar` (what stands for its value), `choices` (a tuple, or
-    "module:attribute", read for the help alone; those of `one_of` need no mention), `repeated` (the flag may be given
-    several times), `switch` (`--x` and `--no-x`, also with a third state, unset).
+    "module:attribute" of a table or a function, which only the command line asks; those of `one_of` need no mention),
+    `repeated` (the flag may be given several times), `switch` (`--x` and `--no-x`, also with a third state, unset).
     """
     metadata = {"help": help, "rule": rule, **shown}
     if isinstance(default, dict):

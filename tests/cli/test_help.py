@@ -7,15 +7,12 @@ import re
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from refusals import fails
 
-from qlora_kit.cli.flags import Command
-from qlora_kit.cli.help_text import command_text
 from qlora_kit.cli.main import COMMANDS, command_of, main
-from qlora_kit.config.rules import Checked, one_of, setting
 from qlora_kit.config.settings import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,20 +89,19 @@ def test_help_comes_before_mistakes(capsys):
     assert "--bits" in prints(capsys, "train", "--bogus", "-h")
 
 
-def test_choices_that_a_table_elsewhere_knows_are_asked_for_the_help_alone(monkeypatch, tmp_path):
-    (tmp_path / "table_of_names.py").write_text("NAMES = {'first': 1, 'second': 2}\n")
+@pytest.mark.parametrize("attribute", ["NAMES", "names"])
+def test_choices_that_a_table_elsewhere_knows_are_shown_and_checked(monkeypatch, tmp_path, capsys, attribute):
+    (tmp_path / "a_table.py").write_text("NAMES = {'first': 1, 'second': 2}\n\ndef names():\n    return tuple(NAMES)\n")
     monkeypatch.syspath_prepend(tmp_path)
-
-    @dataclass(frozen=True, kw_only=True)
-    class Flags(Checked):
-        name: str = setting("first", "a name", choices="table_of_names:NAMES")
-        other: str = setting("a", "another", one_of("a", "b"), rare=True)
-
-    command = Command(run=print, example="", flags=Flags, settings={})
-    assert "table_of_names" not in sys.modules
-    text = command_text("x", "a toy", command, everything=False)
-    assert "--name {first,second}" in text
-    assert "--other" not in text
+    monkeypatch.delitem(sys.modules, "a_table", raising=False)
+    field = next(field for _, field, _ in settings() if field.name == "revision")
+    monkeypatch.setattr(field, "metadata", {"help": "a name", "choices": f"a_table:{attribute}"})
+    assert "a_table" not in sys.modules
+    assert "--revision {first,second}" in prints(capsys, "train", "--help")
+    for name, more in (("train", []), ("search", ["--r", "4,8"]), ("predict", ["--run", "x"])):
+        err = fails(capsys, name, "--revision", "third", "--bits", "5", *more)
+        assert "--revision = 'third': must be one of first, second.\n    For example --revision first." in err
+        assert "--bits = 5" in err
 
 
 @pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])
