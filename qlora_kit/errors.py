@@ -39,7 +39,7 @@ def as_flag(setting: str, value: str | None) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """One mistake: which setting, the value received, the rule it breaks, and the remedy.
+    """One mistake: which setting, the value received (None for none), the rule it breaks, and the remedy.
 
     `rule` and `remedy` name other settings with `named`.
     """
@@ -52,7 +52,8 @@ class Fault:
     def text(self, written: Written) -> str:
         """The fault in words, settings written as `written` has it."""
         setting = self.setting if self.setting.startswith("--") else named(self.setting)  # until all have names
-        said = f"{setting} = {self.value!r}: {self.rule}.\n    {self.remedy}"
+        value = "" if self.value is None else f" = {self.value!r}"
+        said = f"{setting}{value}: {self.rule}.\n    {self.remedy}"
         return _NAMED.sub(lambda found: written(found[1], found[2]), said)
 
     def __str__(self) -> str:

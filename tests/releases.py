@@ -73,10 +73,8 @@ def train_tiny(base: Path, out: Path, **base_settings: Any) -> Path:
 
 def asked(*words: object) -> Request:
     """What `qlora-kit merge` makes of the words after it."""
-    command = main.COMMANDS["merge"]
-    flags = main._parse("merge", command, [str(word) for word in words])
-    own = {key: flags.pop(key) for key in command.flags if key in flags}
-    return make_request(flags, own.pop("run", None), own.pop("adapter", ()), own.pop("base", None), own)
+    given, own = main.read("merge", main.command_of("merge"), [str(word) for word in words])
+    return make_request(given, own.pop("run", None), own.pop("adapter", ()), own.pop("base", None), own)
 
 
 def merged(*words: object) -> Result:

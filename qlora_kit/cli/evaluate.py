@@ -5,13 +5,15 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from qlora_kit.config.rules import flag
-from qlora_kit.config.settings import RunConfig
+from qlora_kit.cli.flags import Command, as_given
+from qlora_kit.config.rules import Checked, flag, setting
+from qlora_kit.config.settings import DEFAULT_ASKED, RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.system import quiet
 
@@ -20,6 +22,32 @@ if TYPE_CHECKING:
     from qlora_kit.evaluate.judge import Judgement
     from qlora_kit.runs.finished import FinishedRun
 
+
+@dataclass(frozen=True, kw_only=True)
+class EvalFlags(Checked):
+    """The flags of this command alone."""
+
+    run: str | None = setting(None, "finished run: its base and its trained model are evaluated", metavar="FOLDER")
+    release: str | None = setting(
+        None, "also evaluate this model, on the same tokens: folder or hub id", metavar="MODEL"
+    )
+    base: str | None = setting(None, "where the run's base is now, if it has moved", metavar="MODEL")
+    json: bool = setting(False, "print JSON instead of a table")
+
+
+SETTINGS = {
+    "model": "model to evaluate instead of a run: folder or hub id",
+    "revision": "",
+    "bits": "load --model in so many bits; unset: as it was saved",
+    "tokenizer": "",
+    "data": "data to evaluate on; unset: what the run held out",
+    "columns": "",
+    "seq_len": "longest example in tokens; unset: the run's",
+    "exact_match": f"prompts to answer, to count exact matches; unset: as the run, else {DEFAULT_ASKED}",
+    "batch_size": "examples in a forward pass (default: the run's)",
+    "device": "",
+    "trust_remote_code": "",
+}
 OF_A_MODEL = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
 WIDTH = 10_000  # columns where the output is no terminal: a line is never broken
 
@@ -155,3 +183,12 @@ def _table(evaluation: Evaluation) -> Table:
             cells.append(f"{score.exact_match:.1%}")
         table.add_row(name, score.model, *cells)
     return table
+
+
+COMMAND = Command(
+    run=run,
+    example="qlora-kit eval --run runs/chat --release release/chat",
+    flags=EvalFlags,
+    settings=SETTINGS,
+    read=as_given,
+)

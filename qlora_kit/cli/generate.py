@@ -6,12 +6,14 @@ Answers go to standard output, everything else to standard error.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from qlora_kit.cli.flags import Command, as_given
 from qlora_kit.cli.open_model import open_chosen
-from qlora_kit.config.rules import flag
+from qlora_kit.config.rules import Checked, Rule, at_least, flag, setting
 from qlora_kit.config.settings import DEFAULT_NEW_TOKENS, RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.model.task_models import GENERATION
@@ -20,6 +22,44 @@ from qlora_kit.system import quiet
 if TYPE_CHECKING:
     from qlora_kit.runs.finished import Opened
 
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(Checked):
+    """The flags of this command alone."""
+
+    run: str | None = setting(None, "finished run, whose trained model answers", metavar="FOLDER")
+    base: str | None = setting(None, "where the run's base is now, if it has moved", metavar="MODEL")
+    prompt: tuple[str, ...] = setting(
+        (),
+        "prompt to answer; may be repeated; unset: --data, or lines of standard input",
+        repeated=True,
+        metavar="TEXT",
+    )
+    max_new_tokens: int = setting(DEFAULT_NEW_TOKENS, "longest answer in tokens", at_least(1))
+    temperature: float = setting(0.0, "0: always the likeliest token; higher: sampled, more varied", at_least(0))
+    top_p: float = setting(
+        1.0,
+        "sample from the likeliest tokens that together have this probability",
+        Rule("must be greater than 0 and at most 1", lambda v: 0 < v <= 1),
+    )
+    raw: bool | None = setting(
+        None, "give the prompt as it is, without a template; unset: as the run was trained", switch=True
+    )
+    json: bool = setting(False, "print one JSON object a prompt, as for --data")
+
+
+SETTINGS = {
+    "model": "model to ask instead of a run: folder or hub id, e.g. a release",
+    "revision": "",
+    "bits": "load --model in so many bits; unset: as it was saved",
+    "tokenizer": "",
+    "data": "prompts to answer, in any form that train takes; prints JSON lines",
+    "columns": "",
+    "batch_size": "prompts of --data answered at once (default: 4, or the run's)",
+    "seed": "seed of the sampling (default: 42)",
+    "device": "",
+    "trust_remote_code": "",
+}
 OF_A_RUN = ("model", "revision", "bits", "tokenizer")  # what a run has of its own
 
 
@@ -96,3 +136,12 @@ def _check(
         faults.append(Fault("--top-p", top_p, rule, "Add for example --temperature 0.7."))
     if faults:
         raise UserError(faults)
+
+
+COMMAND = Command(
+    run=run,
+    example="qlora-kit generate --run runs/chat --prompt 'Why is the sky blue?'",
+    flags=GenerateFlags,
+    settings=SETTINGS,
+    read=as_given,
+)

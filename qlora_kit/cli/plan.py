@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from qlora_kit.cli.flags import Command
+from qlora_kit.config.rules import Checked, setting
 from qlora_kit.config.settings import DataConfig, RunConfig
-from qlora_kit.errors import Fault, UserError
-from qlora_kit.system import quiet
+from qlora_kit.errors import Faults, UserError, named
 
 if TYPE_CHECKING:
     from qlora_kit.adapters.unquantized import Unquantized
@@ -27,39 +26,48 @@ WIDTH = 118  # columns where the output is no terminal
 DATA_OF_NONE = DataConfig().data  # where no data was named
 DEVICE = "device"  # what `--fit` calls the free memory of the CUDA device present
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags(Checked):
+    """The flags of this command alone."""
+
+    gpu: str | None = setting(None, "GPU to plan for: rtx3060, rtx4090, t4, a100, h100, …", metavar="NAME")
+    fit: str | None = setting(
+        None,
+        "list what fits into this much memory: 8GiB, 6000MiB, 24GB, or device (what is free on the GPU present)",
+        metavar="SIZE",
+    )
+    exact: bool = setting(False, "simulate every layer instead of extrapolating from 3 and 4")
+    baselines: bool = setting(True, "compare with 16-bit LoRA and full fine-tuning")
+    json: bool = setting(False, "print JSON instead of tables")
+    plot: str | None = setting(None, "draw the plan into this PNG file", metavar="FILE")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What was asked for beside the plan of the run itself."""
 
     gpu: rules.Gpu | None
     budget: Budget | None
-    fit: bool
-    exact: bool
-    baselines: bool
+    fit: bool = False
+    exact: bool = False
+    baselines: bool = True
 
 
-def run(
-    config: RunConfig,
-    gpu: str | None = None,
-    fit: str | None = None,
-    plot: str | None = None,
-    exact: bool = False,
-    json: bool = False,
-    baselines: bool = True,
-) -> None:
-    """Plan `config` and print what was found, as tables or `json`. Raises `UserError`."""
-    quiet.quiet_libraries()
+def run(config: RunConfig, **given: Any) -> None:
+    """Plan `config` and print what was found; `given` are those of `PlanFlags`. Raises `UserError`."""
+    from rich.console import Console
+
     from qlora_kit.memory import picture, report
     from qlora_kit.runs import messages
     from qlora_kit.system.progress import say_line
 
-    request, target = _checked(gpu, fit, plot, exact, baselines)
+    flags = PlanFlags(**given)
+    request, target = _checked(flags)
     _check_model(config)
     asked, config = config, _of_its_data(config)
-    console = Console(highlight=False, soft_wrap=False, quiet=json, width=None if sys.stdout.isatty() else WIDTH)
+    width = None if sys.stdout.isatty() else WIDTH
+    console = Console(highlight=False, soft_wrap=False, quiet=flags.json, width=width)
 
     def say_early(early: PlanReport) -> None:
         for line in [] if config.base.task is None else messages.task_lines(asked.base, config.base):
@@ -69,7 +77,7 @@ def run(
         report.say_plan(early, console)
 
     found = make_report(config, request, say_early)
-    if json:
+    if flags.json:
         print_json(found)
     report.say(found, console)
     if target is not None:
@@ -82,34 +90,27 @@ def print_json(report: PlanReport) -> None:
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
 
 
-def _checked(
-    gpu: str | None, fit: str | None, plot: str | None, exact: bool, baselines: bool
-) -> tuple[Request, Path | None]:
-    """The flags of this command, read. Raises one `UserError` with every fault."""
+def _checked(flags: PlanFlags) -> tuple[Request, Path | None]:
+    """What was asked for, and where the picture goes. Raises one `UserError` with every fault."""
     from qlora_kit.memory import picture
     from qlora_kit.memory.fit import Budget, find_gpu, parse_size, present_device
 
-    faults: list[Fault] = []
-
-    def read(text: str | None, reader: Callable[[str], T]) -> T | None:
-        try:
-            return None if text is None else reader(text)
-        except UserError as error:
-            faults.extend(error.faults)
-            return None
-
-    target = read(plot, picture.check_target)
-    found = read(gpu, find_gpu)
-    present = read(fit, lambda _: present_device()) if fit == DEVICE else None
-    n_bytes = read(fit, parse_size) if fit != DEVICE else None
-    if faults:
-        raise UserError(faults)
-    budget = None if n_bytes is None else Budget(n_bytes, "as given")
-    if present is not None:
-        found, budget = found or present[0], present[1]
-    elif budget is None and found is not None:
-        budget = Budget(found.memory_bytes, f"{found.name}, nominal")
-    return Request(found, budget, fit is not None, exact, baselines), target
+    gpu = budget = target = None
+    with Faults() as faults:
+        with faults.collecting():
+            target = None if flags.plot is None else picture.check_target(flags.plot)
+        with faults.collecting():
+            gpu = None if flags.gpu is None else find_gpu(flags.gpu)
+        with faults.collecting():
+            if flags.fit == DEVICE:
+                present, budget = present_device()
+                gpu = gpu or present
+            elif flags.fit is not None:
+                budget = Budget(parse_size(flags.fit), "as given")
+    if budget is None and gpu is not None:
+        budget = Budget(gpu.memory_bytes, f"{gpu.name}, nominal")
+    asked = Request(gpu=gpu, budget=budget, fit=flags.fit is not None, exact=flags.exact, baselines=flags.baselines)
+    return asked, target
 
 
 def make_report(config: RunConfig, request: Request, say_early: Callable[[PlanReport], None]) -> PlanReport:
@@ -176,7 +177,7 @@ def _check_model(config: RunConfig) -> None:
         resolve_architecture(config)
     except UserError as error:
         name = Path(config.base.model).name.lower()
-        near = [f"--model {n}" for n in difflib.get_close_matches(name, ARCHITECTURES, n=3)]
+        near = [named("model", n) for n in difflib.get_close_matches(name, ARCHITECTURES, n=3)]
         if not near or config.base.weights == "random":  # there the message has them
             raise
         hint = f"Did you mean {' or '.join(near)}, which needs no download? "
@@ -207,6 +208,16 @@ def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
 @contextmanager
 def _counting() -> Iterator[Callable[[int], None]]:
     """A line on a terminal's standard error that counts the plans being made."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     with console.status("planning other settings…") as status:
         yield lambda n: status.update(f"planning other settings… {n} plans")
+
+
+COMMAND = Command(
+    run=run,
+    example="qlora-kit plan --model meta-llama/Llama-3.1-8B --gpu rtx3060 --seq-len 2048",
+    flags=PlanFlags,
+    headings=("model", "adapter", "data", "optimizer", "memory"),
+)

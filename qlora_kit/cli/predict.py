@@ -8,17 +8,42 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from qlora_kit.cli.flags import Command, as_given
 from qlora_kit.cli.open_model import open_chosen
-from qlora_kit.config.rules import flag
+from qlora_kit.config.rules import Checked, flag, setting
 from qlora_kit.config.settings import RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.system import files, quiet
 
+
+@dataclass(frozen=True, kw_only=True)
+class PredictFlags(Checked):
+    """The flags of this command alone."""
+
+    run: str | None = setting(None, "finished run, whose trained model predicts", metavar="FOLDER")
+    base: str | None = setting(None, "where the run's base is now, if it has moved", metavar="MODEL")
+
+
+SETTINGS = {
+    "model": "model to ask instead of a run: folder or hub id, e.g. a release",
+    "revision": "",
+    "bits": "load --model in so many bits; unset: as it was saved",
+    "tokenizer": "",
+    "data": "examples, in any form that train takes; answers in it are ignored",
+    "columns": "",
+    "out": "file for the predictions, JSON lines; unset: standard output",
+    "batch_size": "examples in a forward pass (default: 4, or the run's)",
+    "seq_len": "longest example in tokens; unset: the run's",
+    "source_prefix": "text before each source for --model; unset: what its config.json says",
+    "device": "",
+    "trust_remote_code": "",
+}
 OF_A_RUN = ("model", "revision", "bits", "tokenizer", "source_prefix")  # what a run has of its own
 
 
@@ -81,3 +106,12 @@ def _check(given: Mapping[str, Any], run: str | None, base: str | None) -> None:
 def _is_same_file(one: str, other: str) -> bool:
     paths = Path(one).expanduser(), Path(other)
     return all(path.is_file() for path in paths) and paths[0].samefile(paths[1])
+
+
+COMMAND = Command(
+    run=run,
+    example="qlora-kit predict --run runs/reviews --data new.jsonl --out labels.jsonl",
+    flags=PredictFlags,
+    settings=SETTINGS,
+    read=as_given,
+)

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from qlora_kit.cli.flags import Command
+from qlora_kit.config import rules
 from qlora_kit.config.settings import RunConfig
-from qlora_kit.data import (
-    AuditReport,
-    EncodedSet,
-    Example,
-    Record,
-    encode_example,
-    encode_set,
-    pack,
-    prepare_tokenizer,
-    read_rows,
-    resolve_seq_len,
-    unread_fields,
-)
-from qlora_kit.data.encode import Encoded
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.model.task_models import GENERATION
-from qlora_kit.runs.messages import unread_lines
-from qlora_kit.system.progress import say_line
-from qlora_kit.tasks.inputs import DATA, HELD_OUT, source_of, with_columns
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_kit.data import AuditReport, EncodedSet, Example, Record
+    from qlora_kit.data.encode import Encoded
     from qlora_kit.tasks.registry import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewFlags(rules.Checked):
+    """The flags of this command alone."""
+
+    rows: tuple[int, ...] = rules.setting((1, 2, 3), "numbers of the examples to show", metavar="N,N,…")
+
 
 VISIBLE = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "·"}
 
@@ -43,9 +37,14 @@ def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
 
     Raises `UserError` for "--rows" outside the data, and for whatever is wrong with the data or the tokenizer.
     """
+    from rich.console import Console
+
+    from qlora_kit.data import encode_set, prepare_tokenizer, read_rows, resolve_seq_len
     from qlora_kit.model.source import load_model_config, max_positions
+    from qlora_kit.model.task_models import GENERATION
     from qlora_kit.model.tokenizer import load_tokenizer
     from qlora_kit.tasks import registry
+    from qlora_kit.tasks.inputs import DATA, HELD_OUT, source_of, with_columns
 
     console = Console(highlight=False)
     architecture = load_model_config(config.base)
@@ -83,6 +82,11 @@ def _preview_answers(
     seq_len: int,
 ) -> None:
     """The same of a task whose answers are no tokens, such as labels."""
+    from rich.text import Text
+
+    from qlora_kit.data import read_rows
+    from qlora_kit.tasks.inputs import HELD_OUT, source_of
+
     assert task.answering is not None, "only text generation has none"
     console.print(f"{task.name}: the tokens that the model reads, and the answer that it learns.\n")
     for row in rows:
@@ -122,6 +126,10 @@ def _preview_answers(
 
 def _say_unread(console: Console, what: str, records: Sequence[Record]) -> None:
     """Say which fields of `records` were not read, now that their examples are."""
+    from qlora_kit.data import unread_fields
+    from qlora_kit.runs.messages import unread_lines
+    from qlora_kit.system.progress import say_line
+
     for line in unread_lines({what: unread_fields(records)}):
         say_line(console, f"{line}\n")
 
@@ -150,6 +158,8 @@ def _print_examples(
     seq_len: int,
     train_on: str,
 ) -> None:
+    from qlora_kit.data import encode_example
+
     console.print("Supervised tokens stand in «angle quotes», the others between bars.\n")
     for row in rows:
         if row <= len(examples):
@@ -160,6 +170,8 @@ def _print_examples(
 
 
 def _title(row: int, encoded: Encoded) -> Text:
+    from rich.text import Text
+
     tokens, supervised = len(encoded.input_ids), sum(encoded.supervised)
     cut = f", cut from {encoded.full_tokens}" if encoded.truncated else ""
     return Text(f"Example {row} ({encoded.origin}): {tokens} tokens{cut}, {supervised} supervised", style="bold")
@@ -167,6 +179,8 @@ def _title(row: int, encoded: Encoded) -> Text:
 
 def tokens_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The tokens of an example: supervised ones green and in «», the others dim and ended by |, white space visible."""
+    from rich.text import Text
+
     text = Text()
     for token, supervised in zip(encoded.input_ids, encoded.supervised, strict=True):
         shown = _shown(token, tokenizer)
@@ -186,6 +200,8 @@ def _shown(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _audit_table(setting: str, encoded: EncodedSet, seq_len: int, packed: bool) -> Table:
+    from qlora_kit.data import pack
+
     table = _table(setting)
     for name, value in _audit_lines(encoded.report, seq_len):
         table.add_row(name, value)
@@ -196,6 +212,8 @@ def _audit_table(setting: str, encoded: EncodedSet, seq_len: int, packed: bool) 
 
 
 def _table(setting: str) -> Table:
+    from rich.table import Table
+
     table = Table(title=f"Audit of {setting}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -212,3 +230,14 @@ def _audit_lines(report: AuditReport, seq_len: int) -> list[tuple[str, str]]:
         ("duplicates", f"{report.duplicates}"),
         ("supervised tokens", f"{report.supervised_tokens} of {report.input_tokens} ({share:.1%})"),
     ]
+
+
+COMMAND = Command(
+    run=preview,
+    example="qlora-kit preview --model Qwen/Qwen3-0.6B --data chat.jsonl --rows 1,5,17",
+    flags=PreviewFlags,
+    common=(
+        *("model", "revision", "tokenizer", "trust_remote_code", "task", "labels", "multi_label", "source_prefix"),
+        *("data", "eval_data", "eval_fraction", "columns", "train_on", "seq_len", "pack"),
+    ),
+)

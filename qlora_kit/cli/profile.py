@@ -6,20 +6,26 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from qlora_kit import build, data
+from qlora_kit.cli.flags import Command
+from qlora_kit.config.rules import Checked, at_least, setting
 from qlora_kit.config.settings import RunConfig
-from qlora_kit.memory import preflight
-from qlora_kit.runs.folder import RUN_FILE, RunFolder
-from qlora_kit.system import files, quiet
-from qlora_kit.system.progress import LOADING, PhasePeaks, human_bytes, say_line
-from qlora_kit.tasks.decoding import NOTHING_HELD_OUT
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from qlora_kit.memory.profile.result import MemoryProfile
+    from qlora_kit.runs.folder import RunFolder
+    from qlora_kit.system.progress import PhasePeaks
     from qlora_kit.tasks.inputs import Inputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileFlags(Checked):
+    """The flags of this command alone."""
+
+    steps: int = setting(3, "optimizer steps to measure", at_least(1))
+    snapshot: bool = setting(False, "also write a file for PyTorch's memory viewer (CUDA only)")
+
 
 SHOWN_TENSORS = 8
 PICTURE_FILE = "profile.png"
@@ -32,12 +38,20 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     The run folder gets run.json, profile.json, profile.png, and with `snapshot` on CUDA a file for PyTorch's memory
     viewer; no weights. Raises `UserError`.
     """
+    from rich.console import Console
+
+    from qlora_kit import build
     from qlora_kit.adapters import unquantized
+    from qlora_kit.memory import preflight
     from qlora_kit.memory.profile.picture import draw_profile
     from qlora_kit.memory.profile.profiler import save_profile
     from qlora_kit.model.device import resolve_device
     from qlora_kit.optim.optimizers import resolve_optim
     from qlora_kit.runs import messages
+    from qlora_kit.runs.folder import RUN_FILE, RunFolder
+    from qlora_kit.system import files, quiet
+    from qlora_kit.system.progress import LOADING, PhasePeaks, say_line
+    from qlora_kit.tasks.decoding import NOTHING_HELD_OUT
     from qlora_kit.tasks.inputs import check_vocabulary, read_inputs
     from qlora_kit.training.run import _kept_or_discarded, _record, check_settings
 
@@ -96,6 +110,8 @@ def _rows(config: RunConfig) -> int:
 
 def _longest(rows: Any, count: int) -> Any:
     """The `count` longest rows, over again where there are fewer: the most that a step of this run can take."""
+    from qlora_kit import data
+
     by_length: list[Any]
     if isinstance(rows, data.PackedSet):
         by_length = sorted(rows.rows, key=lambda row: -sum(len(example.input_ids) for example in row))
@@ -108,10 +124,11 @@ def _longest(rows: Any, count: int) -> Any:
 def _profile(
     config: RunConfig, folder: RunFolder, model: Any, inputs: Inputs, peaks: PhasePeaks, snapshot: bool
 ) -> MemoryProfile:
+    from rich.console import Console
     from transformers.trainer_utils import SaveStrategy
 
     from qlora_kit.memory.profile.profiler import Profiler
-    from qlora_kit.system.progress import TrainingProgress
+    from qlora_kit.system.progress import LOADING, TrainingProgress
     from qlora_kit.tasks.inputs import make_collator
     from qlora_kit.training.trainer import build_trainer
 
@@ -144,6 +161,8 @@ def _profile(
 
 def tables(profile: MemoryProfile) -> list[Table | str]:
     """The profile for a terminal: predicted beside measured, the phases, and the largest tensors at the peak."""
+    from qlora_kit.system.progress import human_bytes
+
     where = profile.phase if profile.block is None else f"{profile.phase}, block {profile.block}"
     lines: list[Table | str] = [
         f"peak {human_bytes(profile.peak_bytes)} measured on {profile.device} ({profile.basis}), at {where}, "
@@ -179,6 +198,8 @@ def _phases(profile: MemoryProfile) -> Table:
 
 
 def _largest(profile: MemoryProfile) -> Table:
+    from rich.table import Table
+
     from qlora_kit.memory.report import operation_name
 
     table = Table("largest at the peak", "MiB", "made by", "at", box=None, padding=(0, 2, 0, 0))
@@ -188,6 +209,8 @@ def _largest(profile: MemoryProfile) -> Table:
 
 
 def _table(first: str, *columns: str) -> Table:
+    from rich.table import Table
+
     table = Table(first, box=None, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(f"{column} (MiB)" if column != "error" else column, justify="right")
@@ -200,3 +223,11 @@ def _mib(n_bytes: int) -> str:
 
 def _share(difference: int, measured: int) -> str:
     return f"{difference / measured:+.2%}" if measured else "not measured"
+
+
+COMMAND = Command(
+    run=run,
+    example="qlora-kit profile --model Qwen/Qwen3-0.6B --data chat.jsonl --steps 3",
+    flags=ProfileFlags,
+    headings=("model", "adapter", "data", "optimizer", "memory"),
+)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,12 @@ class Rule:
 
     text: str
     holds: Callable[[Any], bool]
+    choices: tuple[object, ...] = ()  # all the values there are, if they can be listed
 
 
 def one_of(*choices: object) -> Rule:
     """One of `choices`."""
-    return Rule("must be one of " + ", ".join(str(c) for c in choices), lambda v: v in choices)
+    return Rule("must be one of " + ", ".join(str(c) for c in choices), lambda v: v in choices, choices)
 
 
 def at_least(low: float) -> Rule:
@@ -41,9 +42,15 @@ def fraction() -> Rule:
     return Rule("must be at least 0 and less than 1", lambda v: 0 <= v < 1)
 
 
-def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """Declare a setting: its default, the line that `--help` prints, and the rule its values obey."""
-    metadata = {"help": help, "rule": rule}
+def setting(default: Any, help: str, rule: Rule | None = None, **shown: Any) -> Any:
+    """Declare a setting: its default, the line that `--help` prints, and the rule its values obey.
+
+    `shown` says how the command line shows it, all optional: `group` (its heading in `--help`, instead of the
+    dataclass's), `rare` (only `--help-all` shows it), `metavar` (what stands for its value), `choices` (a tuple, or
+    "module:attribute" of a table or a function, which only the command line asks; those of `one_of` need no mention),
+    `repeated` (the flag may be given several times), `switch` (`--x` and `--no-x`, also with a third state, unset).
+    """
+    metadata = {"help": help, "rule": rule, **shown}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -119,10 +126,22 @@ def convert(value: object, hint: Any) -> Any:
     if kind is str:
         return ("on" if value else "off") if isinstance(value, bool) else str(value)  # YAML reads on and off as truth
     if typing.get_origin(kind) is tuple:
-        return _as_names(value)
+        return _as_numbers(value) if typing.get_args(kind)[0] is int else _as_names(value)
     if typing.get_origin(kind) is dict:
         return _as_mapping(value, typing.get_args(kind)[1])
     raise AssertionError(f"no conversion to {kind}")
+
+
+def read_value(f: dataclasses.Field[Any], hint: Any, value: object) -> Any:
+    """`value` as the type `hint` of the setting `f`, its own rule checked. Raises `UserError`."""
+    try:
+        read = convert(value, hint)
+    except ValueError as error:
+        raise UserError.of(f.name, value, str(error), "See --help.") from None
+    rule = f.metadata.get("rule")
+    if rule is not None and read is not None and not rule.holds(read):
+        raise UserError.of(f.name, read, rule.text, f"For example {named(f.name, _example(f))}.")
+    return read
 
 
 def _as_bool(value: object) -> bool:
@@ -149,6 +168,14 @@ def _as_names(value: object) -> tuple[str, ...]:
     if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
         return tuple(value)
     raise ValueError("must be names, separated by commas")
+
+
+def _as_numbers(value: object) -> tuple[int, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(_as_number(part, int) for part in parts)  # type: ignore[attr-defined]  # a TypeError if it is none
+    except (TypeError, ValueError):
+        raise ValueError("must be whole numbers, separated by commas") from None
 
 
 def _as_mapping(value: object, kind: Any) -> dict[str, Any]:

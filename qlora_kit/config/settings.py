@@ -55,36 +55,34 @@ def _is_rank_pattern(ranks: Mapping[str, int]) -> bool:
 class BaseConfig(Checked):
     """The frozen base model."""
 
-    model: str = setting(
-        "demo", "local folder, hub id, 'demo', or with --weights random an architecture or config.json"
-    )
-    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    model: str = setting("demo", "local folder, hub id or 'demo'", metavar="MODEL")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model", metavar="NAME")
     weights: str = setting(
         "pretrained",
-        "pretrained | random (seeded, nothing downloaded: for memory and speed work)",
+        "random: seeded, no download, and --model may be an architecture or a config.json",
         one_of("pretrained", "random"),
     )
-    bits: int = setting(4, "4 (NF4) | 8 (LLM.int8) | 16 (plain LoRA) | 32 (debugging)", one_of(4, 8, 16, 32))
-    quant_type: str = setting("nf4", "4-bit data type: nf4 | fp4", one_of("nf4", "fp4"))
+    bits: int = setting(4, "4: NF4, 8: LLM.int8, 16: plain LoRA, 32: for debugging", one_of(4, 8, 16, 32))
+    quant_type: str = setting("nf4", "4-bit data type", one_of("nf4", "fp4"))
     double_quant: bool = setting(True, "quantize the quantization constants too (4 bits)")
     allow_16_bit_experts: bool = setting(
-        False, "train a mixture of experts at 4 or 8 bits although its experts stay in 16, without factors"
+        False, "train a mixture of experts at 4 or 8 bits although its experts stay in 16, without factors", rare=True
     )
     full: bool = setting(False, "train every weight instead of adapters (needs --bits 16 or 32)")
-    tokenizer: str | None = setting(None, "tokenizer folder or hub id; unset: the model's own")
+    tokenizer: str | None = setting(None, "tokenizer folder or hub id; unset: the model's own", metavar="MODEL")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
-    device: str = setting("auto", "auto | cuda | cpu", one_of("auto", "cuda", "cpu"))
+    device: str = setting("auto", "auto: CUDA if there is a device, else the CPU", one_of("auto", "cuda", "cpu"))
     task: str | None = setting(
-        None, " | ".join(Tasks) + "; unset: what the data's columns and the model's kind say", one_of(*Tasks)
+        None, "what the model is trained to do; unset: inferred from the data's columns and the model", one_of(*Tasks)
     )
     labels: tuple[str, ...] | None = setting(
         None,
-        "comma-separated names of the classes, in their order; unset: those of the training data",
+        "names of the classes, in order; unset: those in the training data",
         Rule("must be different names, at least one", lambda v: len(v) > 0 and all(v) and len(set(v)) == len(v)),
     )
-    multi_label: bool | None = setting(None, "an example may have several labels; unset: where the data has any such")
+    multi_label: bool | None = setting(None, "an example may have several labels; unset: yes if any example does")
     source_prefix: str | None = setting(
-        None, "text before each source of text2text-generation, with its space at the end: 'summarize: '"
+        None, "text before each source of text2text-generation, e.g. 'summarize: '", metavar="TEXT"
     )
 
     def extra_faults(self) -> Iterator[Fault]:
@@ -110,21 +108,23 @@ class AdapterConfig(Checked):
         None,
         "numbers of the blocks to adapt, e.g. 0-11,15; unset: all",
         Rule("must be numbers of blocks and ranges of them like 0-11", lambda v: _numbers(v) is not None),
+        metavar="N-N,…",
     )
     rank_pattern: dict[str, int] = setting(  # noqa: RUF009  (it returns a field with a factory)
         {},
         "other ranks for layers by name, e.g. c_attn=32,mlp.c_proj=8; the first that fits counts, the scaling stays",
         Rule("must give names of layers a rank of at least 1 like c_attn=32", lambda v: _is_rank_pattern(v)),
+        rare=True,
     )
-    adapter_dtype: str = setting("bf16", "dtype of the factors: bf16 | fp32", one_of("bf16", "fp32"))
+    adapter_dtype: str = setting("bf16", "dtype of the factors", one_of("bf16", "fp32"))
     rslora: bool = setting(False, "scale by alpha / sqrt(r) (rsLoRA)")
     dora: bool = setting(False, "weight-decomposed adapters (DoRA)")
     variant: str = setting(
         "lora",
-        "lora | lora-xs (frozen factors from the SVD of the weight, and r × r weights between them that train)",
+        "lora-xs: factors from the SVD of the weight, frozen; an r × r matrix between them trains",
         one_of(*VARIANTS),
     )
-    init: str = setting("default", " | ".join(Init) + ": how the factors begin", one_of(*Init))
+    init: str = setting("default", "initial values of the factors", one_of(*Init))
 
     @property
     def resolved_alpha(self) -> float:
@@ -175,19 +175,17 @@ class AdapterConfig(Checked):
 class DataConfig(Checked):
     """What the model is fed."""
 
-    data: str = setting("demo", "'demo', a file (jsonl json csv tsv parquet txt), a folder, or a hub data set")
-    eval_data: str | None = setting(None, "held-out data, in the same forms; unset: 'demo' brings its own")
-    eval_fraction: float = setting(0.0, "share of the training data to hold out instead", fraction())
+    data: str = setting("demo", "file (jsonl json csv tsv parquet txt), folder, hub data set or 'demo'", metavar="DATA")
+    eval_data: str | None = setting(None, "held-out data, in the same forms; 'demo' brings its own", metavar="DATA")
+    eval_fraction: float = setting(0.0, "share of --data to hold out, if there is no --eval-data", fraction())
     columns: dict[str, str] = setting(  # noqa: RUF009  (it returns a field with a factory)
         {}, "map columns by hand, e.g. prompt=a,completion=b"
     )
-    train_on: str = setting(
-        "answer", "supervise the answer only, or all of the text: answer | all", one_of("answer", "all")
-    )
+    train_on: str = setting("answer", "what is learned: the answers, or all of the text", one_of("answer", "all"))
     seq_len: int | None = setting(
-        None, "tokens an example may have; unset: the model's positions, 1024 at most", at_least(2)
+        None, "longest example in tokens; unset: the model's positions, at most 1024", at_least(2)
     )
-    pack: bool = setting(False, "put several examples in one row, without attention or loss across them")
+    pack: bool = setting(False, "several examples in one row; neither attention nor loss crosses over")
 
     @property
     def held_out_source(self) -> str | None:
@@ -211,15 +209,15 @@ class OptimConfig(Checked):
     """How the factors are trained."""
 
     optim: str | None = setting(
-        None, " | ".join(Optim) + "; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw", one_of(*Optim)
+        None, "optimizer; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw", one_of(*Optim)
     )
     lr: float = setting(2e-4, "peak learning rate", above(0))
     lora_plus: float | None = setting(
         None,
-        "LoRA+: learning rate of the factors B as a multiple of --lr, which is that of A; unset: the same",
+        "LoRA+: learning rate of the factors B as a multiple of --lr; unset: 1",
         above(0),
     )
-    schedule: str = setting("cosine", " | ".join(Schedule), one_of(*Schedule))
+    schedule: str = setting("cosine", "learning rate schedule", one_of(*Schedule))
     warmup: float = setting(0.03, "share of the steps spent warming up", fraction())
     clip: float = setting(1.0, "largest gradient norm", above(0))
     weight_decay: float = setting(0.0, "decoupled weight decay", at_least(0))
@@ -227,25 +225,28 @@ class OptimConfig(Checked):
     grad_accum: int = setting(1, "forward passes in an optimizer step", at_least(1))
     epochs: float = setting(1.0, "passes over the data", above(0))
     max_steps: int | None = setting(None, "optimizer steps; wins over --epochs", at_least(1))
-    gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass", group="memory")
     class_weights: str = setting(
         "none",
-        "weights of the classes in the loss: none | balanced (the rarer, the heavier)",
+        "balanced: rare classes weigh more in the loss",
         one_of("none", "balanced"),
     )
     neftune: float | None = setting(
-        None, "NEFTune: uniform noise on the embeddings, of up to this / sqrt(tokens · features)", above(0)
+        None, "NEFTune: uniform noise on the embeddings, of up to this / sqrt(tokens · features)", above(0), rare=True
     )
     adversarial: str | None = setting(
         None,
-        "train on each batch again with its embeddings moved to where the loss grows: fgm | pgd",
+        "train on each batch a second time, its embeddings moved so that the loss grows",
         one_of("fgm", "pgd"),
+        rare=True,
     )
     # some 2 % of the norm of a sentence's embeddings, as in Miyato et al.; with 1.0 MiniLM learned nothing of SST-2
-    adversarial_epsilon: float = setting(0.1, "how far the embeddings of an example are moved, as a norm", above(0))
-    adversarial_steps: int = setting(3, "steps in which pgd moves them", at_least(1))
+    adversarial_epsilon: float = setting(
+        0.1, "how far the embeddings of an example are moved, as a norm", above(0), rare=True
+    )
+    adversarial_steps: int = setting(3, "steps in which pgd moves them", at_least(1), rare=True)
     rank_penalty: float | None = setting(
-        None, "penalty on the rank of the change: this times the sum of its singular values", above(0)
+        None, "penalty on the rank of the change: this times the sum of its singular values", above(0), rare=True
     )
 
     def extra_faults(self) -> Iterator[Fault]:
@@ -261,33 +262,42 @@ class OptimConfig(Checked):
 class LeanConfig(Checked):
     """The pieces of the lean step: they change what a step takes, not what it computes."""
 
-    lean: str = setting("on", "on | off (the stock step: none of the pieces below)", one_of("on", "off"))
-    chunked_loss: bool = setting(True, "the loss over supervised tokens only, a few at a time, without whole logits")
-    lora_first: bool = setting(True, "linear layers that run their factors first and save nothing dequantized")
+    lean: str = setting("on", "off: the stock step, without any lean piece", one_of("on", "off"))
+    chunked_loss: bool = setting(
+        True, "the loss over supervised tokens only, a few at a time, without whole logits", rare=True
+    )
+    lora_first: bool = setting(
+        True, "linear layers that run their factors first and save nothing dequantized", rare=True
+    )
     half_blocks: str = setting(
         "auto",
-        "checkpoint attention and MLP apart: auto (with offloaded activations) | on | off",
+        "checkpoint attention and MLP separately; auto: with offloaded activations",
         one_of("auto", "on", "off"),
+        rare=True,
     )
     offload_activations: str = setting(
-        "auto", "keep checkpoints in the host's memory: auto (on CUDA) | on | off", one_of("auto", "on", "off")
+        "auto", "keep checkpoints in host memory; auto: on CUDA", one_of("auto", "on", "off")
     )
     offload_embedding: str = setting(
         "auto",
-        "keep the input embedding in the host's memory: auto (where the run would not fit) | on | off",
+        "keep the input embedding in host memory; auto: if the run would not fit otherwise",
         one_of("auto", "on", "off"),
+        rare=True,
     )
-    flat_buffer: bool = setting(True, "all factors and gradients in one buffer: one optimizer call, states that page")
-    tiled_mlp: bool = setting(True, "run the MLP on a part of a long sequence at a time")
-    rms_norm: bool = setting(True, "RMS norms that keep their input only, and no copy of it in fp32")
-    tanh_gelu: bool = setting(True, "gelu_new as one operation without temporaries")
-    maskless_padding: bool = setting(True, "no attention mask for padding on the right, which no token sees")
+    flat_buffer: bool = setting(
+        True, "all factors and gradients in one buffer: one optimizer call, states that page", rare=True
+    )
+    tiled_mlp: bool = setting(True, "run the MLP on a part of a long sequence at a time", rare=True)
+    rms_norm: bool = setting(True, "RMS norms that keep their input only, and no copy of it in fp32", rare=True)
+    tanh_gelu: bool = setting(True, "gelu_new as one operation without temporaries", rare=True)
+    maskless_padding: bool = setting(True, "no attention mask for padding on the right, which no token sees", rare=True)
     attention_by_row: str = setting(
         "auto",
-        "attention with dropout one row of the batch at a time: auto (on a CPU) | on | off",
+        "attention with dropout, one row of the batch at a time; auto: on a CPU",
         one_of("auto", "on", "off"),
+        rare=True,
     )
-    varlen: bool = setting(True, "with --pack, attend within each example without a mask over the row")
+    varlen: bool = setting(True, "with --pack, attend within each example without a mask over the row", rare=True)
 
     def resolved(self, device_type: str) -> LeanConfig:
         """With every `auto` decided for a run on `device_type` whose memory is not short."""
@@ -312,18 +322,19 @@ class EvalConfig(Checked):
 
     eval_steps: int | None = setting(
         None,
-        "evaluate every so many steps; unset: with --save-steps, else each epoch",
+        "steps between evaluations; unset: as --save-steps, else each epoch",
         at_least(1),
     )
     exact_match: int | None = setting(
-        None, "answer so many held-out prompts before and after, and count exact matches", at_least(1)
+        None, "held-out prompts to answer before and after, to count exact matches", at_least(1)
     )
     metric: str | None = setting(
         None,
-        "what the best checkpoint and --early-stopping follow; unset: the loss of texts, the F1 of classes or entities",
+        "decides the best checkpoint and early stopping; unset: the task's own",
+        metavar="NAME",
     )
     early_stopping: int | None = setting(None, "stop after so many evaluations without a better metric", at_least(1))
-    keep_best: bool = setting(True, "end with the adapter of the best evaluation, not the last")
+    keep_best: bool = setting(True, "end with the best evaluation's adapter, not the last")
     save_steps: int | None = setting(
         None, "checkpoint every so many steps; unset: at each evaluation or epoch", at_least(1)
     )
@@ -345,13 +356,11 @@ class RunConfig(Checked):
         "seed of the factors, the data order and random weights",
         Rule(f"must be from 0 to {2**32 - 1}", lambda v: 0 <= v < 2**32),
     )
-    out: str | None = setting(None, "run folder; unset: runs/<model>-<time>")
+    out: str | None = setting(None, "run folder; unset: runs/<model>-<time>", metavar="PATH")
     overwrite: bool = setting(False, "replace an existing run folder")
-    resume: str | None = setting(None, "continue from a run folder or one of its checkpoints")
-    preflight: bool = setting(True, "plan the memory first, and on CUDA refuse a run that cannot fit")
-    profile: bool = setting(
-        False, "measure the memory of the first steps; profile.json and profile.png in the run folder"
-    )
+    resume: str | None = setting(None, "continue from a run folder or one of its checkpoints", metavar="FOLDER")
+    preflight: bool = setting(True, "plan the memory first; on CUDA refuse what cannot fit", group="memory")
+    profile: bool = setting(False, "measure the first steps' memory, into profile.json and profile.png", group="memory")
     report_to: tuple[str, ...] = setting(
         (),
         "also log to tensorboard, wandb (comma-separated)",
@@ -374,16 +383,18 @@ class SearchConfig(Checked):
 
     folds: int = setting(5, "parts of the training data; each is held out once", at_least(2))
     metric: str = setting(
-        "auto", "what decides, and what the runs follow: loss, exact_match, f1, …; auto: the task's own"
+        "auto", "what decides, and what the runs follow: loss, exact_match, f1, …; auto: the task's own", metavar="NAME"
     )
-    budget: str | None = setting(None, "rule out, before it runs, what is planned to need more: 8GiB, 6000MiB, 24GB")
+    budget: str | None = setting(
+        None, "rule out, before it runs, what is planned to need more: 8GiB, 6000MiB, 24GB", metavar="SIZE"
+    )
     sampler: str = setting(
-        "grid", "grid (every combination) | tpe (Optuna's, led by what went well)", one_of("grid", "tpe")
+        "grid", "grid: every combination; tpe: Optuna's, led by earlier results", one_of("grid", "tpe")
     )
     trials: int | None = setting(None, f"combinations that tpe tries; unset: {DEFAULT_TRIALS}", at_least(1))
     prune: str = setting(
         "auto",
-        "stop a combination when its best mean so far is worse than the others' median: auto (with tpe) | on | off",
+        "stop a combination whose best mean so far is worse than the others' median; auto: with tpe",
         one_of("auto", "on", "off"),
     )
     keep_runs: bool = setting(False, "keep the adapter and the checkpoints of every fold")

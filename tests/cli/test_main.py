@@ -59,8 +59,6 @@ def test_help_needs_no_torch_and_is_quick():
         assert option in done.stdout
     assert min(times_s) < 0.5
     loaded = run("-X", "importtime", script, "--help").stderr
-    assert "| torch\n" not in loaded.replace("  ", "")
-    assert "import 'torch'" not in loaded
     assert not any(line.split("|")[-1].strip() == "torch" for line in loaded.splitlines())
 
 
@@ -170,7 +168,6 @@ def test_a_mistake_is_one_message_and_exit_code_two(tmp_path, inputs, capsys, fl
     ],
 )
 def test_a_flag_given_twice_is_refused(capsys, args, messages):
-    """Of two, tyro takes the last one and says nothing."""
     err = fails(capsys, *args)
     for message in messages:
         assert message in err

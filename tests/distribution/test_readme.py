@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from packaging.requirements import Requirement
 
 import qlora_kit
 from qlora_kit import demo
-from qlora_kit.cli.main import COMMANDS
+from qlora_kit.cli.main import COMMANDS, command_of
 from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import SearchConfig, settings
 
@@ -28,7 +27,7 @@ PAGES = {
 README = PAGES["README.md"]
 API = PAGES["docs/python-api.md"]
 OF_BENCHMARKS = {"--ablation", "--cpu", "--minutes", "--rehearse"}
-OF_OTHERS = {"--help", "--tyro-print-completion"}
+OF_OTHERS = {"--help", "--help-all"}
 
 
 def test_the_readme_is_short_and_has_one_generated_table():
@@ -64,8 +63,7 @@ def flags() -> set[str]:
     return (
         {flag(field.name) for _, field, _ in settings()}
         | switches
-        | {flag(name) for command in COMMANDS.values() for name in command.flags}
-        | {flag(name) for name in SearchConfig.names()}
+        | {flag(name) for command in map(command_of, COMMANDS) for name in command.own_names()}
         | {"--config"}
         | OF_BENCHMARKS
         | OF_OTHERS
@@ -110,31 +108,6 @@ def hooks():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.slow
-def test_the_shell_completion_of_the_page_completes(tmp_path):
-    """Commands, flags of two commands that share few, and nothing for a command that there is not."""
-    (script,) = re.findall(r"```bash\n(.*?)```", PAGES["docs/command-line.md"], re.DOTALL)
-    program = tmp_path / "bin" / "qlora-kit"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m qlora_kit "$@"\n')
-    program.chmod(0o755)
-    asks = """
-    source ~/.qlora-kit/completion.bash
-    ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _qlora_kit; echo "${COMPREPLY[@]}"; }
-    ask qlora-kit pre; ask qlora-kit train --half; ask qlora-kit merge --in; ask qlora-kit nothing --in
-    complete -p qlora-kit; complete -p train 2> /dev/null || echo "train is left alone"
-    """
-    path = f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "HOME": str(tmp_path), "PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", script + asks], env=env, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    completed, flag_of_train, flag_of_merge, nothing, registered, other = done.stdout.splitlines()
-    assert set(completed.split()) == {"preview", "predict"}
-    assert (flag_of_train, flag_of_merge, nothing) == ("--half-blocks", "--into", "")
-    assert registered == "complete -F _qlora_kit qlora-kit"
-    assert other == "train is left alone"
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "test-slow", "lint", "docs"])

@@ -473,7 +473,7 @@ def full_disk(*_):
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "ftruncate"])
 def test_a_disk_that_fills_is_one_message_and_leaves_nothing(capsys, tmp_path, made, monkeypatch, call):
-    monkeypatch.setattr(f"qlora_kit.release.shards.os.{call}", full_disk)
+    monkeypatch.setattr(f"qlora_kit.release.files.write.os.{call}", full_disk)
     assert "the disk is full" in refused(capsys, tmp_path, *from_adapter(made))
 
 
