@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.settings import AdapterConfig
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.model.dense import dense_weight
+from qlora_kit.model.quantize import dense_weight
 from qlora_kit.model.task_models import reading_part
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ class _InputWatch:
         """What runs from now on is `batch`."""
         labels, mask = batch["labels"], batch.get("attention_mask")
         is_by_token = labels.dim() == 2 and not labels.is_floating_point()
-        self.supervised = labels != -100 if is_by_token else None
+        self.supervised = labels != IGNORED if is_by_token else None
         self.shown = None if mask is None else mask.bool()
         self.hidden = None
         self.batch += 1

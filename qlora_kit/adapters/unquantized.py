@@ -16,6 +16,7 @@ from qlora_kit.adapters import inject
 from qlora_kit.config.settings import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.model import load, quantize
+from qlora_kit.model.blocks import block_of
 from qlora_kit.model.task_models import task_of
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _weights(model: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or "lora_" in name:
             continue
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and any(part.isdigit() for part in name.split(".")):
+            if parameter.ndim > 1 and block_of(name) is not None:
                 yield f"{name}.{own}", parameter
 
 

@@ -14,7 +14,6 @@ from collections import Counter
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners import lora
 from peft.tuners.lora import bnb as lora_bnb
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.lean.piece import Outcome
 from qlora_kit.lean.unread import is_output_unread
+from qlora_kit.model.quantize import dense_weight
 
 
 class LoraBranch(torch.autograd.Function):
@@ -101,16 +101,12 @@ def add_frozen_product(branch: torch.Tensor, x: torch.Tensor, base: nn.Module) -
 def frozen_weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """The weight (N, K) of a frozen layer in `dtype`, dequantized where it is quantized.
 
-    That of an 8-bit layer is there once it has run; it is made as bitsandbytes' own backward pass makes it.
+    That of an 8-bit layer is there once it has run; it is made in `dtype`, as bitsandbytes' own backward pass makes it.
     """
-    if isinstance(base, Linear4bit):
-        weight: torch.Tensor = bnb_functional.dequantize_4bit(base.weight, base.weight.quant_state)
-        return weight.to(dtype)
     if isinstance(base, Linear8bitLt):
         scales_N1 = base.state.SCB.unsqueeze(1).mul(1.0 / 127.0)
         return base.state.CB.to(dtype).mul_(scales_N1)  # type: ignore[no-any-return]
-    weight_NK = base.weight.T if isinstance(base, Conv1D) else base.weight
-    return weight_NK.to(dtype)  # type: ignore[return-value]
+    return dense_weight(base).to(dtype)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

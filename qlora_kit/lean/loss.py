@@ -20,12 +20,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.lean.heads import Head, decoder_of, head_of, why_not
 from qlora_kit.lean.piece import Outcome
 
 MAX_ROWS = 256  # with fewer, a GPU waits for the head's weight: it is read once for all of them
 MAX_FP32_BYTES = 128 * 2**20  # of the logits of one chunk; two such buffers live at once
-IGNORED = -100
 
 
 def put_on(model: Any) -> Outcome:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import unquantized
-from qlora_kit.config.settings import RunConfig
+from qlora_kit.config.settings import DEFAULT_SEQ_LEN, RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.memory import rules, stages
 from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
@@ -21,6 +21,7 @@ from qlora_kit.memory.simulate import STEPS, Recipe, Record, resolve_cuda_optim,
 from qlora_kit.memory.stages import AnswerBatch, Occasion, Stage
 from qlora_kit.memory.track import CATEGORIES, Peak, peaks_by_region
 from qlora_kit.model import architectures, source
+from qlora_kit.model.blocks import find_blocks
 from qlora_kit.model.task_models import task_of
 from qlora_kit.optim.adversarial import passes_of
 from qlora_kit.system.progress import LOADING, STEP
@@ -29,7 +30,6 @@ from qlora_kit.tasks.decoding import NOTHING_HELD_OUT, HeldOut
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DEFAULT_TOKENS = 1024  # an example's, where neither the settings nor the model's positions say less
 MODEL_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 """What the code of an architecture raises where it needs values, or where an operator has no kernel on `meta`."""
 
@@ -184,7 +184,7 @@ def resolve_tokens(config: RunConfig, architecture: PretrainedConfig) -> int:
     positions = source.max_positions(architecture)
     wanted = config.data.seq_len
     if wanted is None:
-        return min(positions or DEFAULT_TOKENS, DEFAULT_TOKENS)
+        return min(positions or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
     if positions is not None and wanted > positions:
         rule = f"is more than the model's {positions} positions"
         raise UserError.of("--seq-len", wanted, rule, f"Give at most {positions}.")
@@ -207,8 +207,6 @@ def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
 
     Layers that choose what they run (experts) count as never equal.
     """
-    from qlora_kit.memory.watch import find_blocks
-
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if any(getattr(architecture, name, None) for name in experts) or architecture.is_encoder_decoder:
         return None

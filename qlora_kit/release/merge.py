@@ -15,6 +15,7 @@ from rich.console import Console
 from qlora_kit.adapters.base_record import TrainedBase
 from qlora_kit.config.settings import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
+from qlora_kit.model.blocks import block_of
 from qlora_kit.model.task_models import CLASSIFICATION, QUESTION_ANSWERING
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.release import report, stream
@@ -27,7 +28,7 @@ from qlora_kit.release.heads import config_fields, generation_fields, head_names
 from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
 from qlora_kit.release.outputs import Outputs, plan_outputs
 from qlora_kit.release.proof import live_side, verify
-from qlora_kit.release.proof.first_blocks import adapter_of_first_blocks, block_of, blocks_that_fit, first_blocks
+from qlora_kit.release.proof.first_blocks import adapter_of_first_blocks, blocks_that_fit, first_blocks
 from qlora_kit.release.proof.tensors import TensorProof, check_files
 from qlora_kit.release.quantize import Quantization
 from qlora_kit.release.request import (

@@ -18,7 +18,8 @@ from qlora_kit.memory.track import (
     overall_peak,
     peaks_by_region,
 )
-from qlora_kit.memory.watch import find_blocks, label_model, watch
+from qlora_kit.memory.watch import label_model, watch
+from qlora_kit.model.blocks import find_blocks
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
