@@ -1,5 +1,11 @@
-"""The heads that are understood: where an architecture's decoder is, and what makes logits of its last hidden state.
+"""The heads that the chunked loss understands: where the decoder of an architecture is, and how logits are made.
 
+    z = cap(scale · (h Wᵀ + b))        cap(x) = soft_cap · tanh(x / soft_cap), or x
+
+h: (N, D) last hidden states; W: (V, D); b: (V,) or none; z: (N, V) logits; for N rows, D features, V tokens of the
+vocabulary.
+
+Saves nothing by itself. An architecture that is not in `KINDS` keeps its stock loss, so no formula is ever guessed.
 Source: the `forward` of each architecture's causal language model in transformers.
 """
 

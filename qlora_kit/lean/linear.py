@@ -1,11 +1,22 @@
-"""Linear layers that run their factors first, compute in one dtype, and save nothing dequantized.
+"""Linear layers with factors that run the factors first, compute in one dtype, and keep nothing dequantized.
+
+    h  = s · dropout(x) Aᵀ                              kept, with x
+    y  = h Bᵀ + bias,    then y += x Wᵀ in place
+    ∂x = ∂y W + s · (∂y B) A,    ∂A = s · (∂y B)ᵀ x,    ∂B = ∂yᵀ h        (x as the dropout left it)
+
+x: (M, K), y: (M, N), W: (N, K) frozen, in 4, 8, 16 or 32 bits; A: (r, K), B: (N, r), h: (M, r); for M tokens (all
+leading dimensions), K inputs, N outputs, rank r, scaling s.
+
+Saves what PEFT's layer keeps beside x (x after the dropout, and in the factors' dtype), the sum of the two branches as
+a tensor of its own, and the last product of each block when a checkpoint recomputes it. W is dequantized for each
+product and let go.
+Exact: the sum of the same terms, with the same gradients; only the rounding differs, where terms are added in another
+order.
 
 PEFT injects, saves and loads the factors; only the forward pass of its layers changes. The order matters: a
 non-reentrant checkpoint ends the recomputation of a block when the last saved tensor is back, and what an autograd
 function saves is back only after its own forward pass. So `LoraBranch` saves the input, and the base product, which
 needs nothing saved, is added to its result afterwards: that of a block's last layer is never recomputed.
-
-Shapes: M tokens (all leading dimensions), K inputs, N outputs, r rank.
 """
 
 from __future__ import annotations

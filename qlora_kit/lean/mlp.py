@@ -1,7 +1,13 @@
 """The MLP of each block on one tile of tokens at a time, so that its wide activations exist for a tile only.
 
-Shapes: N tokens (rows × positions), D the width of the model. An MLP works on each token by itself, so tiles compute
-what the whole does. For the backward pass only the input is kept; each tile is computed anew and differentiated.
+    y[i:i+n] = mlp(x[i:i+n])                             for i = 0, n, 2n, …
+    ∂x[i:i+n], ∂θ_i = the gradients of that tile,    ∂θ = Σ_i ∂θ_i in fp32
+
+x, y: (N, D), for N tokens (rows × positions) and D features of the model; θ are the factors in the MLP.
+
+Saves the wide activations, (N, I) each for I intermediate features: for the backward pass only x is kept, and each tile
+is computed again and differentiated.
+Exact: an MLP works on each token by itself; the sum over tiles rounds no more than one product over all tokens.
 
 It is done in two autograd functions, because a checkpoint around the block stops its recomputation as soon as it
 has the last tensor that was kept: the first one keeps the input before anything of the MLP runs, so the checkpoint

@@ -1,5 +1,8 @@
 """From two shallow models to a deep one of equal layers: each part's peak grows by the same bytes a layer.
 
+    peak(part, L layers) = peak(part, 4) + (L − 4) · (peak(part, 4) − peak(part, 3))
+    peak(L) = the largest peak(part, L)
+
 The parts are kept apart finely enough that within one of them the peak stays at the same place whatever the depth:
 by step and phase, and in the blocks by whether it is the first, the second, the last but one or the last. (In the
 blocks between, the bytes change evenly from one to the next, so the largest is at one of the ends.) Three and four

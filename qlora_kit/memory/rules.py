@@ -1,5 +1,8 @@
 """What no tracker sees, each as a small named rule: kernels' buffers, libraries' workspaces, the allocator, the driver.
 
+    needed on the device = peak + context + max(20 MiB, 3 % of the peak)
+    in the peak          = tensors + 2 · cuBLAS workspace + the buffers of the kernel that runs
+
 Every rule says its basis: "source" (read in the code of the library named), "measured" (by us, on which device),
 or "estimate". All sizes are bytes.
 """

@@ -1,7 +1,11 @@
-"""The merged weight in fp32: W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, or with DoRA m · (W + s·B·A) / ‖W + s·B·A‖, row by row.
+"""The merged weight in fp32, row by row.
 
-W is the base as the adapter saw it, out × in. Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732),
-DoRA (2402.09353, eq. 5), each as PEFT's forward computes it.
+    W′ = W + Σᵢ wᵢ · sᵢ · Bᵢ · Aᵢ                       over the adapters
+    W′ = m · (W + s·B·A) / ‖W + s·B·A‖                  with DoRA; the norm is that of each row
+
+W, W′: (out, in), W the base as the adapter saw it; B: (out, r), A: (r, in); m: (out,); s = α/r or α/√r; w the weight of
+an adapter in the merge.
+Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353, eq. 5), each as PEFT's forward computes it.
 """
 
 from __future__ import annotations
