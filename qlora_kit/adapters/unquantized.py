@@ -26,7 +26,7 @@ MINOR = 0.05  # share of the model; convolutions and tables of positions in the 
 BYTES = 2  # of a weight in 16 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Unquantized:
     """Weights in the blocks that are matrices, or stacks of them, and that no linear layer or embedding holds.
 

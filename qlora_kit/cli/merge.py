@@ -13,7 +13,7 @@ from qlora_kit.errors import Faults, UserError
 from qlora_kit.system import quiet
 
 if TYPE_CHECKING:
-    from qlora_kit.release.request import Request
+    from qlora_kit.release.request import MergeRequest
 
 
 def run(
@@ -25,7 +25,7 @@ def run(
 ) -> None:
     """Merge, prove, and print what was found; progress goes to standard error.
 
-    `given` holds those settings that were given, by name; `choices` are those of `Request`. Raises `UserError`.
+    `given` holds those settings that were given, by name; `choices` are those of `MergeRequest`. Raises `UserError`.
     """
     quiet.quiet_libraries()
     request = make_request(given, run, adapter, base, choices)
@@ -39,10 +39,10 @@ def run(
 
 def make_request(
     given: Mapping[str, Any], run: str | None, adapters: Sequence[str], base: str | None, choices: Mapping[str, Any]
-) -> Request:
+) -> MergeRequest:
     """The merge that was asked for on the command line. Raises one `UserError` with every fault."""
     from qlora_kit.release.factors import parse_adapter
-    from qlora_kit.release.request import Request
+    from qlora_kit.release.request import MergeRequest
 
     faults = Faults()
     parsed = [faults.collect(lambda text=text: parse_adapter(text)) for text in adapters]  # type: ignore[misc]
@@ -55,7 +55,7 @@ def make_request(
     if not chosen and run is not None:
         chosen = [(f"{run.rstrip('/')}/adapter", 1.0)]
     data = dataclasses.replace(config.data, eval_data=None, eval_fraction=0.0) if "data" in given else config.data
-    return Request(
+    return MergeRequest(
         base=config.base,
         adapters=tuple(chosen),
         out=config.out or "",

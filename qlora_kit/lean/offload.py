@@ -136,7 +136,7 @@ class CountedPool(HostPool):
         return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Ticket:
     """A tensor that was sent to the host: what it was, where it lies, and the end of its last copy."""
 
@@ -175,7 +175,7 @@ class Transport:
 
     def _ticket(self, x: torch.Tensor) -> Ticket:
         ranges = self.pool.take(x.nbytes)
-        return Ticket(x.shape, x.dtype, ranges, self.pool.pieces(ranges, x.nbytes))
+        return Ticket(shape=x.shape, dtype=x.dtype, ranges=ranges, on_host=self.pool.pieces(ranges, x.nbytes))
 
 
 def write(ticket: Ticket, x: torch.Tensor) -> None:
@@ -244,7 +244,7 @@ class MetaTransport(Transport):
 
     def to_host(self, x: torch.Tensor) -> Ticket:
         """Remember what `x` was."""
-        return Ticket(x.shape, x.dtype, self.pool.take(x.nbytes), [])
+        return Ticket(shape=x.shape, dtype=x.dtype, ranges=self.pool.take(x.nbytes), on_host=[])
 
     def to_device(self, ticket: Ticket) -> torch.Tensor:
         """Give a tensor like the one sent."""

@@ -44,8 +44,8 @@ class CannotPlanError(UserError):
         super().__init__([Fault("--model", model, rule, remedy)])
 
 
-@dataclass(frozen=True)
-class Point:
+@dataclass(frozen=True, kw_only=True)
+class MemoryPoint:
     """The most live bytes in one part of the step; `components` sums to `live_bytes`."""
 
     step: int
@@ -57,7 +57,7 @@ class Point:
     components: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """The predicted memory of a run on a GPU; all sizes are bytes.
 
@@ -79,8 +79,8 @@ class MemoryPlan:
     components: dict[str, int]
     extras: tuple[rules.Extra, ...]
     host_bytes: int
-    phases: dict[str, Point]
-    series: tuple[Point, ...]
+    phases: dict[str, MemoryPoint]
+    series: tuple[MemoryPoint, ...]
     n_parameters: int
     n_trainable: int
     layers: int
@@ -318,7 +318,7 @@ def _plan_of(
     )
 
 
-def _occasional(occasions: Iterable[Occasion], points: Iterable[Point]) -> Iterator[tuple[Occasion, Stage]]:
+def _occasional(occasions: Iterable[Occasion], points: Iterable[MemoryPoint]) -> Iterator[tuple[Occasion, Stage]]:
     """The highest moment of each occasion; they follow the steps."""
     begin = STEPS + 1
     for occasion in occasions:
@@ -327,23 +327,29 @@ def _occasional(occasions: Iterable[Occasion], points: Iterable[Point]) -> Itera
         begin += occasion.passes
 
 
-def _stage(point: Point, what: str) -> Stage:
+def _stage(point: MemoryPoint, what: str) -> Stage:
     return Stage(point.live_bytes, what, point.operation, point.components)
 
 
-def _point(peak: Peak, library_bytes: int) -> Point:
+def _point(peak: Peak, library_bytes: int) -> MemoryPoint:
     """A peak with the libraries' workspaces, which stay from the first matrix product on."""
     region = peak.region
     added = 0 if region.phase == "load" else library_bytes
     components = {name: peak.components.get(name, 0) for name in CATEGORIES}
     components["workspaces"] += added
-    return Point(
-        region.step, region.phase, region.block, region.recomputes, peak.n_bytes + added, peak.operation, components
+    return MemoryPoint(
+        step=region.step,
+        phase=region.phase,
+        block=region.block,
+        recomputes=region.recomputes,
+        live_bytes=peak.n_bytes + added,
+        operation=peak.operation,
+        components=components,
     )
 
 
-def _by_phase(points: Iterable[Point]) -> dict[str, Point]:
-    best: dict[str, Point] = {}
+def _by_phase(points: Iterable[MemoryPoint]) -> dict[str, MemoryPoint]:
+    best: dict[str, MemoryPoint] = {}
     for point in points:
         if point.phase not in best or point.live_bytes > best[point.phase].live_bytes:
             best[point.phase] = point

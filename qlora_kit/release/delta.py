@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Change:
+@dataclass(frozen=True, kw_only=True)
+class LowRankChange:
     """One adapter's change of one weight of `rows` × `columns`: scale · left · right, in fp32.
 
     With DoRA `magnitude` (rows) is set; such an adapter is merged alone and with weight 1.
@@ -33,17 +33,17 @@ class Change:
     magnitude: torch.Tensor | None = None
 
 
-def read_change(adapter: Adapter, factor: Factor) -> Change:
+def read_change(adapter: Adapter, factor: Factor) -> LowRankChange:
     """The change of `factor`, its tensors read from the adapter's file."""
     a, b = adapter.read(factor.a), adapter.read(factor.b)
     if factor.embedding:  # W is vocabulary × hidden, and B·A hidden × vocabulary
-        return Change(a.T.contiguous(), b.T.contiguous(), factor.scaling * adapter.weight)
+        return LowRankChange(left=a.T.contiguous(), right=b.T.contiguous(), scale=factor.scaling * adapter.weight)
     if factor.magnitude is None:
-        return Change(b, a, factor.scaling * adapter.weight)
-    return Change(b, a, factor.scaling, adapter.read(factor.magnitude))
+        return LowRankChange(left=b, right=a, scale=factor.scaling * adapter.weight)
+    return LowRankChange(left=b, right=a, scale=factor.scaling, magnitude=adapter.read(factor.magnitude))
 
 
-def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[Change]) -> torch.Tensor:
+def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[LowRankChange]) -> torch.Tensor:
     """The rows `rows` of the merged weight, from those of the base (`seen`, fp32), which stay as they are."""
     import torch
 
@@ -56,7 +56,7 @@ def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[Change]) -> t
     return merged
 
 
-def _dora_rows(seen: torch.Tensor, rows: slice, change: Change) -> torch.Tensor:
+def _dora_rows(seen: torch.Tensor, rows: slice, change: LowRankChange) -> torch.Tensor:
     """Rows of the weight whose directions are those of W + s·B·A and whose lengths are the trained magnitudes."""
     import torch
 

@@ -22,7 +22,9 @@ class Labelled(Example):
 
 
 def plain(count: int) -> list[Example]:
-    return [Example(None, str(number), None, f"data:{number}") for number in range(count)]
+    return [
+        Example(prompt=None, completion=str(number), messages=None, origin=f"data:{number}") for number in range(count)
+    ]
 
 
 def labelled(labels) -> list[Labelled]:

@@ -12,13 +12,13 @@ from typing import Any
 from qlora_kit.adapters.files import CONFIG_FILE as ADAPTER_CONFIG
 from qlora_kit.adapters.files import WEIGHTS_FILE
 from qlora_kit.model.blocks import block_of
-from qlora_kit.release.files.read import Checkpoint, Entry
+from qlora_kit.release.files.read import Checkpoint, TensorEntry
 from qlora_kit.system import files
 
 MODEL_CONFIG = "config.json"
 
 
-def blocks_that_fit(entries: Mapping[str, Entry], available_bytes: int, bytes_per_weight: int) -> int:
+def blocks_that_fit(entries: Mapping[str, TensorEntry], available_bytes: int, bytes_per_weight: int) -> int:
     """How many of the first blocks fit into memory with all that is outside the blocks, at least one."""
     sizes: dict[int | None, int] = {}
     for name, entry in entries.items():
