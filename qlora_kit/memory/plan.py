@@ -154,7 +154,7 @@ def plan(
         try:
             found, unplanned = _run(config, recipe, architecture, exact, occasions), ""
         except MODEL_FAILURES as error:  # the step itself may do all the same
-            found, occasions, unplanned = _run(config, recipe, architecture, exact, ()), (), _first_line(error)
+            found, occasions, unplanned = _run(config, recipe, architecture, exact, ()), (), source.first_line(error)
     return _plan_of(config, recipe, architecture, *found, gpu, occasions, unplanned, room_bytes)
 
 
@@ -164,11 +164,7 @@ def failures_named(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except MODEL_FAILURES as error:
-        raise CannotPlanError(config.base.model, _first_line(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CannotPlanError(config.base.model, source.first_line(error)) from error
 
 
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
