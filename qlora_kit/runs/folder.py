@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import UserError
-from qlora_kit.system.files import check_writable, unwritable, write_text
-from qlora_kit.system.locks import Lock, is_held, take
+from qlora_kit.system.files import check_writable, empty_folder, unwritable, write_text
+from qlora_kit.system.locks import LOCK_FILE, Lock, is_held, take
 
 RUN_FILE, METRICS_FILE, CARD_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "README.md", "checkpoints"
 LABELS_FILE = "labels.json"  # beside the weights of a model that tells labels apart
 PARTIAL = ".partial"
-LOCK_FILE = ".qlora_kit.lock"  # in the folder that a run works in, which is known by it
 STATE_FILE = "trainer_state.json"  # of a checkpoint, written last
 IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
@@ -58,7 +57,7 @@ class RunFolder:
         folder.check_place(overwrite)
         folder = folder.begun(overwrite)
         try:
-            _empty(folder.working)
+            empty_folder(folder.working, keep=LOCK_FILE)
             folder.checkpoints.mkdir()
         except OSError as error:
             folder.release()
@@ -171,15 +170,6 @@ class RunFolder:
         """Remove the working folder of a run that has ended; anything else stays."""
         if _is_working_folder(self.working) and not is_held(self.working / LOCK_FILE):
             shutil.rmtree(self.working, ignore_errors=True)
-
-
-def _empty(working: Path) -> None:
-    """Remove all but the lock."""
-    for leftover in working.iterdir():
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        elif leftover.name != LOCK_FILE:
-            leftover.unlink()
 
 
 def _may_be_replaced(folder: Path) -> bool:
