@@ -30,7 +30,7 @@ STATE_FILE = "trainer_state.json"  # of a checkpoint, written last
 IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """Where a run is written (`working`) and where it will be when whole (`final`), which it may `overwrite` if told.
 
@@ -47,7 +47,7 @@ class RunFolder:
         """The run folder that will be at `final`; nothing is made yet. Raises `UserError` for no name of its own."""
         if final.name in ("", ".."):
             raise UserError.of("--out", str(final), "names no folder of its own", "For example --out runs/x.")
-        return cls(final, final.with_name(final.name + PARTIAL))
+        return cls(final=final, working=final.with_name(final.name + PARTIAL))
 
     @classmethod
     def create(cls, out: str | None, name: str, overwrite: bool) -> RunFolder:
@@ -272,7 +272,7 @@ def _goes_on_in_place(point: ResumePoint, out: str | None) -> RunFolder | None:
     """The unfinished run of `point`, if it goes on where it is; None for a run of its own."""
     final = Path(str(point.run).removesuffix(PARTIAL))
     is_same = out is None or Path(out).absolute() == final.absolute()
-    return RunFolder(final, point.run) if point.unfinished and is_same else None
+    return RunFolder(final=final, working=point.run) if point.unfinished and is_same else None
 
 
 def check_place(point: ResumePoint | None, out: str | None, overwrite: bool) -> None:
