@@ -20,7 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedBase:
-    """The base of an adapter: its content hash (`base.hash_base`), and how it was held and loaded."""
+    """The base of an adapter: its content hash (`model.source.hash_base`), and how it was held and loaded."""
 
     model: str
     revision: str | None

@@ -168,7 +168,7 @@ def failures_named(config: RunConfig) -> Iterator[None]:
 
 
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
-    """The architecture to plan: of a known name without any download, else as `base.load_model_config` finds it."""
+    """The architecture to plan: of a known name without any download, else as `source.load_model_config` finds it."""
     model = config.base.model
     if model.lower() in architectures.ARCHITECTURES and not Path(model).exists():
         return source.with_labels(architectures.named_config(model), config.base)

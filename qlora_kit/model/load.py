@@ -42,8 +42,8 @@ def load_base(
     Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `dtype`, unset that of
     `compute_dtype` (another is for the release of a run that was made on another kind of device). A head that the
     task puts on is fp32, drawn by `seed` where the files have none for these labels, and meant to be trained (see
-    `new_head`). On the `meta`
-    device the model has the same structure but no values, whatever `config.weights` says: for the planner.
+    `heads`). On the `meta` device the model has the same structure but no values, whatever `config.weights` says: for
+    the planner.
     `architecture` overrides the one that `config` names (which must be None for pretrained weights).
     With `embedding_on_host` the input embedding is a `HostEmbedding`, where the model allows it: it lies in the host's
     memory from the first, and what `device` has of it at any time is little beside the rest of the model.

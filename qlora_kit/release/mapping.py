@@ -1,7 +1,7 @@
 """Which tensor of the base's files is which weight of the model, and how the adapter saw it.
 
-The model is built on `meta` by `base.load_base`, so that what is quantized, what is a `Conv1D` and what is tied is read
-off the same structure that trained. The names are matched by transformers' own rules for loading.
+The model is built on `meta` by `model.load.load_base`, so that what is quantized, what is a `Conv1D` and what is tied
+is read off the same structure that trained. The names are matched by transformers' own rules for loading.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class MergeRequest:
 
     @property
     def data_use(self) -> str:
-        """How much the proof depends on the data, in the words of `questions.DATA_USES`."""
+        """How much the proof depends on the data, in the words of `proof.rows.DATA_USES`."""
         if self.data is None:
             return "none"
         if self.into == "best":
