@@ -134,12 +134,14 @@ def ours(folder: Path, into: str) -> tuple[float, float]:
     """Merge with this package, each tensor proven; the whole model would be another process."""
     from qlora_kit.config.settings import BaseConfig
     from qlora_kit.release.merge import merge
-    from qlora_kit.release.request import Request
+    from qlora_kit.release.request import MergeRequest
 
     import_what_a_merge_needs(folder)
     start = now()
     chosen = ((str(folder / "adapter"), 1.0),)
-    request = Request(base=BaseConfig(model=str(folder / "base")), adapters=chosen, out=str(folder / into), into=into)
+    request = MergeRequest(
+        base=BaseConfig(model=str(folder / "base")), adapters=chosen, out=str(folder / into), into=into
+    )
     merge(request, whole_model=False)
     return start
 

@@ -22,8 +22,8 @@ from qlora_kit.cli import main
 from qlora_kit.cli.merge import make_request
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.model.load import load_base
-from qlora_kit.release.merge import Result, merge
-from qlora_kit.release.request import Request
+from qlora_kit.release.merge import MergeResult, merge
+from qlora_kit.release.request import MergeRequest
 
 CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO())
@@ -71,13 +71,13 @@ def train_tiny(base: Path, out: Path, **base_settings: Any) -> Path:
     return out
 
 
-def asked(*words: object) -> Request:
+def asked(*words: object) -> MergeRequest:
     """What `qlora-kit merge` makes of the words after it."""
     given, own = main.read("merge", main.command_of("merge"), [str(word) for word in words])
     return make_request(given, own.pop("run", None), own.pop("adapter", ()), own.pop("base", None), own)
 
 
-def merged(*words: object) -> Result:
+def merged(*words: object) -> MergeResult:
     """`qlora-kit merge` without the proof on the whole model."""
     return merge(asked(*words), QUIET, whole_model=False)
 
@@ -130,10 +130,12 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
 
-def release(base: Path, adapters: Sequence[tuple[Path, float]], out: Path, bits: int = 4, **settings: Any) -> Result:
+def release(
+    base: Path, adapters: Sequence[tuple[Path, float]], out: Path, bits: int = 4, **settings: Any
+) -> MergeResult:
     """Merge without the proof on the whole model, which the tests do themselves."""
     chosen = tuple((str(folder), weight) for folder, weight in adapters)
-    request = Request(base=BaseConfig(model=str(base), bits=bits), adapters=chosen, out=str(out), **settings)
+    request = MergeRequest(base=BaseConfig(model=str(base), bits=bits), adapters=chosen, out=str(out), **settings)
     return merge(request, QUIET, whole_model=False)
 
 

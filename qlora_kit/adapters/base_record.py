@@ -18,9 +18,9 @@ RECORD_FILE = "trained_base.json"  # beside the weights; PEFT takes no notice of
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedBase:
-    """The base of an adapter: its content hash (`base.hash_base`), and how it was held and loaded."""
+    """The base of an adapter: its content hash (`model.source.hash_base`), and how it was held and loaded."""
 
     model: str
     revision: str | None
@@ -34,7 +34,15 @@ class TrainedBase:
     def of(cls, settings: BaseConfig, content_hash: str, dtype: str) -> TrainedBase:
         """The record of a base that was loaded by `settings`, its plain weights in `dtype`."""
         own = settings
-        return cls(own.model, own.revision, content_hash, own.bits, own.quant_type, own.double_quant, dtype)
+        return cls(
+            model=own.model,
+            revision=own.revision,
+            hash=content_hash,
+            bits=own.bits,
+            quant_type=own.quant_type,
+            double_quant=own.double_quant,
+            dtype=dtype,
+        )
 
     @property
     def held(self) -> dict[str, object]:

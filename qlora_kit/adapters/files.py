@@ -20,7 +20,7 @@ CONFIG_FILE = "adapter_config.json"
 def save_adapter(model: PeftModel, folder: Path, trained: bool = True) -> None:
     """Save in PEFT's format, then reopen the files and check them against the live factors.
 
-    Beside it go the parts of factors that are made of some (see `factor_parts`), for who resumes; no other needs them.
+    Beside it go the parts of factors that are made of some (see `parts`), for who resumes; no other needs them.
 
     Raises `RuntimeError` where the files differ from the factors or (once trained) a factor is all zero.
     """

@@ -1,12 +1,18 @@
 """The values with which the factors begin to train, from the weights under them or from the data.
 
+    what is trained:  W + s·B·A;  pissa, olora:  W + s·(B·A − B₀·A₀), from B = B₀, A = A₀
+    pissa       s·B₀·A₀ = U_r Σ_r V_rᵀ of W            olora      B₀ = Q_r, A₀ = Q_rᵀ W, where W = Q·R
+    loftq       s·B·A ≈ W_original − W                 eva        A = main directions of the layer's inputs, B = 0
+    orthogonal  B·A = 0, neither of them zero          lora-xs    B·A = (U_r Σ_r)·R·V_rᵀ, of which R trains, from 0
+
+Shapes: K inputs, N outputs of a layer, r rank; W (N, K) is what the layer computes with, dequantized; B (N, r),
+A (r, K); s the scaling.
+
 PEFT knows these methods too, but for unquantized weights only (its PiSSA, LoftQ and orthogonal start fail on 4 bits),
 and its PiSSA and OLoRA change the base: what is trained then fits no base that anybody else has. Here the base stays
 as it is on disk. Where a method takes B₀·A₀ out of the base, the frozen −B₀·A₀ stands beside the factors instead
-(`factor_parts.HalfFrozen`): the same function and the same gradients of A and B, and the adapter is plain LoRA of
-twice the rank.
-
-Shapes: K inputs, N outputs of a layer, r rank; W (N, K) is what the layer computes with, dequantized; s the scaling.
+(`parts.HalfFrozen`): the same function and the same gradients of A and B, and the adapter is plain LoRA of twice the
+rank.
 """
 
 from __future__ import annotations
@@ -15,8 +21,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.settings import AdapterConfig
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.model.dense import dense_weight
+from qlora_kit.model.quantize import dense_weight
 from qlora_kit.model.task_models import reading_part
 
 if TYPE_CHECKING:
@@ -258,7 +265,7 @@ class _InputWatch:
         """What runs from now on is `batch`."""
         labels, mask = batch["labels"], batch.get("attention_mask")
         is_by_token = labels.dim() == 2 and not labels.is_floating_point()
-        self.supervised = labels != -100 if is_by_token else None
+        self.supervised = labels != IGNORED if is_by_token else None
         self.shown = None if mask is None else mask.bool()
         self.hidden = None
         self.batch += 1

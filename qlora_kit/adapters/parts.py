@@ -1,10 +1,13 @@
 """Factors that are made of parts, of which only one trains; to PEFT and to all who read its files they are plain.
 
+    HalfFrozen:  B = [B₁ | −B₀] (N, 2r),  A = [A₁; A₀] (2r, K),  so B·A = B₁·A₁ − B₀·A₀;  B₁ and A₁ train
+    CoreFactor:  B = left · core,  left: (N, r), core: (r, r), A: (r, K),  so B·A = left·core·A;  the core trains
+
+K inputs, N outputs of the layer, r rank.
+
 Such a module stands where PEFT puts an `nn.Linear` for A or B. Its `weight` is the whole factor, made of its parts at
 each use, and its state dict holds nothing else: so an adapter on disk is plain LoRA on the published base, whatever
 trained it, and whoever loads, serves or merges it need not know. Only who goes on training needs the parts.
-
-Shapes: K inputs, N outputs of the layer, r rank.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.model.blocks import block_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,13 +23,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and any(p.isdigit() for p in name.split("."))
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and block_of(name) is not None
     }
-
-
-def block_of(name: str) -> int:
-    """The number of the block that a layer of `linear_layers` is in."""
-    return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 def choose_targets(
@@ -71,7 +67,7 @@ def matches(name: str, target: str) -> bool:
 
 
 def _check_blocks(blocks: frozenset[int], layers: Iterable[str]) -> None:
-    there = {block_of(name) for name in layers}
+    there = {number for name in layers if (number := block_of(name)) is not None}
     if not blocks <= there:
         rule = "names blocks that the model has not"
         raise UserError.of(

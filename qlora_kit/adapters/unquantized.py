@@ -16,6 +16,7 @@ from qlora_kit.adapters import inject
 from qlora_kit.config.settings import RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.model import load, quantize
+from qlora_kit.model.blocks import block_of
 from qlora_kit.model.task_models import task_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ MINOR = 0.05  # share of the model; convolutions and tables of positions in the 
 BYTES = 2  # of a weight in 16 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Unquantized:
     """Weights in the blocks that are matrices, or stacks of them, and that no linear layer or embedding holds.
 
@@ -87,7 +88,7 @@ def _weights(model: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or "lora_" in name:
             continue
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and any(part.isdigit() for part in name.split(".")):
+            if parameter.ndim > 1 and block_of(name) is not None:
                 yield f"{name}.{own}", parameter
 
 

@@ -12,7 +12,7 @@ from qlora_kit.config.settings import RunConfig
 from qlora_kit.errors import Faults, UserError, named
 
 if TYPE_CHECKING:
-    from qlora_kit.release.request import Request
+    from qlora_kit.release.request import MergeRequest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def run(
 ) -> None:
     """Merge, prove, and print what was found; progress goes to standard error.
 
-    `given` holds those settings that were given, by name; `choices` are those of `Request`. Raises `UserError`.
+    `given` holds those settings that were given, by name; `choices` are those of `MergeRequest`. Raises `UserError`.
     """
     from rich.console import Console
 
@@ -80,10 +80,10 @@ def run(
 
 def make_request(
     given: Mapping[str, Any], run: str | None, adapters: Sequence[str], base: str | None, choices: Mapping[str, Any]
-) -> Request:
+) -> MergeRequest:
     """The merge that was asked for on the command line. Raises one `UserError` with every fault."""
     from qlora_kit.release.factors import parse_adapter
-    from qlora_kit.release.request import Request
+    from qlora_kit.release.request import MergeRequest
 
     chosen: list[tuple[str, float]] = []
     with Faults() as faults:
@@ -95,7 +95,7 @@ def make_request(
     if not chosen and run is not None:
         chosen = [(f"{run.rstrip('/')}/adapter", 1.0)]
     data = dataclasses.replace(config.data, eval_data=None, eval_fraction=0.0) if "data" in given else config.data
-    return Request(
+    return MergeRequest(
         base=config.base,
         adapters=tuple(chosen),
         out=config.out or "",

@@ -120,7 +120,7 @@ def make_report(config: RunConfig, request: Request, say_early: Callable[[PlanRe
     from qlora_kit.memory.report import PlanReport
 
     own = plan(config, exact=request.exact, gpu=request.gpu)
-    report = PlanReport(config, own, request.gpu, request.budget)
+    report = PlanReport(config=config, plan=own, gpu=request.gpu, budget=request.budget)
     say_early(report)
     report = replace(report, compared=_compared(config, request))
     if request.budget is None or (report.fits and not request.fit):
@@ -194,10 +194,10 @@ def _compared(config: RunConfig, request: Request) -> tuple[Compared, ...]:
     own = config.optim.gradient_checkpointing
     return tuple(
         Compared(
-            baseline.on(request.gpu),
-            checkpointing,
-            checkpointing == own and baseline.default,
-            found,
+            baseline=baseline.on(request.gpu),
+            checkpointing=checkpointing,
+            default=checkpointing == own and baseline.default,
+            plan=found,
         )
         for checkpointing in (own, not own)
         for baseline in BASELINES

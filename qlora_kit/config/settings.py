@@ -51,7 +51,7 @@ def _is_rank_pattern(ranks: Mapping[str, int]) -> bool:
     return all(re.fullmatch(r"[\w.]+", name, re.ASCII) and r >= 1 for name, r in ranks.items())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseConfig(Checked):
     """The frozen base model."""
 
@@ -92,7 +92,7 @@ class BaseConfig(Checked):
             yield Fault("--full", True, f"needs unquantized weights, and --bits is {self.bits}", "Add --bits 16.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Checked):
     """The LoRA factors on the base."""
 
@@ -171,7 +171,7 @@ class AdapterConfig(Checked):
                     yield Fault(flag(name), r, "is odd, and --init orthogonal needs even ranks", "Use an even one.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig(Checked):
     """What the model is fed."""
 
@@ -204,7 +204,7 @@ class DataConfig(Checked):
             yield Fault("--eval-fraction", self.eval_fraction, "cannot go with --eval-data", "Give one of the two.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig(Checked):
     """How the factors are trained."""
 
@@ -258,7 +258,7 @@ class OptimConfig(Checked):
                 yield Fault(flag(f.name), value, rule, f"Add --adversarial {of[f.name][0]}, or drop it.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LeanConfig(Checked):
     """The pieces of the lean step: they change what a step takes, not what it computes."""
 
@@ -316,7 +316,7 @@ class LeanConfig(Checked):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(Checked):
     """When the run looks at held-out data, and what it keeps."""
 
@@ -341,7 +341,7 @@ class EvalConfig(Checked):
     keep_checkpoints: int = setting(2, "checkpoints to keep (the best one besides)", at_least(1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Checked):
     """One training run: every setting there is."""
 
@@ -377,7 +377,7 @@ class RunConfig(Checked):
         return _build(flat)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig(Checked):
     """How settings are chosen by cross-validation; what is trained with each of them is a `RunConfig`."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from qlora_kit.data.columns import Example
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditReport:
     """A data set in numbers; lengths are in tokens, before anything is cut off.
 

@@ -35,7 +35,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """One normalised example.
 
@@ -50,7 +50,7 @@ class Example:
     origin: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """A way to lay out examples in columns: the columns that must be there, those that may, and how to read one.
 
@@ -88,7 +88,9 @@ def _optional_text(record: Record, column: str | None) -> str:
 
 
 def _read_text(shape: Shape, record: Record) -> Iterator[Example]:
-    yield Example(None, _text(record, shape.column(shape.required[0])), None, record.origin)
+    yield Example(
+        prompt=None, completion=_text(record, shape.column(shape.required[0])), messages=None, origin=record.origin
+    )
 
 
 def _read_pair(shape: Shape, record: Record) -> Iterator[Example]:
@@ -109,7 +111,7 @@ def _pair(system: str, prompt: str, completion: str, origin: str) -> Example:
     messages = None
     if system.strip():
         messages = (Message("system", system), Message("user", prompt), Message("assistant", completion))
-    return Example(prompt, completion, messages, origin)
+    return Example(prompt=prompt, completion=completion, messages=messages, origin=origin)
 
 
 def _read_instances(shape: Shape, record: Record) -> Iterator[Example]:
@@ -123,7 +125,7 @@ def _read_instances(shape: Shape, record: Record) -> Iterator[Example]:
         origin = record.origin if len(instances) == 1 else f"{record.origin} instance {number}"
         nested = Record(record.file, origin, values)
         prompt = _with_input(instruction, _optional_text(nested, "input"))
-        yield Example(prompt, _text(nested, "output"), None, origin)
+        yield Example(prompt=prompt, completion=_text(nested, "output"), messages=None, origin=origin)
 
 
 def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
@@ -139,7 +141,12 @@ def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     first = answers[0] if answers else len(messages)
     prompt = "\n".join(message.content for message in messages[:first])
-    yield Example(prompt, messages[first].content if answers else "", tuple(messages), record.origin)
+    yield Example(
+        prompt=prompt,
+        completion=messages[first].content if answers else "",
+        messages=tuple(messages),
+        origin=record.origin,
+    )
 
 
 def _with_system(messages: list[Message], system: str, column: str) -> list[Message]:
@@ -180,19 +187,19 @@ def _joined_parts(parts: list[Any], number: int) -> str:
 
 # -------------------------------------------------------------------------------------------- choosing the shape
 
-TEXT = Shape(("text",), (), _read_text)
-PROMPT = Shape(("prompt", "completion"), ("system",), _read_pair)
-MESSAGES = Shape(("messages",), ("system",), _read_chat)
+TEXT = Shape(required=("text",), optional=(), read=_read_text)
+PROMPT = Shape(required=("prompt", "completion"), optional=("system",), read=_read_pair)
+MESSAGES = Shape(required=("messages",), optional=("system",), read=_read_chat)
 SHAPES = (  # the first one that fits is taken: a data set with both an answer and a rendered text has its answer read
     MESSAGES,
-    Shape(("conversations",), ("system",), _read_chat),
+    Shape(required=("conversations",), optional=("system",), read=_read_chat),
     PROMPT,
-    Shape(("prompt", "response"), ("system",), _read_pair),
-    Shape(("instruction", "output"), ("input", "system"), _read_pair),
-    Shape(("instruction", "response"), ("context", "system"), _read_pair),
-    Shape(("instruction", "instances"), (), _read_instances),
-    Shape(("question", "answer"), ("system",), _read_pair),
-    Shape(("question", "response"), ("system",), _read_pair),
+    Shape(required=("prompt", "response"), optional=("system",), read=_read_pair),
+    Shape(required=("instruction", "output"), optional=("input", "system"), read=_read_pair),
+    Shape(required=("instruction", "response"), optional=("context", "system"), read=_read_pair),
+    Shape(required=("instruction", "instances"), optional=(), read=_read_instances),
+    Shape(required=("question", "answer"), optional=("system",), read=_read_pair),
+    Shape(required=("question", "response"), optional=("system",), read=_read_pair),
     TEXT,
 )
 PAIRED = tuple(shape for shape in SHAPES if shape.read is _read_pair)  # a prompt with its completion
@@ -230,12 +237,17 @@ def _without_answer(example: Example) -> Example:
     asked = list(example.messages)
     while asked[-1].role == "assistant":  # the first one never is
         asked.pop()
-    return Example("\n".join(message.content for message in asked), "", tuple(asked), example.origin)
+    return Example(
+        prompt="\n".join(message.content for message in asked),
+        completion="",
+        messages=tuple(asked),
+        origin=example.origin,
+    )
 
 
 def prompt_of(text: str, origin: str) -> Example:
     """A conversation that opens with `text` and waits for its answer."""
-    return Example(text, "", (Message("user", text),), origin)
+    return Example(prompt=text, completion="", messages=(Message("user", text),), origin=origin)
 
 
 def examples_from(

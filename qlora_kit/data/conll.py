@@ -23,7 +23,7 @@ LEAST_TAGGED = 0.9  # of them have a tag
 BLANK = " \t"  # other white space, such as that without a break, may be a word
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sentence:
     """Words with their tags (none where the file has none), and the number of the line on which it begins.
 
@@ -48,12 +48,12 @@ def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentenc
     """The sentences of the file `path` that holds `text`; lines that are none of it go to `problems`."""
     lines = LINE_END.split(text)
     layout = _layout(lines)
-    sentence = Sentence(0)
+    sentence = Sentence(line=0)
     for number, line in enumerate(lines, start=1):
         if not _is_word(line):
             if sentence.words:
                 yield sentence
-            sentence = Sentence(0)
+            sentence = Sentence(line=0)
             continue
         columns = _columns(line, layout.has_tabs)
         if not sentence.words and line.startswith(COMMENT) and layout.is_comment(columns):
@@ -71,7 +71,7 @@ def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentenc
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _FileLayout:
     """What the first line with a word says of a file: its `number`, its `columns`, and what stands between them."""
 
     number: int
@@ -98,12 +98,12 @@ class _Layout:
         return None if columns[-1] else f"has no tag behind {columns[0]!r}"
 
 
-def _layout(lines: list[str]) -> _Layout:
+def _layout(lines: list[str]) -> _FileLayout:
     """The layout of a file; a line that may be a comment says it only where there is no other."""
     numbers = [number for number, line in enumerate(lines, start=1) if _is_word(line)]
     first = next((number for number in numbers if _is_plain(lines[number - 1])), numbers[0] if numbers else 1)
     has_tabs = "\t" in lines[first - 1]
-    return _Layout(first, _columns(lines[first - 1], has_tabs), has_tabs)
+    return _FileLayout(first, _columns(lines[first - 1], has_tabs), has_tabs)
 
 
 def _is_plain(line: str) -> bool:

@@ -11,7 +11,7 @@ from qlora_kit.config.settings import DEFAULT_SEQ_LEN
 from qlora_kit.data.audit import AuditReport, audit
 from qlora_kit.data.columns import Example, Message
 from qlora_kit.data.problems import Problems
-from qlora_kit.data.template import Segment, Shown, TemplateError, opening_of, segments_of
+from qlora_kit.data.template import Shown, TemplateError, TextSegment, opening_of, segments_of
 from qlora_kit.data.tokenizer import continuation_ids, leading_ids, token_ids
 from qlora_kit.errors import UserError
 
@@ -23,7 +23,7 @@ ANY_ANSWER = "x"  # stands where an answer is to come; an empty one would be lef
 BATCH_SIZE = 1000  # examples tokenized at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoded:
     """The tokens of an example; `supervised[i]` says whether the model learns to predict `input_ids[i]`.
 
@@ -184,7 +184,15 @@ def _encode_all(
         for example, (ids, is_answer) in zip(batch, _tokenize(batch, tokenizer, problems), strict=True):
             supervised = _with_context([True] * len(ids) if train_on == "all" else is_answer)
             cut = len(ids) > seq_len
-            encoded.append(Encoded(ids[:seq_len], supervised[:seq_len], cut, example.origin, len(ids)))
+            encoded.append(
+                Encoded(
+                    input_ids=ids[:seq_len],
+                    supervised=supervised[:seq_len],
+                    truncated=cut,
+                    origin=example.origin,
+                    full_tokens=len(ids),
+                )
+            )
     problems.raise_if_any()
     return encoded
 
@@ -219,7 +227,7 @@ def _tokenize(
 
 def _segments_or_problem(
     example: Example, tokenizer: PreTrainedTokenizerBase, problems: Problems, shown: Shown
-) -> list[Segment]:
+) -> list[TextSegment]:
     try:
         return segments_of(example, tokenizer, shown)
     except TemplateError as error:

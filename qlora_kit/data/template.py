@@ -27,7 +27,7 @@ PLAIN_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Segment:
+class TextSegment:
     """A stretch of text, and whether the model learns to write it."""
 
     text: str
@@ -54,7 +54,7 @@ class DroppedError(TemplateError):
         problems.add_kind(origin, str(self), self.remedy)
 
 
-def segments_of(example: Example, tokenizer: PreTrainedTokenizerBase, shown: Shown) -> list[Segment]:
+def segments_of(example: Example, tokenizer: PreTrainedTokenizerBase, shown: Shown) -> list[TextSegment]:
     """The text of `example` in order, cut where answers begin and end; an end-of-turn mark belongs to its answer.
 
     `shown` spares proofs: it is filled with what they show, for other examples of the same tokenizer.
@@ -62,7 +62,7 @@ def segments_of(example: Example, tokenizer: PreTrainedTokenizerBase, shown: Sho
     one.
     """
     if example.prompt is None and example.messages is None:
-        return [Segment(example.completion, is_answer=True)]
+        return [TextSegment(example.completion, is_answer=True)]
     messages = example.messages or (Message("user", example.prompt or ""), Message("assistant", example.completion))
     whole = _render(tokenizer, messages)
     _check_shown(tokenizer, messages, whole, shown)
@@ -70,10 +70,13 @@ def segments_of(example: Example, tokenizer: PreTrainedTokenizerBase, shown: Sho
     for index, message in enumerate(messages):
         if message.role == "assistant":
             start, end = _answer_span(tokenizer, messages, index, whole)
-            segments += [Segment(whole[position:start], is_answer=False), Segment(whole[start:end], is_answer=True)]
+            segments += [
+                TextSegment(whole[position:start], is_answer=False),
+                TextSegment(whole[start:end], is_answer=True),
+            ]
             position = end
     if whole[position:].strip():  # white space after the last answer teaches nothing
-        segments.append(Segment(whole[position:], is_answer=False))
+        segments.append(TextSegment(whole[position:], is_answer=False))
     return [segment for segment in segments if segment.text]
 
 

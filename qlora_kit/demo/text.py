@@ -84,7 +84,7 @@ TRAIN_EXAMPLES, EVAL_EXAMPLES = 2000, 200
 _HELD_OUT_SHARE = 8  # one in so many pairs of a giver and a receiver is kept for the held-out examples
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gift:
     """The facts of one story: who passed how many of what, of which colour, to whom and where."""
 

@@ -1,8 +1,13 @@
 """On a CPU, attention with dropout one row of the batch at a time.
 
-Shapes: B rows, H heads, T positions, D features of a head. torch's attention for CPUs has no kernel with dropout, so it
-makes the scores, (B, H, T, T), in fp32, and keeps three tensors of that size for the backward pass. Here only query,
-key and value are kept; each row is computed anew, with the same draw of the dropout, and differentiated by itself.
+    y[b] = dropout(softmax(q[b] k[b]ᵀ / √D + mask[b])) v[b]        for b = 0 … B − 1, one after the other
+
+q, k, v: (B, H, T, D), for B rows, H heads, T positions and D features of a head; the scores of a row: (1, H, T, T).
+
+Saves the scores: torch's attention for CPUs has no kernel with dropout, so it makes them for all rows at once, in fp32,
+and keeps three tensors of (B, H, T, T) for the backward pass. Here only q, k and v are kept.
+Exact: no row looks at another. In the backward pass each row is computed again with the same draw of the dropout, and
+differentiated by itself.
 """
 
 from __future__ import annotations

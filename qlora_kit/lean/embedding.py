@@ -1,4 +1,13 @@
-"""The input embedding on the host, as a piece of the lean step: loaded there, or moved where it was not."""
+"""The input embedding in the host's memory, as a piece of the lean step.
+
+    x = E[ids]        E: (V, D) on the host;  ids: (B, T);  x: (B, T, D) on the device
+
+B rows, T positions, V tokens of the vocabulary, D features.
+
+Saves the V · D numbers of E on the device; the ids go to the host and x comes back.
+Exact: a lookup copies rows. E must be frozen, so nothing has to travel back, and the head must have another weight.
+A model is loaded so (`model/host_embedding.py`); one that was not is changed here.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,18 @@
 """One buffer behind all factors: the optimizer makes one call, and paged states really page.
 
-The factors stay the parameters of their layers, with their names and shapes, so PEFT saves and loads them as ever;
-only their values lie side by side in a buffer, and the optimizer is given the buffer. Their gradients arrive one by
-one during the backward pass, as ever, and are gathered in a buffer when it is over: kept in one from the start, they
-would add their full size to the peak, which is at the beginning of the backward pass.
+    buffer (n,) = [A₁ | 0 … | B₁ | 0 … | A₂ | …]        A (r, K) and B (N, r) are views of it
+    update(buffer, gradients) = [update(A₁, ∂A₁) | … | update(B₁, ∂B₁) | …]
+
+r rank, K inputs and N outputs of a layer, n numbers in the buffer. Each view begins at a multiple of 256.
+
+Saves a call of the optimizer for every factor, and the states' memory where they page: bitsandbytes pages no small
+tensor, and most factors are small.
+Exact: an optimizer updates each number by itself. 8-bit states share a scale in blocks of 256, and no block holds
+numbers of two factors.
+
+The factors stay the parameters of their layers, with their names and shapes, so PEFT saves and loads them as before.
+Their gradients arrive one by one during the backward pass, as before, and are gathered in a buffer when it is over:
+kept in one from the start, they would add their full size to the peak, which is at the beginning of the backward pass.
 
     optimizer = connect(model, torch.optim.AdamW(parameter_groups(model, weight_decay, lr)))
     loss.backward()

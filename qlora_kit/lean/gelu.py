@@ -1,7 +1,12 @@
-"""`gelu_new`, which transformers works out in eight operations, as torch's one.
+"""`gelu_new`, which transformers works out in eight operations, as one of torch's.
 
-The same function: 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))). torch's kernel works in fp32 inside and rounds once,
-so in bf16 it is closer to that function than the eight operations, and for the backward pass it keeps only x.
+    gelu_new(x) = 0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) = nn.GELU(approximate="tanh")(x)
+
+x: (B, T, I), for B rows, T positions and I intermediate features.
+
+Saves the tensors between the operations: for the backward pass torch's kernel keeps x alone.
+Exact: the same function. torch's kernel works in fp32 inside and rounds once, so in bf16 it is closer to the function
+than the eight operations, each of which rounds.
 """
 
 from __future__ import annotations

@@ -3,10 +3,13 @@
     h = x + attention_half(x)        recomputed from x
     y = h + mlp_half(h)              recomputed from h
 
-Only x and h are kept. The additions stay outside the checkpoints: they save nothing, and a recomputation that need
-not go as far as the sum stops before the last product of its half.
-B batch, T tokens, D features. Each function below says for one kind of block what transformers' own forward pass
-says, so the result is the same; `tests/lean/test_half_blocks.py` holds the two together.
+x, h, y: (B, T, D), for B rows, T positions and D features.
+
+Saves, while a block is recomputed, what the other half keeps; costs h, one (B, T, D) more for each block, which
+`offload` keeps on the host.
+Exact: each function below says for one kind of block what transformers' own forward pass says;
+`tests/lean/test_half_blocks.py` holds the two together. The additions stay outside the checkpoints: they keep nothing,
+and a recomputation that need not go as far as the sum stops before the last product of its half.
 """
 
 from __future__ import annotations

@@ -1,5 +1,11 @@
-"""The heads that are understood: where an architecture's decoder is, and what makes logits of its last hidden state.
+"""The heads that the chunked loss understands: where the decoder of an architecture is, and how logits are made.
 
+    z = cap(scale · (h Wᵀ + b))        cap(x) = soft_cap · tanh(x / soft_cap), or x
+
+h: (N, D) last hidden states; W: (V, D); b: (V,) or none; z: (N, V) logits; for N rows, D features, V tokens of the
+vocabulary.
+
+Saves nothing by itself. An architecture that is not in `KINDS` keeps its stock loss, so no formula is ever guessed.
 Source: the `forward` of each architecture's causal language model in transformers.
 """
 
@@ -13,7 +19,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadKind:
     """Where the decoder is below the causal language model, and which settings of the model act on its logits."""
 
@@ -55,7 +61,7 @@ KINDS: dict[str, HeadKind] = {  # by `model_type`; mixtures of experts are left 
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Head:
     """A frozen head: logits = cap(scale · (hidden @ weight.T + bias)), where cap(x) = soft_cap · tanh(x / soft_cap).
 
@@ -90,7 +96,7 @@ def head_of(causal: Any) -> Head:
     """The head of `causal` as it is now; one that `why_not` has nothing against."""
     kind, linear = KINDS[causal.config.model_type], causal.get_output_embeddings()
     scale = _setting(causal, kind.multiplier, 1.0) / _setting(causal, kind.divisor, 1.0)
-    return Head(linear.weight, linear.bias, scale, _setting(causal, kind.soft_cap, None))
+    return Head(weight=linear.weight, bias=linear.bias, scale=scale, soft_cap=_setting(causal, kind.soft_cap, None))
 
 
 def decoder_of(causal: Any) -> nn.Module:

@@ -1,11 +1,22 @@
-"""Linear layers that run their factors first, compute in one dtype, and save nothing dequantized.
+"""Linear layers with factors that run the factors first, compute in one dtype, and keep nothing dequantized.
+
+    h  = s · dropout(x) Aᵀ                              kept, with x
+    y  = h Bᵀ + bias,    then y += x Wᵀ in place
+    ∂x = ∂y W + s · (∂y B) A,    ∂A = s · (∂y B)ᵀ x,    ∂B = ∂yᵀ h        (x as the dropout left it)
+
+x: (M, K), y: (M, N), W: (N, K) frozen, in 4, 8, 16 or 32 bits; A: (r, K), B: (N, r), h: (M, r); for M tokens (all
+leading dimensions), K inputs, N outputs, rank r, scaling s.
+
+Saves what PEFT's layer keeps beside x (x after the dropout, and in the factors' dtype), the sum of the two branches as
+a tensor of its own, and the last product of each block when a checkpoint recomputes it. W is dequantized for each
+product and let go.
+Exact: the sum of the same terms, with the same gradients; only the rounding differs, where terms are added in another
+order.
 
 PEFT injects, saves and loads the factors; only the forward pass of its layers changes. The order matters: a
 non-reentrant checkpoint ends the recomputation of a block when the last saved tensor is back, and what an autograd
 function saves is back only after its own forward pass. So `LoraBranch` saves the input, and the base product, which
 needs nothing saved, is added to its result afterwards: that of a block's last layer is never recomputed.
-
-Shapes: M tokens (all leading dimensions), K inputs, N outputs, r rank.
 """
 
 from __future__ import annotations
@@ -14,7 +25,6 @@ from collections import Counter
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners import lora
 from peft.tuners.lora import bnb as lora_bnb
@@ -24,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.lean.piece import Outcome
 from qlora_kit.lean.unread import is_output_unread
+from qlora_kit.model.quantize import dense_weight
 
 
 class LoraBranch(torch.autograd.Function):
@@ -101,16 +112,12 @@ def add_frozen_product(branch: torch.Tensor, x: torch.Tensor, base: nn.Module) -
 def frozen_weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """The weight (N, K) of a frozen layer in `dtype`, dequantized where it is quantized.
 
-    That of an 8-bit layer is there once it has run; it is made as bitsandbytes' own backward pass makes it.
+    That of an 8-bit layer is there once it has run; it is made in `dtype`, as bitsandbytes' own backward pass makes it.
     """
-    if isinstance(base, Linear4bit):
-        weight: torch.Tensor = bnb_functional.dequantize_4bit(base.weight, base.weight.quant_state)
-        return weight.to(dtype)
     if isinstance(base, Linear8bitLt):
         scales_N1 = base.state.SCB.unsqueeze(1).mul(1.0 / 127.0)
         return base.state.CB.to(dtype).mul_(scales_N1)  # type: ignore[no-any-return]
-    weight_NK = base.weight.T if isinstance(base, Conv1D) else base.weight
-    return weight_NK.to(dtype)  # type: ignore[return-value]
+    return dense_weight(base).to(dtype)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

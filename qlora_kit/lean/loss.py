@@ -1,10 +1,15 @@
 """The loss without the logits: the head and the cross-entropy for a few supervised rows at a time.
 
-The head is frozen, so the gradient of the hidden state is all that the backward pass needs; it is computed with the
-loss, while the logits of its rows are there.
+    z_n  = cap(scale · (W h_n + b))                                   for C of the N supervised rows at a time
+    loss = Σ_n (logsumexp(z_n) − z_n[target_n]) / n_items
+    ∂h_n = Wᵀ (scale · cap′ · (softmax(z_n) − onehot(target_n))) / n_items
 
-Shapes: B batch, T positions, M = B·T rows of the hidden state, N supervised ones among them, C of those at a time,
-D hidden size, V vocabulary.
+h: (M, D) hidden states, of which N rows are supervised; W: (V, D), frozen; z: (C, V); for B rows of T positions,
+M = B·T, D hidden size, V vocabulary.
+
+Saves the logits, (M, V) in 16 bits and in fp32, with their gradient: C · V numbers are there at a time.
+Exact: rows do not depend on each other, and rows that are not supervised add nothing to the loss. The head is frozen,
+so ∂h is all that the backward pass needs; it is computed with the loss, while the logits of its rows are there.
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.lean.heads import Head, decoder_of, head_of, why_not
 from qlora_kit.lean.piece import Outcome
 
 MAX_ROWS = 256  # with fewer, a GPU waits for the head's weight: it is read once for all of them
 MAX_FP32_BYTES = 128 * 2**20  # of the logits of one chunk; two such buffers live at once
-IGNORED = -100
 
 
 def put_on(model: Any) -> Outcome:

@@ -1,7 +1,12 @@
 """No attention mask for padding on the right.
 
-Causal attention never looks to the right, so a token never sees the padding after it, and the padding itself is not
-supervised: the mask changes nothing that is learned. With it torch leaves flash attention, and keeps (B, 1, T, T).
+    softmax(q[t] k[:t+1]ᵀ) v[:t+1]        for each token t; padding, on the right, is at no place up to t
+
+q, k, v: (B, H, T, D); the mask that is left out: (B, 1, T, T); for B rows, H heads, T positions, D features of a head.
+
+Saves the mask, and lets torch take flash attention, which it leaves where there is a mask.
+Exact: causal attention never looks to the right, so no token sees the padding behind it, and what the padding itself
+gives is not supervised.
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """The MLP of each block on one tile of tokens at a time, so that its wide activations exist for a tile only.
 
-Shapes: N tokens (rows × positions), D the width of the model. An MLP works on each token by itself, so tiles compute
-what the whole does. For the backward pass only the input is kept; each tile is computed anew and differentiated.
+    y[i:i+n] = mlp(x[i:i+n])                             for i = 0, n, 2n, …
+    ∂x[i:i+n], ∂θ_i = the gradients of that tile,    ∂θ = Σ_i ∂θ_i in fp32
+
+x, y: (N, D), for N tokens (rows × positions) and D features of the model; θ are the factors in the MLP.
+
+Saves the wide activations, (N, I) each for I intermediate features: for the backward pass only x is kept, and each tile
+is computed again and differentiated.
+Exact: an MLP works on each token by itself; the sum over tiles rounds no more than one product over all tokens.
 
 It is done in two autograd functions, because a checkpoint around the block stops its recomputation as soon as it
 has the last tensor that was kept: the first one keeps the input before anything of the MLP runs, so the checkpoint
@@ -123,7 +129,13 @@ class _Tiled(nn.Module):
         dropout = getattr(self, "dropout", None)
         share = dropout.p if dropout is not None and dropout.training else 0.0
         inside = whole if dropout is None else functools.partial(_before_dropout, self)
-        call = _Call(inside, self.get_submodule(self.last_layer), tile, share, _like_now(x.device.type))
+        call = _MlpRun(
+            inside=inside,
+            last=self.get_submodule(self.last_layer),
+            tile=tile,
+            dropout_share=share,
+            context=_like_now(x.device.type),
+        )
         mask = _draw(x, share) if share else None
         parameters = [p for p in self.parameters() if p.requires_grad]
         kept = _KeepInput.apply(call, x, mask, *parameters)  # type: ignore[no-untyped-call]
@@ -147,8 +159,8 @@ class _Gated(nn.Module):
         return self.down_proj(product)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class _Call:
+@dataclass(frozen=True, kw_only=True)
+class _MlpRun:
     """One run of an MLP over a batch: what a tile goes through, in which context, and the dropout after it."""
 
     inside: Callable[[torch.Tensor], torch.Tensor]
@@ -180,7 +192,7 @@ class _KeepInput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, x: torch.Tensor, mask: torch.Tensor | None, *parameters: torch.Tensor
+        ctx: Any, call: _MlpRun, x: torch.Tensor, mask: torch.Tensor | None, *parameters: torch.Tensor
     ) -> torch.Tensor:
         """Keep `x`, (…, D), and the `mask` of the dropout; `parameters` are those of the MLP that train."""
         ctx.call, ctx.parameters = call, parameters
@@ -194,7 +206,7 @@ class _KeepInput(torch.autograd.Function):
         x, mask = ctx.saved_tensors
         _, wants_x, _, *wants_parameters = ctx.needs_input_grad
         parameters = [p for p, wants in zip(ctx.parameters, wants_parameters, strict=True) if wants]
-        sums = _Sums(parameters)
+        sums = _GradientSums(parameters)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_x else None
         for x_tile, mask_tile, grad_y_tile, grad_x_tile in ctx.call.tiles(x, mask, grad_y, grad_x):
             with torch.enable_grad(), ctx.call.context, output_unread(ctx.call.last):
@@ -216,7 +228,9 @@ class _Compute(torch.autograd.Function):
     """The output of an MLP, tile by tile; its gradient goes to `_KeepInput`."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: torch.Tensor, mask: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, call: _MlpRun, x: torch.Tensor, mask: torch.Tensor | None, kept: torch.Tensor
+    ) -> torch.Tensor:
         """The MLP of `x`, (…, D); `kept` is what `_KeepInput` gave."""
         y: torch.Tensor | None = None
         done = 0
@@ -248,7 +262,7 @@ def _draw(x: torch.Tensor, share: float) -> torch.Tensor:
         return nn.functional.dropout(torch.ones_like(x, dtype=dtype), share) != 0
 
 
-class _Sums:
+class _GradientSums:
     """Sums of the parameters' gradients over tiles, in fp32 so that many tiles round no more than one."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:

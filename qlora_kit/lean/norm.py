@@ -1,10 +1,12 @@
 """RMS norms that keep their input as it is for the backward pass, and not a copy of it in fp32.
 
-Shapes: N rows (each normed by itself), D features. With s = 1/√(mean(x²) + ε), n = s x and a scale w:
+    s = 1 / √(mean(x²) + ε),    n = s · x,    y = w · n
+    ∂x = s · (w ∂y − n · mean(w ∂y · n))
 
-    y = w n,    ∂x = s (w ∂y − n mean(w ∂y · n))
+x, y: (N, D), for N rows (each normed by itself) and D features; w: (D,), frozen (1 + weight in Gemma).
 
-The forward pass is transformers' own, on some rows at a time; the backward pass is the line above in fp32.
+Saves the fp32 copy of x, N · D · 4 bytes for each norm; the temporaries in fp32 are there for some rows at a time.
+Exact: the forward pass is transformers' own, and the backward pass is the line above in fp32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,14 @@
 """Packed rows attended example by example: no mask over the row, and no product between one example and another.
 
-Shapes: B rows, H heads, T positions, D features of a head. A segment is an example, or the padding at the end of a
-row. The batch says where the segments are (`data.Collator` with `varlen`):
+    y[a:e] = softmax(q[a:e] k[a:e]ᵀ / √D + causal) v[a:e]        for each segment from a to e
+
+q, k, v, y: (B, H, T, D), for B rows, H heads, T positions and D features of a head. A segment is an example, or the
+padding at the end of a row.
+
+Saves the block-diagonal mask, (B, 1, T, T), and the products that it would set to nothing.
+Exact: what the mask leaves of a row's scores are those within its segments.
+
+The batch says where the segments are (`data.Collator` with `varlen`):
 
     segment_lengths   the tokens of each segment, row after row; numbers, so that nobody waits for the device
     segment_starts    (segments + 1,) int32, where each begins among all B·T positions, and the end

@@ -12,7 +12,7 @@ from qlora_kit.memory.plan import MemoryPlan, plan
 from qlora_kit.tasks.decoding import NOTHING_HELD_OUT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Baseline:
     """Another way to train the same model on the same batch: `recipe` in words, `short` the same for a line.
 
@@ -43,31 +43,31 @@ class Baseline:
 
 BASELINES = (
     Baseline(
-        "lora16",
-        "16-bit LoRA",
-        "bf16 base, AdamW",
-        "LoRA on a base in bf16, AdamW",
-        16,
-        False,
+        name="lora16",
+        title="16-bit LoRA",
+        short="bf16 base, AdamW",
+        recipe="LoRA on a base in bf16, AdamW",
+        bits=16,
+        full=False,
         default=True,
     ),
     Baseline(
-        "full32",
-        "full fine-tuning",
-        "fp32 weights, bf16 autocast, AdamW",
-        "every weight, fp32 under bf16 autocast, AdamW: 16 bytes a parameter",
-        32,
-        True,
+        name="full32",
+        title="full fine-tuning",
+        short="fp32 weights, bf16 autocast, AdamW",
+        recipe="every weight, fp32 under bf16 autocast, AdamW: 16 bytes a parameter",
+        bits=32,
+        full=True,
         autocast=True,
         default=True,
     ),
     Baseline(
-        "full16",
-        "full fine-tuning",
-        "bf16 weights, AdamW",
-        "every weight in bf16, AdamW: 8 bytes a parameter",
-        16,
-        True,
+        name="full16",
+        title="full fine-tuning",
+        short="bf16 weights, AdamW",
+        recipe="every weight in bf16, AdamW: 8 bytes a parameter",
+        bits=16,
+        full=True,
     ),
 )
 

@@ -1,5 +1,8 @@
 """From two shallow models to a deep one of equal layers: each part's peak grows by the same bytes a layer.
 
+    peak(part, L layers) = peak(part, 4) + (L − 4) · (peak(part, 4) − peak(part, 3))
+    peak(L) = the largest peak(part, L)
+
 The parts are kept apart finely enough that within one of them the peak stays at the same place whatever the depth:
 by step and phase, and in the blocks by whether it is the first, the second, the last but one or the last. (In the
 blocks between, the bytes change evenly from one to the next, so the largest is at one of the ends.) Three and four
@@ -71,7 +74,12 @@ def _grow(shallow: Peak, deep: Peak, groups: int) -> Peak:
     if any(n_bytes < 0 for n_bytes in components.values()):
         raise NotEvenError(f"a component of {deep.region} shrinks with depth")
     total = deep.n_bytes + more * (deep.n_bytes - shallow.n_bytes)
-    return Peak(total, deep.region, deep.operation, {name: n for name, n in components.items() if n})
+    return Peak(
+        n_bytes=total,
+        region=deep.region,
+        operation=deep.operation,
+        components={name: n for name, n in components.items() if n},
+    )
 
 
 def _in_order(deep: Mapping[Region, Peak], grown: Mapping[Key, Peak], groups: int, period: int) -> Iterator[Peak]:
@@ -102,8 +110,8 @@ def _passes(one: Region, other: Region, period: int) -> bool:
 
 
 def _at(peak: Peak, block: int) -> Peak:
-    region = Region(peak.region.step, peak.region.phase, block, peak.region.recomputes)
-    return Peak(peak.n_bytes, region, peak.operation, peak.components)
+    region = Region(step=peak.region.step, phase=peak.region.phase, block=block, recomputes=peak.region.recomputes)
+    return Peak(n_bytes=peak.n_bytes, region=region, operation=peak.operation, components=peak.components)
 
 
 def _between(first: Peak, last: Peak, group: int, groups: int, period: int) -> Peak:
@@ -115,4 +123,7 @@ def _between(first: Peak, last: Peak, group: int, groups: int, period: int) -> P
         components[name] = start + (end - start) * (group - 1) // steps
     components = {name: n for name, n in components.items() if n}
     block = group * period + (first.region.block or 0) % period
-    return _at(Peak(sum(components.values()), first.region, first.operation, components), block)
+    return _at(
+        Peak(n_bytes=sum(components.values()), region=first.region, operation=first.operation, components=components),
+        block,
+    )

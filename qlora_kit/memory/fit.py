@@ -43,8 +43,8 @@ class Budget:
     source: str
 
 
-@dataclass(frozen=True)
-class Fitting:
+@dataclass(frozen=True, kw_only=True)
+class LargestRun:
     """The largest run of its kind within the budget; `batch_size` 0 (or `seq_len` 0): none fits.
 
     `at_limit`: the search ended there and not at the budget.
@@ -56,8 +56,8 @@ class Fitting:
     at_limit: bool
 
 
-@dataclass(frozen=True)
-class Change:
+@dataclass(frozen=True, kw_only=True)
+class Saving:
     """Other settings for the same run, planned: `saves_bytes` less on the device than the run has now.
 
     `on`: the run has this switch already, and without it would take so much more.
@@ -72,13 +72,13 @@ class Change:
     on: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """What fits into `budget`: the largest batch of each length, the longest sequence of batch 1."""
 
     budget: Budget
-    batches: tuple[Fitting, ...]
-    longest: Fitting
+    batches: tuple[LargestRun, ...]
+    longest: LargestRun
     n_plans: int
 
 
@@ -223,13 +223,18 @@ def find_fit(planner: Planner, budget: Budget) -> Fit:
     """What fits into `budget`. Raises `UserError`."""
     positions = max_positions(resolve_architecture(planner.config)) or MAX_TOKENS
     own_len = planner.plan().seq_len
-    batches: list[Fitting] = []
+    batches: list[LargestRun] = []
     capacity: int | None = None  # tokens of a batch that just fits
     for seq_len in _lengths(positions, own_len):
         found = _largest_batch(planner, budget, seq_len, batches, capacity)
         batches.append(found)
         capacity = found.batch_size * seq_len + seq_len // 2 if found.batch_size else capacity
-    return Fit(budget, tuple(batches), _longest(planner, budget, batches, positions, capacity), planner.n_plans)
+    return Fit(
+        budget=budget,
+        batches=tuple(batches),
+        longest=_longest(planner, budget, batches, positions, capacity),
+        n_plans=planner.n_plans,
+    )
 
 
 def _lengths(positions: int, own_len: int) -> list[int]:
@@ -239,28 +244,32 @@ def _lengths(positions: int, own_len: int) -> list[int]:
 
 
 def _largest_batch(
-    planner: Planner, budget: Budget, seq_len: int, shorter: list[Fitting], capacity: int | None
-) -> Fitting:
+    planner: Planner, budget: Budget, seq_len: int, shorter: list[LargestRun], capacity: int | None
+) -> LargestRun:
     limit = MAX_BATCH
     if shorter and not shorter[-1].at_limit:
         limit = shorter[-1].batch_size  # a longer one takes no more of them
     guess = None if capacity is None else max(1, capacity // seq_len)
     batch = largest(lambda n: planner.need_bytes(n, seq_len), budget.n_bytes, 0, limit + 1, guess)
     need_bytes = planner.need_bytes(batch, seq_len) if batch else None
-    return Fitting(batch, seq_len, need_bytes, batch == MAX_BATCH)
+    return LargestRun(batch_size=batch, seq_len=seq_len, device_bytes=need_bytes, at_limit=batch == MAX_BATCH)
 
 
-def _longest(planner: Planner, budget: Budget, batches: list[Fitting], positions: int, capacity: int | None) -> Fitting:
+def _longest(
+    planner: Planner, budget: Budget, batches: list[LargestRun], positions: int, capacity: int | None
+) -> LargestRun:
     """The longest sequence of batch 1, between the longest of `batches` that fits and the next."""
     low = max((f.seq_len for f in batches if f.batch_size), default=0)
     high = min((f.seq_len for f in batches if not f.batch_size), default=positions + 1)
     length = largest(lambda n: planner.need_bytes(1, n), budget.n_bytes, max(low, 1), high, capacity)
     if length == 1:  # the shortest example that a run takes has two tokens
-        return Fitting(1, 0, None, False)
-    return Fitting(1, length, planner.need_bytes(1, length), length == positions)
+        return LargestRun(batch_size=1, seq_len=0, device_bytes=None, at_limit=False)
+    return LargestRun(
+        batch_size=1, seq_len=length, device_bytes=planner.need_bytes(1, length), at_limit=length == positions
+    )
 
 
-def savings(planner: Planner, budget: Budget | None) -> tuple[Change, ...]:
+def savings(planner: Planner, budget: Budget | None) -> tuple[Saving, ...]:
     """What other settings would save, the most first, each planned; those that save nothing are left out."""
     now = planner.plan()
     found = []
@@ -272,7 +281,7 @@ def savings(planner: Planner, budget: Budget | None) -> tuple[Change, ...]:
     return _ranked(found)
 
 
-def switched_on(planner: Planner) -> tuple[Change, ...]:
+def switched_on(planner: Planner) -> tuple[Saving, ...]:
     """What the memory-saving switches save that the run has already, the most first, each planned without it."""
     now, config = planner.plan(), planner.config
     found = []
@@ -281,7 +290,17 @@ def switched_on(planner: Planner) -> tuple[Change, ...]:
         more_bytes = without.device_bytes - now.device_bytes
         switch = next(iter(change))
         shown = flags_of({switch: _value_of(config, switch, now)})
-        found.append(Change(shown, change, without.peak_bytes, without.device_bytes, more_bytes, None, on=True))
+        found.append(
+            Saving(
+                flags=shown,
+                settings=change,
+                peak_bytes=without.peak_bytes,
+                device_bytes=without.device_bytes,
+                saves_bytes=more_bytes,
+                fits=None,
+                on=True,
+            )
+        )
     return _ranked(found)
 
 
@@ -294,7 +313,7 @@ def _value_of(config: RunConfig, name: str, now: MemoryPlan) -> Any:
     return now.optim if name == "optim" else value
 
 
-def together(planner: Planner, budget: Budget, ranked: Iterable[Change]) -> Change | None:
+def together(planner: Planner, budget: Budget, ranked: Iterable[Saving]) -> Saving | None:
     """The first of `ranked` that fit when joined, one after the other; None where all of them do not."""
     now, joined = planner.plan(), dict[str, Any]()
     for change in ranked:
@@ -305,15 +324,22 @@ def together(planner: Planner, budget: Budget, ranked: Iterable[Change]) -> Chan
     return None
 
 
-def _ranked(changes: Iterable[Change]) -> tuple[Change, ...]:
+def _ranked(changes: Iterable[Saving]) -> tuple[Saving, ...]:
     return tuple(sorted((c for c in changes if c.saves_bytes > 0), key=lambda c: -c.saves_bytes))
 
 
-def _changed(planner: Planner, now: MemoryPlan, change: Settings, budget: Budget | None) -> Change:
+def _changed(planner: Planner, now: MemoryPlan, change: Settings, budget: Budget | None) -> Saving:
     then = planner.plan(**change)
     fits = None if budget is None else then.device_bytes <= budget.n_bytes
     saves_bytes = now.device_bytes - then.device_bytes
-    return Change(flags_of(change), change, then.peak_bytes, then.device_bytes, saves_bytes, fits)
+    return Saving(
+        flags=flags_of(change),
+        settings=change,
+        peak_bytes=then.peak_bytes,
+        device_bytes=then.device_bytes,
+        saves_bytes=saves_bytes,
+        fits=fits,
+    )
 
 
 def flags_of(change: Settings) -> str:

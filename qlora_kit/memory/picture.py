@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import UserError
 from qlora_kit.memory.fit import Budget
-from qlora_kit.memory.plan import MemoryPlan, Point
+from qlora_kit.memory.plan import MemoryPlan, MemoryPoint
 from qlora_kit.memory.report import NOT_VALIDATED, PlanReport, default_ones, method, operation_name, title
 from qlora_kit.memory.track import CATEGORIES
 from qlora_kit.system.files import write_bytes
@@ -47,7 +47,7 @@ LEGEND_COLUMNS = 5
 PHASE_WIDTH = 0.22  # of a part without blocks, as a share of the width of all blocks of a pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bar:
     """One bar: what it is called, its components in bytes, and what lies beside them."""
 
@@ -65,7 +65,7 @@ class Bar:
 class Part:
     """A stretch of the step in the right half: where it begins and ends, in widths of a block."""
 
-    point: Point
+    point: MemoryPoint
     left: float
     right: float
 
@@ -180,7 +180,7 @@ def _bars(report: PlanReport) -> list[Bar]:
 
 
 def _bar(name: str, note: str, plan: MemoryPlan) -> Bar:
-    return Bar(name, note, plan.components, plan.beside_bytes)
+    return Bar(name=name, note=note, components=plan.components, beside_bytes=plan.beside_bytes)
 
 
 def _label_part(axes: Axes, x: float, y: float, name: str, value: str) -> None:
@@ -221,13 +221,13 @@ def _draw_step(axes: Axes, plan: MemoryPlan) -> list[str]:
     return names
 
 
-def in_step_order(series: Sequence[Point]) -> list[Point]:
+def in_step_order(series: Sequence[MemoryPoint]) -> list[MemoryPoint]:
     """The most of each block and each phase, in the order of the step.
 
     A pass is outside its blocks both before and after them, and the plan has the larger moment of the two: it goes
     to the end that it resembles.
     """
-    ordered: list[Point] = []
+    ordered: list[MemoryPoint] = []
     for phase in dict.fromkeys(point.phase for point in series):
         points = [point for point in series if point.phase == phase]
         blocks = list(dict.fromkeys(point.block for point in points if point.block is not None))
@@ -239,18 +239,18 @@ def in_step_order(series: Sequence[Point]) -> list[Point]:
     return ordered
 
 
-def _live(point: Point) -> int:
+def _live(point: MemoryPoint) -> int:
     return point.live_bytes
 
 
-def _resembles(point: Point, one: Point, other: Point) -> bool:
+def _resembles(point: MemoryPoint, one: MemoryPoint, other: MemoryPoint) -> bool:
     """Whether what is kept at `point` is more like that at `one` than at `other`."""
     kept = ("checkpoints", "gradients")
     near, far = (sum(abs(p.components[name] - point.components[name]) for name in kept) for p in (one, other))
     return near < far
 
 
-def _parts(points: Sequence[Point]) -> Iterable[Part]:
+def _parts(points: Sequence[MemoryPoint]) -> Iterable[Part]:
     blocks = len({point.block for point in points if point.block is not None})
     left = 0.0
     for point in points:
@@ -282,7 +282,7 @@ def _spans(parts: Sequence[Part]) -> Iterable[tuple[str, float, float]]:
             begun = None
 
 
-def _span_name(point: Point, parts: Sequence[Part]) -> str:
+def _span_name(point: MemoryPoint, parts: Sequence[Part]) -> str:
     blocks = [p.point.block for p in parts if p.point.phase == point.phase and p.point.block is not None]
     if not blocks:
         return {"idle": "before"}.get(point.phase, point.phase.replace(" ", "\n"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import unquantized
-from qlora_kit.config.settings import RunConfig
+from qlora_kit.config.settings import DEFAULT_SEQ_LEN, RunConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.memory import rules, stages
 from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
@@ -21,6 +21,7 @@ from qlora_kit.memory.simulate import STEPS, Recipe, Record, resolve_cuda_optim,
 from qlora_kit.memory.stages import AnswerBatch, Occasion, Stage
 from qlora_kit.memory.track import CATEGORIES, Peak, peaks_by_region
 from qlora_kit.model import architectures, source
+from qlora_kit.model.blocks import find_blocks
 from qlora_kit.model.task_models import task_of
 from qlora_kit.optim.adversarial import passes_of
 from qlora_kit.system.progress import LOADING, STEP
@@ -29,7 +30,6 @@ from qlora_kit.tasks.decoding import NOTHING_HELD_OUT, HeldOut
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DEFAULT_TOKENS = 1024  # an example's, where neither the settings nor the model's positions say less
 MODEL_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 """What the code of an architecture raises where it needs values, or where an operator has no kernel on `meta`."""
 
@@ -44,8 +44,8 @@ class CannotPlanError(UserError):
         super().__init__([Fault("--model", model, rule, remedy)])
 
 
-@dataclass(frozen=True)
-class Point:
+@dataclass(frozen=True, kw_only=True)
+class MemoryPoint:
     """The most live bytes in one part of the step; `components` sums to `live_bytes`."""
 
     step: int
@@ -57,7 +57,7 @@ class Point:
     components: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """The predicted memory of a run on a GPU; all sizes are bytes.
 
@@ -79,8 +79,8 @@ class MemoryPlan:
     components: dict[str, int]
     extras: tuple[rules.Extra, ...]
     host_bytes: int
-    phases: dict[str, Point]
-    series: tuple[Point, ...]
+    phases: dict[str, MemoryPoint]
+    series: tuple[MemoryPoint, ...]
     n_parameters: int
     n_trainable: int
     layers: int
@@ -154,7 +154,7 @@ def plan(
         try:
             found, unplanned = _run(config, recipe, architecture, exact, occasions), ""
         except MODEL_FAILURES as error:  # the step itself may do all the same
-            found, occasions, unplanned = _run(config, recipe, architecture, exact, ()), (), _first_line(error)
+            found, occasions, unplanned = _run(config, recipe, architecture, exact, ()), (), source.first_line(error)
     return _plan_of(config, recipe, architecture, *found, gpu, occasions, unplanned, room_bytes)
 
 
@@ -164,15 +164,11 @@ def failures_named(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except MODEL_FAILURES as error:
-        raise CannotPlanError(config.base.model, _first_line(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CannotPlanError(config.base.model, source.first_line(error)) from error
 
 
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
-    """The architecture to plan: of a known name without any download, else as `base.load_model_config` finds it."""
+    """The architecture to plan: of a known name without any download, else as `source.load_model_config` finds it."""
     model = config.base.model
     if model.lower() in architectures.ARCHITECTURES and not Path(model).exists():
         return source.with_labels(architectures.named_config(model), config.base)
@@ -184,7 +180,7 @@ def resolve_tokens(config: RunConfig, architecture: PretrainedConfig) -> int:
     positions = source.max_positions(architecture)
     wanted = config.data.seq_len
     if wanted is None:
-        return min(positions or DEFAULT_TOKENS, DEFAULT_TOKENS)
+        return min(positions or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
     if positions is not None and wanted > positions:
         rule = f"is more than the model's {positions} positions"
         raise UserError.of("--seq-len", wanted, rule, f"Give at most {positions}.")
@@ -207,8 +203,6 @@ def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
 
     Layers that choose what they run (experts) count as never equal.
     """
-    from qlora_kit.memory.watch import find_blocks
-
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if any(getattr(architecture, name, None) for name in experts) or architecture.is_encoder_decoder:
         return None
@@ -320,7 +314,7 @@ def _plan_of(
     )
 
 
-def _occasional(occasions: Iterable[Occasion], points: Iterable[Point]) -> Iterator[tuple[Occasion, Stage]]:
+def _occasional(occasions: Iterable[Occasion], points: Iterable[MemoryPoint]) -> Iterator[tuple[Occasion, Stage]]:
     """The highest moment of each occasion; they follow the steps."""
     begin = STEPS + 1
     for occasion in occasions:
@@ -329,23 +323,29 @@ def _occasional(occasions: Iterable[Occasion], points: Iterable[Point]) -> Itera
         begin += occasion.passes
 
 
-def _stage(point: Point, what: str) -> Stage:
+def _stage(point: MemoryPoint, what: str) -> Stage:
     return Stage(point.live_bytes, what, point.operation, point.components)
 
 
-def _point(peak: Peak, library_bytes: int) -> Point:
+def _point(peak: Peak, library_bytes: int) -> MemoryPoint:
     """A peak with the libraries' workspaces, which stay from the first matrix product on."""
     region = peak.region
     added = 0 if region.phase == "load" else library_bytes
     components = {name: peak.components.get(name, 0) for name in CATEGORIES}
     components["workspaces"] += added
-    return Point(
-        region.step, region.phase, region.block, region.recomputes, peak.n_bytes + added, peak.operation, components
+    return MemoryPoint(
+        step=region.step,
+        phase=region.phase,
+        block=region.block,
+        recomputes=region.recomputes,
+        live_bytes=peak.n_bytes + added,
+        operation=peak.operation,
+        components=components,
     )
 
 
-def _by_phase(points: Iterable[Point]) -> dict[str, Point]:
-    best: dict[str, Point] = {}
+def _by_phase(points: Iterable[MemoryPoint]) -> dict[str, MemoryPoint]:
+    best: dict[str, MemoryPoint] = {}
     for point in points:
         if point.phase not in best or point.live_bytes > best[point.phase].live_bytes:
             best[point.phase] = point

@@ -15,7 +15,7 @@ from rich.text import Text
 from qlora_kit.config.settings import VARIANTS, RunConfig
 from qlora_kit.memory import rules
 from qlora_kit.memory.baselines import Baseline
-from qlora_kit.memory.fit import Budget, Change, Fit, Fitting
+from qlora_kit.memory.fit import Budget, Fit, LargestRun, Saving
 from qlora_kit.memory.plan import MemoryPlan
 from qlora_kit.system import files
 from qlora_kit.system.progress import PHASES, human_bytes
@@ -33,7 +33,7 @@ PHASES_IN_WORDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compared:
     """Another way to run the same, and its plan. `default`: what a user would otherwise run."""
 
@@ -51,7 +51,7 @@ class Compared:
         return self.plan.peak_bytes / plan.peak_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanReport:
     """All that `qlora-kit plan` has found out about a run. `savings` and `together` are there where it was asked."""
 
@@ -61,9 +61,9 @@ class PlanReport:
     budget: Budget | None = None
     compared: tuple[Compared, ...] = ()
     fit: Fit | None = None
-    savings: tuple[Change, ...] = ()
-    together: Change | None = None
-    switched_on: tuple[Change, ...] = ()
+    savings: tuple[Saving, ...] = ()
+    together: Saving | None = None
+    switched_on: tuple[Saving, ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -101,7 +101,7 @@ def _compared_dict(compared: Compared, plan: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def _change_dict(change: Change) -> dict[str, Any]:
+def _change_dict(change: Saving) -> dict[str, Any]:
     return {**dataclasses.asdict(change), "settings": dict(change.settings)}
 
 
@@ -304,7 +304,7 @@ def say_savings(report: PlanReport, console: Console) -> None:
         console.print(table)
 
 
-def _add_change(table: Table, change: Change) -> None:
+def _add_change(table: Table, change: Saving) -> None:
     fits = {None: "", True: "yes", False: "no"}[change.fits]
     table.add_row(change.flags, human_bytes(change.saves_bytes), human_bytes(change.device_bytes), fits)
 
@@ -322,15 +322,15 @@ def say_fit(report: PlanReport, console: Console) -> None:
     console.print(f"Longest sequence of batch 1: {_longest(fit.longest)}")
 
 
-def _batch(found: Fitting) -> str:
+def _batch(found: LargestRun) -> str:
     return f"{found.batch_size}{' or more' if found.at_limit else ''}" if found.batch_size else "none"
 
 
-def _need(found: Fitting) -> str:
+def _need(found: LargestRun) -> str:
     return "" if found.device_bytes is None else human_bytes(found.device_bytes)
 
 
-def _longest(found: Fitting) -> str:
+def _longest(found: LargestRun) -> str:
     if not found.seq_len:
         return "none, not even two tokens fit."
     end = ", all that the model has positions for" if found.at_limit else ""

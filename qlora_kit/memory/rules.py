@@ -1,5 +1,8 @@
 """What no tracker sees, each as a small named rule: kernels' buffers, libraries' workspaces, the allocator, the driver.
 
+    needed on the device = peak + context + max(20 MiB, 3 % of the peak)
+    in the peak          = tensors + 2 · cuBLAS workspace + the buffers of the kernel that runs
+
 Every rule says its basis: "source" (read in the code of the library named), "measured" (by us, on which device),
 or "estimate". All sizes are bytes.
 """
@@ -31,7 +34,7 @@ class Gpu:
     capability: tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extra:
     """Bytes beside those that torch counts as allocated.
 
@@ -154,10 +157,20 @@ def extras(peak_bytes: int, paged_bytes: int, host_bytes: int, capability: tuple
     pool = "source: our own pool allots them, in whole MiB for each checkpoint; they never leave the host"
     managed = "source: bitsandbytes keeps them in managed memory, which moves to the host when the GPU is full"
     return (
-        Extra("CUDA context", context_bytes(capability), True, "estimate by compute capability"),
-        Extra("fragmentation", fragmentation_bytes(peak_bytes), True, "estimate: 3 %, at least 20 MiB"),
-        Extra("paged optimizer states", paged_bytes, False, managed, moves=True),
-        Extra("checkpoints on the host (pinned)", host_bytes, False, pool),
+        Extra(
+            name="CUDA context",
+            n_bytes=context_bytes(capability),
+            on_device=True,
+            basis="estimate by compute capability",
+        ),
+        Extra(
+            name="fragmentation",
+            n_bytes=fragmentation_bytes(peak_bytes),
+            on_device=True,
+            basis="estimate: 3 %, at least 20 MiB",
+        ),
+        Extra(name="paged optimizer states", n_bytes=paged_bytes, on_device=False, basis=managed, moves=True),
+        Extra(name="checkpoints on the host (pinned)", n_bytes=host_bytes, on_device=False, basis=pool),
     )
 
 

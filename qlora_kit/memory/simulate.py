@@ -17,6 +17,7 @@ import torch
 
 from qlora_kit.build import build_model
 from qlora_kit.config.settings import RunConfig
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.lean import flat, offload
 from qlora_kit.memory import kernels, loading, rules
 from qlora_kit.memory.autocast import MetaAutocast
@@ -136,7 +137,7 @@ def run_step(
 
     `autocast(recomputes)` gives the context of a forward pass, and of a backward pass, which may recompute one.
     """
-    n_items = sum((batch["labels"] != -100).sum() for batch in batches)
+    n_items = sum((batch["labels"] != IGNORED).sum() for batch in batches)
     adversary, penalty = getattr(model, "adversary", None), getattr(model, "rank_penalty", None)
     for batch in batches:
         run = functools.partial(_forward_and_backward, model, batch, n_items, autocast)

@@ -49,7 +49,7 @@ BORN_AS = {
 StandIn = Callable[..., Any]  # runs in the place of an operator: (tracker, func, args, kwargs) -> its result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Region:
     """A part of the run: which optimizer step (0 is before the first), which phase of it, which block."""
 
@@ -84,7 +84,7 @@ class Event:
     region: Region
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Peak:
     """The most bytes alive at one moment, where that was, and what they were; `components` sums to `n_bytes`."""
 
@@ -113,7 +113,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         self.device_type = device_type
         self.block_bytes = block_bytes
         self.stand_ins = dict(stand_ins or {})
-        self.region = Region(0, "load")
+        self.region = Region(step=0, phase="load")
         self.events: list[Event] = []
         self.live_bytes = 0
         self.layers_running = 0  # layers of blocks whose forward pass is under way
@@ -135,7 +135,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
     def enter(self, phase: str, block: int | None = None) -> None:
         """Say which phase, and which block in it, what follows belongs to."""
-        self.region = Region(self.region.step, phase, block)
+        self.region = Region(step=self.region.step, phase=phase, block=block)
 
     def mark(self) -> None:
         """Note how much lives now, so that this part of the step is there even if nothing changes in it."""
@@ -145,11 +145,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         """In the backward pass, gradients are on, or a layer runs, only where a block is recomputed."""
         recomputes = self.layers_running > 0 or torch.is_grad_enabled()
         if recomputes != self.region.recomputes:
-            self.region = Region(self.region.step, "backward", self.region.block, recomputes)
+            self.region = Region(
+                step=self.region.step, phase="backward", block=self.region.block, recomputes=recomputes
+            )
 
     def begin_step(self) -> None:
         """Say that the next optimizer step begins."""
-        self.region = Region(self.region.step + 1, "idle")
+        self.region = Region(step=self.region.step + 1, phase="idle")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -234,7 +236,7 @@ def peaks_by_region(events: Iterable[Event]) -> dict[Region, Peak]:
     wanted = {index for _, index, _ in best.values()}
     composition = dict(_compositions(events, wanted))
     return {
-        region: Peak(n_bytes, region, operation, composition.get(index, {}))
+        region: Peak(n_bytes=n_bytes, region=region, operation=operation, components=composition.get(index, {}))
         for region, (n_bytes, index, operation) in best.items()
     }
 
@@ -251,4 +253,6 @@ def _compositions(events: list[Event], wanted: set[int]) -> Iterator[tuple[int, 
 def overall_peak(events: Iterable[Event]) -> Peak:
     """The moment with the most live bytes of all; zero bytes where there was no event."""
     peaks = peaks_by_region(events).values()
-    return max(peaks, key=lambda peak: peak.n_bytes, default=Peak(0, Region(0, "load"), ""))
+    return max(
+        peaks, key=lambda peak: peak.n_bytes, default=Peak(n_bytes=0, region=Region(step=0, phase="load"), operation="")
+    )

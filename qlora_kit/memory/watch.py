@@ -15,6 +15,7 @@ from torch import nn
 
 from qlora_kit.lean.loss import ChunkedLoss
 from qlora_kit.memory.track import MemoryTracker
+from qlora_kit.model.blocks import find_blocks
 from qlora_kit.model.heads import TaskLoss
 
 LOSSES = (ChunkedLoss, ModulesToSaveWrapper, TaskLoss)  # the loss of a batch begins with any of these
@@ -67,18 +68,6 @@ def _quantization_tensors(module: nn.Module, parameter: Any) -> Iterator[torch.T
         scales = getattr(holder, "SCB", None)
         if isinstance(scales, torch.Tensor):
             yield scales
-
-
-def find_blocks(model: Any) -> list[nn.Module]:
-    """The transformer blocks in their order: the longest list of modules, of those that transformers can checkpoint.
-
-    Empty where the model has none; older architectures have a list that cannot be checkpointed.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    blocks = [m for m in lists if all(isinstance(b, GradientCheckpointingLayer) for b in m)]
-    return max(blocks or lists, key=len, default=[])
 
 
 def _hooks(tracker: MemoryTracker, model: Any) -> Iterator[Any]:

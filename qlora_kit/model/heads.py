@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_kit.data.encode import IGNORED
 from qlora_kit.model.seeding import drawn_by
 from qlora_kit.model.task_models import TaskModel
 
@@ -78,7 +79,7 @@ class TaskLoss(nn.Module):
         """The summed loss over `n_items`, by default the labels of the batch."""
         assert self.task.loss is not None, "only tasks with a loss of ours"
         logits = self.task.logits(outputs, attention_mask)
-        n_items = (labels != -100).sum() if n_items is None else n_items
+        n_items = (labels != IGNORED).sum() if n_items is None else n_items
         weights = None if self.weights is None else self.weights.to(logits.device)
         return self.task.loss(logits, labels, n_items, weights)
 

@@ -42,8 +42,8 @@ def load_base(
     Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `dtype`, unset that of
     `compute_dtype` (another is for the release of a run that was made on another kind of device). A head that the
     task puts on is fp32, drawn by `seed` where the files have none for these labels, and meant to be trained (see
-    `new_head`). On the `meta`
-    device the model has the same structure but no values, whatever `config.weights` says: for the planner.
+    `heads`). On the `meta` device the model has the same structure but no values, whatever `config.weights` says: for
+    the planner.
     `architecture` overrides the one that `config` names (which must be None for pretrained weights).
     With `embedding_on_host` the input embedding is a `HostEmbedding`, where the model allows it: it lies in the host's
     memory from the first, and what `device` has of it at any time is little beside the rest of the model.
@@ -171,20 +171,7 @@ def _load_pretrained(
     heads = planned_heads(architecture, task) if seed is not None else []
     short_before = _times_short(device)
     try:
-        with nullcontext() if on_host is None else _left_where_loaded():
-            model, loaded = transformers_class(task).from_pretrained(
-                model_source(config),
-                config=architecture,
-                revision=config.revision,
-                dtype="auto" if dtype is None else dtype,
-                quantization_config=None if dtype is None else quantization(config, dtype, heads),
-                ignore_mismatched_sizes=bool(heads),  # another number of labels; what else differs is told below
-                device_map=placement(device, on_host),
-                use_safetensors=True,
-                trust_remote_code=config.trust_remote_code,
-                key_mapping=base_renaming(task, architecture),
-                output_loading_info=True,
-            )
+        model, loaded = _from_files(architecture, config, task, heads, dtype, placement(device, on_host))
     except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
         if "out of memory" in str(error):
             raise
@@ -203,6 +190,32 @@ def _load_pretrained(
     if seed is not None and any(is_in_head(name, heads) for name in lacking):
         draw(model, heads, seed)  # all of it, so that no part of it depends on what else was drawn
     return model
+
+
+def _from_files(
+    architecture: PretrainedConfig,
+    config: BaseConfig,
+    task: str,
+    heads: list[str],
+    dtype: torch.dtype | None,
+    places: dict[str, str | torch.device],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as transformers reads it, and what that says of the weights it missed."""
+    with nullcontext() if len(places) == 1 else _left_where_loaded():
+        model, loaded = transformers_class(task).from_pretrained(
+            model_source(config),
+            config=architecture,
+            revision=config.revision,
+            dtype="auto" if dtype is None else dtype,
+            quantization_config=None if dtype is None else quantization(config, dtype, heads),
+            ignore_mismatched_sizes=bool(heads),  # another number of labels; what else differs is told by the caller
+            device_map=places,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            key_mapping=base_renaming(task, architecture),
+            output_loading_info=True,
+        )
+    return model, loaded
 
 
 def _times_short(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Linear layers held in 4 or 8 bits, and how many parameters a model has."""
+"""Linear layers held in 4 or 8 bits, the weights that they compute with, and how many parameters a model has."""
 
 from __future__ import annotations
 
@@ -75,6 +75,26 @@ def keep_weights_plain(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def dense_weight(layer: Any) -> torch.Tensor:
+    """The weight (out × in) of a linear layer in 4, 8, 16 or 32 bits, of transformers' `Conv1D` too.
+
+    A quantized one comes in the dtype that bitsandbytes dequantizes it to; any other shares memory with the layer's.
+    """
+    from bitsandbytes import functional
+    from transformers.pytorch_utils import Conv1D
+
+    weight = layer.weight
+    if hasattr(weight, "quant_state"):
+        dense: torch.Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+        return dense
+    if hasattr(weight, "SCB"):  # the scales move from the weight to the layer when it first runs
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        values: torch.Tensor = functional.int8_vectorwise_dequant(weight.data, scales)
+        return values
+    plain: torch.Tensor = weight.detach()
+    return plain.T if isinstance(layer, Conv1D) else plain
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

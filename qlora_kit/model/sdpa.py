@@ -34,8 +34,8 @@ GROUPED_EFFICIENT_TORCH = (2, 14)
 Capability = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
     """A call of torch's attention, as far as the choice of the kernel depends on it.
 
     `grouped`: fewer heads have keys than have queries. `square`: as many keys as queries, or not causal.
@@ -53,9 +53,9 @@ class Call:
 
 def call_of(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, masked: bool, causal: bool, dropout: float
-) -> Call:
+) -> AttentionCall:
     """The call with these tensors, (B, H, T, D) each."""
-    return Call(
+    return AttentionCall(
         dtype=query.dtype,
         width=query.shape[-1],
         value_width=value.shape[-1],
@@ -67,7 +67,7 @@ def call_of(
     )
 
 
-def kernel_of(call: Call, capability: Capability) -> str:
+def kernel_of(call: AttentionCall, capability: Capability) -> str:
     """The kernel that torch takes for `call` on a GPU of `capability`: `FLASH`, `EFFICIENT`, or `MATH` with its scores.
 
     Where cuDNN's attention comes first (Hopper), it takes the calls that flash attention would. Source: torch 2.8 to
@@ -78,19 +78,19 @@ def kernel_of(call: Call, capability: Capability) -> str:
     return EFFICIENT if _fits_efficient(call, capability) else MATH
 
 
-def _fits_flash(call: Call, capability: Capability) -> bool:
+def _fits_flash(call: AttentionCall, capability: Capability) -> bool:
     if capability < FLASH_CAPABILITY or call.dtype not in FLASH_DTYPES or call.masked or not call.square:
         return False
     return call.width == call.value_width <= FLASH_MAX_WIDTH and _has_flash_backward(call, capability)
 
 
-def _has_flash_backward(call: Call, capability: Capability) -> bool:
+def _has_flash_backward(call: AttentionCall, capability: Capability) -> bool:
     if not call.trains or not any(low <= capability <= high for low, high in NARROW_CAPABILITIES):
         return True
     return call.width <= 192 or (call.width > 224 and not call.dropout)
 
 
-def _fits_efficient(call: Call, capability: Capability) -> bool:
+def _fits_efficient(call: AttentionCall, capability: Capability) -> bool:
     if call.grouped and _torch_version() < GROUPED_EFFICIENT_TORCH:
         return False
     if call.dtype == torch.bfloat16 and capability < FLASH_CAPABILITY:

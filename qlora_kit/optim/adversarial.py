@@ -1,12 +1,14 @@
 """Adversarial training: each batch a second time, its embeddings moved to where the loss grows.
 
-    L(x) + L(x + δ),   ‖δ‖ ≤ ε for each example, over all its tokens and features
+    L(x) + L(x + δ),    ‖δ‖ ≤ ε
+    FGM:  δ = ε · g / ‖g‖                                  g = ∂L/∂x
+    PGD:  δ ← project(δ + α · g / ‖g‖, ε), some times      g at x + δ
 
-FGM takes one step along the gradient, δ = ε·g/‖g‖ (Miyato, Dai and Goodfellow, arXiv 1605.07725, eq. 5); PGD some
-shorter ones, each from where the last one led and back into the ball of radius ε (Madry et al., arXiv 1706.06083).
-A step takes two forward and backward passes (FGM), or one more than PGD has steps; and memory for δ, the embeddings
-and their gradient, of B × T × D each (B examples of T tokens, D features), and as an accumulated batch does, for the
-gradients of the first pass during the last.
+x, δ, g: (B, T, D) embeddings, for B examples of T tokens and D features; the norms are of each example.
+
+FGM is Miyato, Dai and Goodfellow, arXiv 1605.07725, eq. 5; PGD Madry et al., arXiv 1706.06083. A step takes two forward
+and backward passes (FGM), or one more than PGD has steps; and memory for δ, the embeddings and their gradient, and as
+an accumulated batch does, for the gradients of the first pass during the last.
 """
 
 from __future__ import annotations

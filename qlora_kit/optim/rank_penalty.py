@@ -1,9 +1,14 @@
-"""A penalty on the rank of what the factors change: λ · Σ ‖s·B·A‖⁎, the sum of the singular values of every change.
+"""A penalty on the rank of what the factors change.
+
+    λ · Σ ‖s·B·A‖⁎                                        over the layers; ‖·‖⁎ is the sum of the singular values
+    B = Q_B R_B,  Aᵀ = Q_A R_A,  R_B R_Aᵀ = U Σ Vᵀ        so ‖B·A‖⁎ = Σ σ_i, from an r × r matrix
+
+B: (N, r), A: (r, K), s the scaling; R_B, R_A: (r, r).
 
 The nuclear norm is the convex stand-in for the rank (Fazel, Hindi and Boyd, 2001, "A rank minimization heuristic with
-application to minimum order system approximation"; Recht, Fazel and Parrilo, arXiv 0706.4138). It is taken by QR
-decompositions of the factors and the SVD of an r × r matrix: the change itself, N × K, is never formed. That costs a
-few products of N × r and r × K a layer and a step, and memory for the decompositions of one layer at a time.
+application to minimum order system approximation"; Recht, Fazel and Parrilo, arXiv 0706.4138). The change itself,
+(N, K), is never formed: the penalty costs a few products of N × r and r × K a layer and a step, and memory for the
+decompositions of one layer at a time.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 """AdamW that trains bf16 parameters as if they were fp32.
 
+    fp32 bits of w = (bf16 bits of value << 16) + remainder        w, value: (N,); remainder: (N,) int16
+    w ← AdamW(w, ∂w, m, v);    value, remainder ← w                m, v: (N,) fp32
+
 torch's AdamW keeps its moments in the dtype of the parameters. In bf16, 0.999 times a second moment rounds back to the
 same number: after one large gradient it never falls again, and the parameter hardly moves any more. And an update of
 less than 1/512 of a parameter is rounded away.
 
 Here the moments are fp32, and so are the parameters: the bf16 tensor holds the upper half of each number, rounded, and
-a state of 16 bits (`remainder`) what the rounding took. Both together are the fp32 number, bit for bit. For a parameter
-that is 14 bytes with its gradient and states, where fp32 ones take 16, and bf16 ones with moments in bf16 take 8.
+`remainder` what the rounding took. Both together are the fp32 number, bit for bit. For a parameter that is 14 bytes
+with its gradient and states, where fp32 ones take 16, and bf16 ones with moments in bf16 take 8.
 """
 
 from __future__ import annotations

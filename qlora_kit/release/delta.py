@@ -1,7 +1,11 @@
-"""The merged weight in fp32: W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, or with DoRA m · (W + s·B·A) / ‖W + s·B·A‖, row by row.
+"""The merged weight in fp32, row by row.
 
-W is the base as the adapter saw it, out × in. Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732),
-DoRA (2402.09353, eq. 5), each as PEFT's forward computes it.
+    W′ = W + Σᵢ wᵢ · sᵢ · Bᵢ · Aᵢ                       over the adapters
+    W′ = m · (W + s·B·A) / ‖W + s·B·A‖                  with DoRA; the norm is that of each row
+
+W, W′: (out, in), W the base as the adapter saw it; B: (out, r), A: (r, in); m: (out,); s = α/r or α/√r; w the weight of
+an adapter in the merge.
+Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353, eq. 5), each as PEFT's forward computes it.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Change:
+@dataclass(frozen=True, kw_only=True)
+class LowRankChange:
     """One adapter's change of one weight of `rows` × `columns`: scale · left · right, in fp32.
 
     With DoRA `magnitude` (rows) is set; such an adapter is merged alone and with weight 1.
@@ -29,17 +33,17 @@ class Change:
     magnitude: torch.Tensor | None = None
 
 
-def read_change(adapter: Adapter, factor: Factor) -> Change:
+def read_change(adapter: Adapter, factor: Factor) -> LowRankChange:
     """The change of `factor`, its tensors read from the adapter's file."""
     a, b = adapter.read(factor.a), adapter.read(factor.b)
     if factor.embedding:  # W is vocabulary × hidden, and B·A hidden × vocabulary
-        return Change(a.T.contiguous(), b.T.contiguous(), factor.scaling * adapter.weight)
+        return LowRankChange(left=a.T.contiguous(), right=b.T.contiguous(), scale=factor.scaling * adapter.weight)
     if factor.magnitude is None:
-        return Change(b, a, factor.scaling * adapter.weight)
-    return Change(b, a, factor.scaling, adapter.read(factor.magnitude))
+        return LowRankChange(left=b, right=a, scale=factor.scaling * adapter.weight)
+    return LowRankChange(left=b, right=a, scale=factor.scaling, magnitude=adapter.read(factor.magnitude))
 
 
-def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[Change]) -> torch.Tensor:
+def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[LowRankChange]) -> torch.Tensor:
     """The rows `rows` of the merged weight, from those of the base (`seen`, fp32), which stay as they are."""
     import torch
 
@@ -52,7 +56,7 @@ def merged_rows(seen: torch.Tensor, rows: slice, changes: Sequence[Change]) -> t
     return merged
 
 
-def _dora_rows(seen: torch.Tensor, rows: slice, change: Change) -> torch.Tensor:
+def _dora_rows(seen: torch.Tensor, rows: slice, change: LowRankChange) -> torch.Tensor:
     """Rows of the weight whose directions are those of W + s·B·A and whose lengths are the trained magnitudes."""
     import torch
 

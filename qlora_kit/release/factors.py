@@ -47,7 +47,7 @@ REMEDY = "Save or fetch it again."
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Factor:
     """One adapter's low-rank change of a module's weight: the names of its tensors, and s = alpha / r or alpha / √r."""
 
@@ -60,7 +60,7 @@ class Factor:
     embedding: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """An adapter: where it lies (as the user said), its share in the merge, its settings and tensors."""
 
@@ -109,7 +109,15 @@ def open_adapter(given: str, weight: float = 1.0) -> Adapter:
     except (BadFileError, OSError) as error:
         raise UserError.of(SETTING, given, f"cannot be read ({error})", "Save or fetch it again.") from None
     factors, whole = _sorted_out(given, settings, checkpoint)
-    adapter = Adapter(given, folder, weight, settings, checkpoint, factors, whole)
+    adapter = Adapter(
+        given=given,
+        folder=folder,
+        weight=weight,
+        settings=settings,
+        checkpoint=checkpoint,
+        factors=factors,
+        whole=whole,
+    )
     _check_values(adapter)
     return adapter
 
@@ -249,7 +257,15 @@ def _factor(
     alpha = float(_by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", DEFAULT_ALPHA)))
     scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     embedding = a.endswith("lora_embedding_A")
-    return Factor(module, a, b, scaling, parts.get("lora_magnitude_vector"), parts.get("lora_B.bias"), embedding)
+    return Factor(
+        module=module,
+        a=a,
+        b=b,
+        scaling=scaling,
+        magnitude=parts.get("lora_magnitude_vector"),
+        bias=parts.get("lora_B.bias"),
+        embedding=embedding,
+    )
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:

@@ -1,7 +1,7 @@
 """Which tensor of the base's files is which weight of the model, and how the adapter saw it.
 
-The model is built on `meta` by `base.load_base`, so that what is quantized, what is a `Conv1D` and what is tied is read
-off the same structure that trained. The names are matched by transformers' own rules for loading.
+The model is built on `meta` by `model.load.load_base`, so that what is quantized, what is a `Conv1D` and what is tied
+is read off the same structure that trained. The names are matched by transformers' own rules for loading.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BASE_SETTING = "--base"
 OTHER_ARCHITECTURE = "Give the base that it was trained on."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weight:
     """A parameter of the live model as the adapter saw it."""
 
@@ -41,8 +41,8 @@ class Weight:
     linear: bool = False
 
 
-@dataclass(frozen=True)
-class Layout:
+@dataclass(frozen=True, kw_only=True)
+class ModelLayout:
     """The base's files seen as the live model's weights."""
 
     weights: Mapping[str, Weight]  # by their names in the model
@@ -62,7 +62,7 @@ class Layout:
         return {file: self.weights[live] for live, file in self.file_names.items()}
 
 
-def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) -> Layout:
+def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) -> ModelLayout:
     """Match the tensors of `checkpoint` with the model that `config` describes, loaded in `dtype`.
 
     Raises `UserError` where a weight is missing or has another shape.
@@ -78,7 +78,15 @@ def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) 
     needed = {name: weight for name, weight in weights.items() if not _may_lack(model, name)}
     _check_complete(config, weights, needed, file_names, converted, tied, checkpoint)
     modules = {name.rpartition(".")[0]: name for name in weights if name.endswith(".weight")}
-    return Layout(weights, file_names, converted, unknown, tied, modules, _vocabulary(model))
+    return ModelLayout(
+        weights=weights,
+        file_names=file_names,
+        converted=converted,
+        unknown=unknown,
+        tied=tied,
+        modules=modules,
+        vocabulary=_vocabulary(model),
+    )
 
 
 def _vocabulary(model: Any) -> frozenset[str]:
@@ -101,17 +109,22 @@ def _weights(model: Any, dtype: torch.dtype) -> Iterable[Weight]:
             name = f"{prefix}.{key}" if prefix else key
             in_fp32 = kept is not None and kept.search(name) is not None and value.is_floating_point()
             if key != "weight":
-                yield Weight(name, tuple(value.shape), torch.float32 if in_fp32 else value.dtype, in_fp32)
+                yield Weight(
+                    name=name,
+                    shape=tuple(value.shape),
+                    dtype=torch.float32 if in_fp32 else value.dtype,
+                    kept_in_fp32=in_fp32,
+                )
                 continue
             yield Weight(
-                name,
-                _dense_shape(module, transposed) if quantized else tuple(value.shape),
-                torch.float32 if in_fp32 else dtype if quantized else value.dtype,
-                in_fp32,
-                quantized,
-                transposed,
-                isinstance(module, nn.Embedding),
-                isinstance(module, (nn.Linear, Conv1D)),
+                name=name,
+                shape=_dense_shape(module, transposed) if quantized else tuple(value.shape),
+                dtype=torch.float32 if in_fp32 else dtype if quantized else value.dtype,
+                kept_in_fp32=in_fp32,
+                quantized=quantized,
+                transposed=transposed,
+                embedding=isinstance(module, nn.Embedding),
+                linear=isinstance(module, (nn.Linear, Conv1D)),
             )
 
 
@@ -202,7 +215,7 @@ def _check_complete(
         raise UserError(Fault(BASE_SETTING, config.model, fault, FETCH_REMEDY) for fault in faults[:3])
 
 
-def check_fits(adapter: Adapter, layout: Layout) -> None:
+def check_fits(adapter: Adapter, layout: ModelLayout) -> None:
     """Check that every tensor of the adapter has its place in the base, in its shape, and none is lacking.
 
     Raises `UserError` with the faults.
@@ -219,7 +232,7 @@ def check_fits(adapter: Adapter, layout: Layout) -> None:
         raise UserError(Fault(SETTING, adapter.given, fault, OTHER_ARCHITECTURE) for fault in shown)
 
 
-def _check_vocabulary(adapter: Adapter, layout: Layout) -> None:
+def _check_vocabulary(adapter: Adapter, layout: ModelLayout) -> None:
     """Check that the adapter was trained with as many tokens as the base has. Raises `UserError`."""
     for name in layout.vocabulary & {*adapter.whole, *(f"{module}.weight" for module in adapter.factors)}:
         rows, columns = layout.weights[name].shape
@@ -247,7 +260,7 @@ def _covers(adapter: Adapter, module: str) -> bool:
     return module in adapter.factors or f"{module}.weight" in adapter.whole
 
 
-def _factor_faults(adapter: Adapter, layout: Layout) -> Iterable[str]:
+def _factor_faults(adapter: Adapter, layout: ModelLayout) -> Iterable[str]:
     for module, factor in adapter.factors.items():
         name = layout.modules.get(module)
         if name is None or not (layout.weights[name].linear or layout.weights[name].embedding):
@@ -269,7 +282,7 @@ def oriented(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
     return tuple(reversed(shape)) if transposed else shape
 
 
-def _whole_faults(adapter: Adapter, layout: Layout) -> Iterable[str]:
+def _whole_faults(adapter: Adapter, layout: ModelLayout) -> Iterable[str]:
     for name, key in adapter.whole.items():
         weight, shape = layout.weights.get(name), adapter.checkpoint.entries[key].shape
         if weight is None:
@@ -280,7 +293,7 @@ def _whole_faults(adapter: Adapter, layout: Layout) -> Iterable[str]:
             yield f"holds {name} in the shape {shape}, and this base has {weight.shape}"
 
 
-def check_mappable(adapters: Iterable[Adapter], layout: Layout, quantized: bool) -> None:
+def check_mappable(adapters: Iterable[Adapter], layout: ModelLayout, quantized: bool) -> None:
     """Check that every weight to be changed is one whole tensor of the files. Raises `UserError`.
 
     `quantized` says that layers without factors change too, for they are quantized and back.

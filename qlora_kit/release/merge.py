@@ -15,6 +15,7 @@ from rich.console import Console
 from qlora_kit.adapters.base_record import TrainedBase
 from qlora_kit.config.settings import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
+from qlora_kit.model.blocks import block_of
 from qlora_kit.model.task_models import CLASSIFICATION, QUESTION_ANSWERING
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.release import report, stream
@@ -24,14 +25,14 @@ from qlora_kit.release.files.folder import Place
 from qlora_kit.release.files.read import FETCH_REMEDY, BadFileError, Checkpoint, open_base
 from qlora_kit.release.files.write import SHARD_BYTES, Shard, plan_shards, writing
 from qlora_kit.release.heads import config_fields, generation_fields, head_names, with_heads, with_task
-from qlora_kit.release.mapping import Layout, check_fits, check_mappable, read_layout
+from qlora_kit.release.mapping import ModelLayout, check_fits, check_mappable, read_layout
 from qlora_kit.release.outputs import Outputs, plan_outputs
 from qlora_kit.release.proof import live_side, verify
-from qlora_kit.release.proof.first_blocks import adapter_of_first_blocks, block_of, blocks_that_fit, first_blocks
+from qlora_kit.release.proof.first_blocks import adapter_of_first_blocks, blocks_that_fit, first_blocks
 from qlora_kit.release.proof.tensors import TensorProof, check_files
 from qlora_kit.release.quantize import Quantization
 from qlora_kit.release.request import (
-    Request,
+    MergeRequest,
     RunRecord,
     check_base,
     doubts,
@@ -39,7 +40,7 @@ from qlora_kit.release.request import (
     seen_dtype_name,
     trained_base,
 )
-from qlora_kit.release.stream import Recipe
+from qlora_kit.release.stream import WeightRecipe
 from qlora_kit.system import files, host_memory, quiet
 from qlora_kit.system.progress import BytesProgress, say_line
 from qlora_kit.tasks.classification.task import separates_pairs
@@ -51,11 +52,11 @@ OF_PAIRS = (CLASSIFICATION, QUESTION_ANSWERING)  # tasks of which an example may
 SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 
-@dataclass(frozen=True)
-class Inputs:
+@dataclass(frozen=True, kw_only=True)
+class MergeInputs:
     """All that a merge reads, opened and checked."""
 
-    request: Request  # with the task, where only an adapter says it
+    request: MergeRequest  # with the task, where only an adapter says it
     records: Sequence[RunRecord]
     adapters: Sequence[Adapter]
     trained_bases: Sequence[TrainedBase | None]  # what each adapter says of its base
@@ -64,22 +65,22 @@ class Inputs:
     tokenizer: Path | None
     checkpoint: Checkpoint
     seen_dtype: torch.dtype
-    layout: Layout
+    layout: ModelLayout
     outputs: Outputs
     heads: Sequence[str]  # modules that the task put beside the base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One finished set of weights: into which base, where, and the proofs of its tensors."""
 
     into: str
     folder: Path
-    recipe: Recipe
+    recipe: WeightRecipe
     tensors: Sequence[TensorProof]
 
 
-def read_inputs(request: Request, say: Console) -> Inputs:
+def read_inputs(request: MergeRequest, say: Console) -> MergeInputs:
     """Open everything that `request` names and check that it belongs together. Raises `UserError`."""
     import torch
 
@@ -110,12 +111,23 @@ def read_inputs(request: Request, say: Console) -> Inputs:
         check_fits(adapter, layout)
     check_mappable(found, layout, request.base.bits <= 8 and request.into != "original")
     outputs = plan_outputs(layout, checkpoint, found, dtype, named_by_model=bool(heads))
-    return Inputs(
-        request, records, found, seen, folder, base_hash, tokenizer, checkpoint, dtype, layout, outputs, heads
+    return MergeInputs(
+        request=request,
+        records=records,
+        adapters=found,
+        trained_bases=seen,
+        base_folder=folder,
+        base_hash=base_hash,
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        seen_dtype=dtype,
+        layout=layout,
+        outputs=outputs,
+        heads=heads,
     )
 
 
-def _with_tokenizer(request: Request, tokenizer: Path | None) -> Request:
+def _with_tokenizer(request: MergeRequest, tokenizer: Path | None) -> MergeRequest:
     """`request` with the tokenizer of the release for the base's, which need not have one."""
     chosen = request.base.tokenizer if tokenizer is None else str(tokenizer)
     return dataclasses.replace(request, base=dataclasses.replace(request.base, tokenizer=chosen))
@@ -143,7 +155,7 @@ def _check_together(adapters: Sequence[Adapter]) -> None:
         raise UserError.of("--adapter", given, rule, "Merge one of them alone.")
 
 
-def recipe_of(request: Request, inputs: Inputs, into: str) -> Recipe:
+def recipe_of(request: MergeRequest, inputs: MergeInputs, into: str) -> WeightRecipe:
     """What decides the weights of a merge into `into`."""
     original = into == "original"
     pack = Quantization(4, "nf4", request.base.double_quant) if request.format == "nf4" else None
@@ -154,16 +166,22 @@ def recipe_of(request: Request, inputs: Inputs, into: str) -> Recipe:
             as_nf4 = dataclasses.replace(_with_tokenizer(request, inputs.tokenizer).base, bits=4)
             layout = read_layout(as_nf4, inputs.seen_dtype, inputs.checkpoint)
         names = frozenset(name for name, weight in layout.weights.items() if weight.quantized)
-    return Recipe(None if original else request.how, original, request.torch_dtype, pack, names)
+    return WeightRecipe(
+        how=None if original else request.how,
+        original=original,
+        dtype=request.torch_dtype,
+        pack=pack,
+        packed_names=names,
+    )
 
 
-def plan_files(inputs: Inputs, recipe: Recipe) -> list[Shard]:
+def plan_files(inputs: MergeInputs, recipe: WeightRecipe) -> list[Shard]:
     """The files of the release."""
     plans = [plan for out in inputs.outputs.weights for plan in stream.plans_of(out, inputs.checkpoint, recipe)]
     return plan_shards(plans, SHARD_BYTES)
 
 
-def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, say: Console) -> Candidate:
+def write_candidate(request: MergeRequest, inputs: MergeInputs, into: str, folder: Path, say: Console) -> Candidate:
     """Write and prove the weights of a merge into `into`, with all that a server needs beside them, in `folder`.
 
     Raises `UserError` where a tensor is not right, or the disk is full.
@@ -191,10 +209,12 @@ def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, s
     side_files.copy_side_files(inputs.base_folder, inputs.tokenizer, folder, with_code)
     if generation is not None:
         files.write_json(folder / side_files.GENERATION_FILE, generation)
-    return Candidate(into, folder, recipe, tensors)
+    return Candidate(into=into, folder=folder, recipe=recipe, tensors=tensors)
 
 
-def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], folder: Path) -> list[verify.ModelProof]:
+def prove(
+    request: MergeRequest, inputs: MergeInputs, candidates: Sequence[Candidate], folder: Path
+) -> list[verify.ModelProof]:
     """Compare each release with the live model in processes of their own. Raises `UserError` where they differ."""
     entries = inputs.checkpoint.entries
     needed, available = proof_bytes(inputs), verify.available_bytes()
@@ -227,13 +247,13 @@ def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], fol
     return [verify.judge(folder, case, tokenizer) for case in cases]
 
 
-def _sizes(inputs: Inputs) -> tuple[int, int]:
+def _sizes(inputs: MergeInputs) -> tuple[int, int]:
     """The parameters of the base, and at least as many as it has tokens in its vocabulary."""
     entries = inputs.checkpoint.entries.values()
     return sum(entry.numel for entry in entries), max(entry.shape[0] for entry in entries if len(entry.shape) == 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Shown:
     """What the proof looks at: everything, or stand-ins with the first blocks of each."""
 
@@ -247,13 +267,13 @@ class _Shown:
         return self.first is None or (block_of(name) or 0) < self.first
 
 
-def proof_bytes(inputs: Inputs) -> int:
+def proof_bytes(inputs: MergeInputs) -> int:
     """The memory that a process of the proof takes for the whole model."""
     parameters, _ = _sizes(inputs)
     return parameters * verify.MODEL_BYTES + verify.PROCESS_BYTES
 
 
-def _check_choice(request: Request, inputs: Inputs) -> None:
+def _check_choice(request: MergeRequest, inputs: MergeInputs) -> None:
     """Check that two releases can be compared before they are made. Raises `UserError`."""
     needed, available = proof_bytes(inputs), verify.available_bytes()
     if request.into == "best" and needed > available:
@@ -261,36 +281,41 @@ def _check_choice(request: Request, inputs: Inputs) -> None:
         raise UserError.of("--into", "best", rule, "Choose: --into original, or how the adapter saw the base.")
 
 
-def _as_they_are(request: Request, inputs: Inputs, candidates: Sequence[Candidate]) -> _Shown:
+def _as_they_are(request: MergeRequest, inputs: MergeInputs, candidates: Sequence[Candidate]) -> _Shown:
     releases = {candidate.into: candidate.folder for candidate in candidates}
-    return _Shown(str(inputs.base_folder), releases, request.adapters)
+    return _Shown(base=str(inputs.base_folder), releases=releases, adapters=request.adapters)
 
 
-def _first_blocks(inputs: Inputs, candidates: Sequence[Candidate], count: int, folder: Path) -> _Shown:
+def _first_blocks(inputs: MergeInputs, candidates: Sequence[Candidate], count: int, folder: Path) -> _Shown:
     chosen = [
         (str(part), adapter.weight)
         for number, adapter in enumerate(inputs.adapters)
         if (part := adapter_of_first_blocks(adapter.folder, count, folder / f"adapter-{number}")) is not None
     ]
     releases = {c.into: first_blocks(c.folder, count, folder / f"release-{c.into}") for c in candidates}
-    return _Shown(str(first_blocks(inputs.base_folder, count, folder / "base")), releases, chosen, count)
+    return _Shown(
+        base=str(first_blocks(inputs.base_folder, count, folder / "base")),
+        releases=releases,
+        adapters=chosen,
+        first=count,
+    )
 
 
-def _run_config(request: Request, inputs: Inputs, model: str) -> RunConfig:
+def _run_config(request: MergeRequest, inputs: MergeInputs, model: str) -> RunConfig:
     """The settings of the live side, with the tokenizer of the release."""
     changed = dataclasses.replace(_with_tokenizer(request, inputs.tokenizer).base, model=model)
     return RunConfig(base=changed, data=request.data or DataConfig(), seed=request.seed)
 
 
 @dataclass(frozen=True)
-class Result:
+class MergeResult:
     """A finished release: its folder, and what `merge_report.json` in it says."""
 
     folder: Path
     report: report.Report
 
 
-def merge(request: Request, console: Console | None = None, whole_model: bool = True) -> Result:
+def merge(request: MergeRequest, console: Console | None = None, whole_model: bool = True) -> MergeResult:
     """Make the release that `request` describes, prove it, and put it in its place.
 
     Everything that can be wrong is found before anything is written; nothing is left of a release that fails its
@@ -306,7 +331,7 @@ def merge(request: Request, console: Console | None = None, whole_model: bool = 
 
 
 @contextmanager
-def _unreadable_files(request: Request, place: Place) -> Iterator[None]:
+def _unreadable_files(request: MergeRequest, place: Place) -> Iterator[None]:
     """Say of a file that was right at first, and cannot be read any more, whose it is. Raises `UserError`."""
     try:
         yield
@@ -321,7 +346,7 @@ def _unreadable_files(request: Request, place: Place) -> Iterator[None]:
         raise UserError.of(setting, value, f"a file changed while it was read: {error}", remedy) from None
 
 
-def _merge(request: Request, place: Place, say: Console, whole_model: bool) -> Result:
+def _merge(request: MergeRequest, place: Place, say: Console, whole_model: bool) -> MergeResult:
     inputs = read_inputs(request, say)
     request = inputs.request
     _check_choice(request, inputs)
@@ -338,10 +363,10 @@ def _merge(request: Request, place: Place, say: Console, whole_model: bool) -> R
         found = _report(request, inputs, chosen, model_proof, choice)
         report.write_report(found, chosen.folder)
         place.put(chosen.folder, request.overwrite)
-    return Result(place.final, found)
+    return MergeResult(place.final, found)
 
 
-def _needed_bytes(request: Request, inputs: Inputs, whole_model: bool) -> int:
+def _needed_bytes(request: MergeRequest, inputs: MergeInputs, whole_model: bool) -> int:
     """Space for every release that is made, and for what the proof writes down."""
     recipes = [recipe_of(request, inputs, into) for into in request.bases]
     weights = sum(shard.n_bytes for recipe in recipes for shard in plan_files(inputs, recipe))
@@ -364,8 +389,8 @@ def choose(
 
 
 def _report(
-    request: Request,
-    inputs: Inputs,
+    request: MergeRequest,
+    inputs: MergeInputs,
     chosen: Candidate,
     model_proof: verify.ModelProof | None,
     choice: dict[str, Any] | None,

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.release.factors import Adapter, Factor
 from qlora_kit.release.files.read import Checkpoint
-from qlora_kit.release.mapping import Layout, Weight
+from qlora_kit.release.mapping import ModelLayout, Weight
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """One weight of the release: the base's tensor `source`, and what the adapters do to it, in the order given."""
 
@@ -47,7 +47,7 @@ class Outputs:
 
 
 def plan_outputs(
-    layout: Layout,
+    layout: ModelLayout,
     checkpoint: Checkpoint,
     adapters: Sequence[Adapter],
     dtype: torch.dtype,
@@ -66,7 +66,7 @@ def plan_outputs(
             name = live.name if named_by_model else file_name
             weights.append(_output(name, file_name, live, adapters))
         elif file_name in layout.converted:
-            weights.append(Output(file_name, file_name, dtype, None))
+            weights.append(Output(name=file_name, source=file_name, loaded=dtype, weight=None))
         else:
             left_out.append(file_name)
     for group in layout.tied:
@@ -84,7 +84,15 @@ def _output(name: str, source: str, weight: Weight, adapters: Sequence[Adapter])
     whole = [(adapter, adapter.whole[weight.name]) for adapter in adapters if weight.name in adapter.whole]
     biases = [(adapter, factor) for adapter, factor in factors if factor.bias is not None and key == "bias"]
     of_weight = tuple(factors) if key == "weight" else ()
-    return Output(name, source, weight.dtype, weight, of_weight, tuple(whole), tuple(biases))
+    return Output(
+        name=name,
+        source=source,
+        loaded=weight.dtype,
+        weight=weight,
+        factors=of_weight,
+        whole=tuple(whole),
+        biases=tuple(biases),
+    )
 
 
 def _alike(group: Sequence[str], adapters: Sequence[Adapter]) -> bool:

@@ -1,8 +1,13 @@
 """The base exactly as the adapter saw it: each weight quantized and dequantized as loading and running it does.
 
-bitsandbytes' own functions do it, a few rows at a time: blocks of 64 weights are independent of each other, and only
-double quantization looks at the scales of the whole tensor. The result equals `base.load_base`'s bit for bit, on the
-same kind of device (a GPU sums the scales in another order).
+    4 bits:   W ≈ code[q] · a            q: 4-bit numbers, code: (16,); a: the largest |w| of each 64 weights
+              a ≈ code₈[c] · a₂ + mean(a)  with double quantization; a₂: one for each 256 scales
+    8 bits:   W ≈ q · a / 127            q: int8; a: the largest |w| of each row
+    16, 32:   W in the dtype that loading casts it to
+
+W: (out, in). bitsandbytes' own functions do it, a few rows at a time: blocks of 64 weights are independent of each
+other, and only double quantization looks at the scales of the whole tensor. The result equals that of
+`model.load.load_base` bit for bit, on the same kind of device (a GPU sums the scales in another order).
 """
 
 from __future__ import annotations

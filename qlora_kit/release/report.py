@@ -21,7 +21,7 @@ from qlora_kit.release.files import side_files
 from qlora_kit.release.files.folder import REPORT_FILE
 from qlora_kit.release.proof.tensors import TensorProof, summary
 from qlora_kit.release.proof.verify import ModelProof
-from qlora_kit.release.request import Request, RunRecord
+from qlora_kit.release.request import MergeRequest, RunRecord
 from qlora_kit.runs.folder import CARD_FILE
 from qlora_kit.system import files
 
@@ -55,7 +55,7 @@ class Findings:
         return None if None in hashes else True
 
 
-def make_report(request: Request, found: Findings) -> Report:
+def make_report(request: MergeRequest, found: Findings) -> Report:
     """The content of `merge_report.json`. Paths in it are those that the user typed."""
     own_licences = [side_files.licence_of(adapter.folder) for adapter in found.adapters]
     return {
@@ -97,7 +97,7 @@ def make_report(request: Request, found: Findings) -> Report:
     }
 
 
-def _seen_as(request: Request) -> str:
+def _seen_as(request: MergeRequest) -> str:
     double = ", double quantization" if request.base.bits == 4 and request.base.double_quant else ""
     return request.held + double
 
@@ -137,7 +137,7 @@ def _run(record: RunRecord) -> Report:
     }
 
 
-def command_of(request: Request, records: Sequence[RunRecord]) -> str:
+def command_of(request: MergeRequest, records: Sequence[RunRecord]) -> str:
     """The command that makes this release again. Of a run with `records` only what differs from it is said."""
     words = ["qlora-kit", "merge"]
     own = request.base

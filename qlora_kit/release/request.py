@@ -27,8 +27,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FORMATS = ("dense", "nf4")
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest:
     """A merge: which adapters, into which base, where to and how. Raises `UserError` for what cannot go together."""
 
     base: BaseConfig  # and how the adapters saw it
@@ -77,7 +77,7 @@ class Request:
 
     @property
     def data_use(self) -> str:
-        """How much the proof depends on the data, in the words of `questions.DATA_USES`."""
+        """How much the proof depends on the data, in the words of `proof.rows.DATA_USES`."""
         if self.data is None:
             return "none"
         if self.into == "best":
@@ -132,7 +132,7 @@ class RunRecord:
         return TrainedBase.of(settings, str(self.content["base_hash"]), dtype)
 
 
-def records_of(request: Request) -> list[RunRecord]:
+def records_of(request: MergeRequest) -> list[RunRecord]:
     """The records of the runs that the adapters come from, as far as they lie where a run puts them.
 
     Raises `UserError`.
@@ -147,7 +147,7 @@ def records_of(request: Request) -> list[RunRecord]:
     return records
 
 
-def _check_start(request: Request, records: Iterable[RunRecord]) -> None:
+def _check_start(request: MergeRequest, records: Iterable[RunRecord]) -> None:
     """Check that no adapter makes up for a loss that the base it is merged into has not had. Raises `UserError`."""
     begun = [r.given for r in records if r.content["settings"].get("adapter", {}).get("init") == "loftq"]
     if begun and "original" in request.bases:
@@ -202,7 +202,7 @@ def held_by(adapters: Iterable[str], given: Mapping[str, object], into: str | No
     return None
 
 
-def seen_dtype_name(request: Request, seen: Iterable[TrainedBase | None]) -> str:
+def seen_dtype_name(request: MergeRequest, seen: Iterable[TrainedBase | None]) -> str:
     """The dtype in which the adapters saw the base: what is written down, else bf16 as nearly everyone trains.
 
     Raises `UserError` where several adapters differ.
@@ -216,7 +216,7 @@ def seen_dtype_name(request: Request, seen: Iterable[TrainedBase | None]) -> str
     return names.pop()
 
 
-def check_base(request: Request, seen: Sequence[TrainedBase | None]) -> str:
+def check_base(request: MergeRequest, seen: Sequence[TrainedBase | None]) -> str:
     """Check that the base is the one that each adapter was trained on, and held as it was; returns its hash.
 
     `seen` has what each of them says of its base. Raises `UserError`, which says how to overrule.
@@ -245,7 +245,7 @@ def check_base(request: Request, seen: Sequence[TrainedBase | None]) -> str:
     return found
 
 
-def doubts(request: Request, named: Sequence[object], seen: Sequence[TrainedBase | None]) -> list[str]:
+def doubts(request: MergeRequest, named: Sequence[object], seen: Sequence[TrainedBase | None]) -> list[str]:
     """Warnings about bases that cannot be checked, where the adapter's own settings name (`named`) another one."""
     return [
         f"warning: {given} says that its base is {name}, and {request.base.model} was given; whether they are the "

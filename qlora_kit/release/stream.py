@@ -23,8 +23,8 @@ LARGEST_AT_ONCE = 2  # weights worked on at once take at most so many times the 
 STATE_BYTES = 512  # room for the numbers of a packed weight's state, whose JSON is padded with spaces
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class WeightRecipe:
     """What decides the weights: how the adapter saw the base, and how the release holds them."""
 
     how: Quantization | None  # None: the base's own weights (`--into original`)
@@ -38,7 +38,7 @@ class Recipe:
         return self.pack is not None and output.weight is not None and output.weight.name in self.packed_names
 
 
-def plans_of(output: Output, checkpoint: Checkpoint, recipe: Recipe) -> list[TensorPlan]:
+def plans_of(output: Output, checkpoint: Checkpoint, recipe: WeightRecipe) -> list[TensorPlan]:
     """The tensors of the release's files that hold `output`: one, or with packing a weight and its state."""
     shape = checkpoint.entries[output.source].shape
     if not recipe.packs(output):
@@ -66,7 +66,7 @@ def _state_name(output: Output, pack: Quantization) -> str:
 def write_all(
     planned: Sequence[Output],
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    recipe: WeightRecipe,
     writer: ShardWriter,
     advance: Callable[[str, int], None],
 ) -> Iterator[TensorProof]:
@@ -87,7 +87,7 @@ def write_all(
         advance(output.name, checkpoint.entries[output.source].n_bytes)
 
 
-def _write(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> TensorProof:
+def _write(output: Output, checkpoint: Checkpoint, recipe: WeightRecipe, writer: ShardWriter) -> TensorProof:
     if recipe.packs(output):
         return _write_packed(output, checkpoint, recipe, writer)
     if output.adapted or _is_quantized(output, recipe):
@@ -95,7 +95,7 @@ def _write(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: Shard
     return _write_copy(output, checkpoint, recipe, writer)
 
 
-def _held_bytes(output: Output, checkpoint: Checkpoint, recipe: Recipe) -> int:
+def _held_bytes(output: Output, checkpoint: Checkpoint, recipe: WeightRecipe) -> int:
     """About what working on a weight holds in memory, beside pieces of rows."""
     entry = checkpoint.entries[output.source]
     if not (output.adapted or _is_quantized(output, recipe) or recipe.packs(output)):
@@ -105,11 +105,11 @@ def _held_bytes(output: Output, checkpoint: Checkpoint, recipe: Recipe) -> int:
     return whole + turned + entry.numel
 
 
-def _is_quantized(output: Output, recipe: Recipe) -> bool:
+def _is_quantized(output: Output, recipe: WeightRecipe) -> bool:
     return recipe.how is not None and recipe.how.bits <= 8 and output.weight is not None and output.weight.quantized
 
 
-def _write_copy(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> TensorProof:
+def _write_copy(output: Output, checkpoint: Checkpoint, recipe: WeightRecipe, writer: ShardWriter) -> TensorProof:
     """A weight without factors on a layer that is not quantized: the base's, cast as loading casts it."""
     dtype = outputs.written_dtype(output, checkpoint, recipe.dtype)
     seen_dtype = outputs.seen_dtype(output, checkpoint, recipe.original)
@@ -127,7 +127,7 @@ def _write_copy(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: 
     return check.result()
 
 
-def _write_matrix(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> TensorProof:
+def _write_matrix(output: Output, checkpoint: Checkpoint, recipe: WeightRecipe, writer: ShardWriter) -> TensorProof:
     """A weight that changes: computed in fp32 row by row, out × in, and written in the files' own orientation."""
     import torch
 
@@ -149,7 +149,7 @@ def _write_matrix(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer
     return check.result()
 
 
-def _write_packed(output: Output, checkpoint: Checkpoint, recipe: Recipe, writer: ShardWriter) -> TensorProof:
+def _write_packed(output: Output, checkpoint: Checkpoint, recipe: WeightRecipe, writer: ShardWriter) -> TensorProof:
     """A weight that is merged first and quantized then, in the form that transformers loads: out × in, packed."""
     import torch
 
@@ -179,7 +179,7 @@ def _is_transposed(output: Output) -> bool:
 
 
 def merged_pieces(
-    output: Output, checkpoint: Checkpoint, recipe: Recipe
+    output: Output, checkpoint: Checkpoint, recipe: WeightRecipe
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Rows of a weight (out × in; a vector is one row): the base's as seen, and the merged ones, both in fp32."""
     changes = [delta.read_change(adapter, factor) for adapter, factor in output.factors]
@@ -195,7 +195,7 @@ def merged_pieces(
         yield rows, seen, merged
 
 
-def _seen_pieces(output: Output, checkpoint: Checkpoint, recipe: Recipe) -> Iterator[tuple[slice, torch.Tensor]]:
+def _seen_pieces(output: Output, checkpoint: Checkpoint, recipe: WeightRecipe) -> Iterator[tuple[slice, torch.Tensor]]:
     dtype = outputs.seen_dtype(output, checkpoint, recipe.original)
     quantized = _is_quantized(output, recipe)
     if not quantized and not _is_transposed(output):

@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import UserError
-from qlora_kit.system.files import check_writable, unwritable, write_text
-from qlora_kit.system.locks import Lock, is_held, take
+from qlora_kit.system.files import check_writable, empty_folder, unwritable, write_text
+from qlora_kit.system.locks import LOCK_FILE, Lock, is_held, take
 
 RUN_FILE, METRICS_FILE, CARD_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "README.md", "checkpoints"
 LABELS_FILE = "labels.json"  # beside the weights of a model that tells labels apart
 PARTIAL = ".partial"
-LOCK_FILE = ".qlora_kit.lock"  # in the folder that a run works in, which is known by it
 STATE_FILE = "trainer_state.json"  # of a checkpoint, written last
 IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """Where a run is written (`working`) and where it will be when whole (`final`), which it may `overwrite` if told.
 
@@ -48,7 +47,7 @@ class RunFolder:
         """The run folder that will be at `final`; nothing is made yet. Raises `UserError` for no name of its own."""
         if final.name in ("", ".."):
             raise UserError.of("--out", str(final), "names no folder of its own", "For example --out runs/x.")
-        return cls(final, final.with_name(final.name + PARTIAL))
+        return cls(final=final, working=final.with_name(final.name + PARTIAL))
 
     @classmethod
     def create(cls, out: str | None, name: str, overwrite: bool) -> RunFolder:
@@ -58,7 +57,7 @@ class RunFolder:
         folder.check_place(overwrite)
         folder = folder.begun(overwrite)
         try:
-            _empty(folder.working)
+            empty_folder(folder.working, keep=LOCK_FILE)
             folder.checkpoints.mkdir()
         except OSError as error:
             folder.release()
@@ -173,15 +172,6 @@ class RunFolder:
             shutil.rmtree(self.working, ignore_errors=True)
 
 
-def _empty(working: Path) -> None:
-    """Remove all but the lock."""
-    for leftover in working.iterdir():
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        elif leftover.name != LOCK_FILE:
-            leftover.unlink()
-
-
 def _may_be_replaced(folder: Path) -> bool:
     """Whether `folder` is a run, or holds nothing: anything else may be dear to its owner."""
     return folder.is_dir() and (_is_record(folder / RUN_FILE) or not any(folder.iterdir()))
@@ -282,7 +272,7 @@ def _goes_on_in_place(point: ResumePoint, out: str | None) -> RunFolder | None:
     """The unfinished run of `point`, if it goes on where it is; None for a run of its own."""
     final = Path(str(point.run).removesuffix(PARTIAL))
     is_same = out is None or Path(out).absolute() == final.absolute()
-    return RunFolder(final, point.run) if point.unfinished and is_same else None
+    return RunFolder(final=final, working=point.run) if point.unfinished and is_same else None
 
 
 def check_place(point: ResumePoint | None, out: str | None, overwrite: bool) -> None:

@@ -22,7 +22,7 @@ NO_METRICS = (  # not of held-out data
 FINISHED, RUNNING, WAITING, RULED_OUT = "finished", "running", "waiting", "ruled out"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tried:
     """A combination, and what is known of it.
 

@@ -24,8 +24,8 @@ WIDE = 10  # a loss that differs by more than so many times is drawn on a logari
 MARKED: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "black", "linestyle": "none"}
 
 
-@dataclass(frozen=True)
-class _Place:
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
     """Where combinations stand on an axis: at `value`, moved a little by series so that none hides another."""
 
     value: Callable[[Tried], float]
@@ -34,9 +34,9 @@ class _Place:
     is_log: bool
 
     @classmethod
-    def of(cls, finished: Sequence[Tried], value: Callable[[Tried], float], is_log: bool) -> _Place:
+    def of(cls, finished: Sequence[Tried], value: Callable[[Tried], float], is_log: bool) -> _Scale:
         values = [value(one) for one in finished]
-        return cls(value, min(values), max(values), is_log)
+        return cls(value=value, low=min(values), high=max(values), is_log=is_log)
 
     def x(self, one: Tried, index: int, n_series: int) -> float:
         """The place of `one`, which belongs to the series `index` of `n_series`."""
@@ -59,12 +59,12 @@ def draw(result: SearchResult) -> bytes:
     has_memory = all(one.device_bytes is not None for one in finished)
     figure = Figure(figsize=(13 if has_memory else 7.5, 5.6), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2 if has_memory else 1, sharey=True, squeeze=False)[0]
-    by_count = _Place.of(finished, lambda one: float(one.trainable or 1), is_log=True)
+    by_count = _Scale.of(finished, lambda one: float(one.trainable or 1), is_log=True)
     _draw_panel(panels[0], result, finished, by_count, "trainable parameters")
     _label_counts(panels[0], finished)
     if has_memory:
         scale, unit = (GIB, "GiB") if max(one.device_bytes or 0 for one in finished) >= GIB else (MIB, "MiB")
-        by_bytes = _Place.of(finished, lambda one: (one.device_bytes or 0) / scale, is_log=False)
+        by_bytes = _Scale.of(finished, lambda one: (one.device_bytes or 0) / scale, is_log=False)
         _draw_panel(panels[1], result, finished, by_bytes, f"planned memory of a GPU ({unit})")
     panels[0].set_ylabel(f"{result.metric}, {result.n_folds} folds")
     if _is_wide(result, finished):
@@ -92,7 +92,7 @@ def _label_counts(axes: Axes, finished: Sequence[Tried]) -> None:
     axes.minorticks_off()
 
 
-def _draw_panel(axes: Axes, result: SearchResult, finished: Sequence[Tried], place: _Place, name: str) -> None:
+def _draw_panel(axes: Axes, result: SearchResult, finished: Sequence[Tried], place: _Scale, name: str) -> None:
     best = result.best
     low, high = best.mean - best.standard_error, best.mean + best.standard_error
     axes.axhspan(low, high, color="#DDDDDD", alpha=0.6, linewidth=0, label="one standard error around the best")

@@ -9,7 +9,7 @@ from qlora_kit.config.settings import RunConfig
 from qlora_kit.search.choice import Tried
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchResult:
     """What a search found in `folder`: every combination, the best one, and the one that is chosen.
 

@@ -44,8 +44,8 @@ FREE_OF_SEARCH = ("trials", "keep_runs")
 OF_EVERY_RUN = ("eval_loss", "exact_match")  # beside the metrics of its task
 
 
-@dataclass(frozen=True)
-class _Job:
+@dataclass(frozen=True, kw_only=True)
+class _Search:
     """What the runs of a search have in common."""
 
     space: Space
@@ -79,7 +79,7 @@ def search(space: Space, settings: SearchConfig, console: Console) -> SearchResu
             say = status.update
             return plan_memory(space, settings.budget, longest_row, device_type, lambda n: say(f"planning: {n} plans"))
 
-    job = _Job(space, settings, folds, console)
+    job = _Search(space=space, search=settings, folds=folds, say=console)
     with console.status("hashing the base"):
         described = _described(space, settings, examples)
     with (
@@ -172,7 +172,7 @@ def _kept_or_discarded(folder: Path, say: Console) -> Iterator[None]:
         raise
 
 
-def _say_beginning(store: Store, n_examples: int, job: _Job) -> int:
+def _say_beginning(store: Store, n_examples: int, job: _Search) -> int:
     """Say what is ruled out and what is to do; returns how many combinations are still to be tried."""
     with store.locked():
         tried, n_open = store.tried(), store.n_open()
@@ -191,7 +191,7 @@ def _say_beginning(store: Store, n_examples: int, job: _Job) -> int:
     return n_open
 
 
-def _work(store: Store, n_open: int, job: _Job) -> None:
+def _work(store: Store, n_open: int, job: _Search) -> None:
     total = n_open * len(job.folds)
     bar = counted(job.say, "folds", total) if job.say.is_terminal else nullcontext(lambda _: None)
     with bar as tick:
@@ -202,7 +202,7 @@ def _work(store: Store, n_open: int, job: _Job) -> None:
                 claim.lock.release()
 
 
-def _try(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None]) -> None:
+def _try(store: Store, claim: Claim, job: _Search, tick: Callable[[int], None]) -> None:
     """Run the folds of a combination that are missing, and end its trial."""
     values: list[float] = []
     reason = _run_folds(store, claim, job, tick, values)
@@ -212,7 +212,9 @@ def _try(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None]) -> 
     store.finish(claim, values, reason)
 
 
-def _run_folds(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None], values: list[float]) -> str | None:
+def _run_folds(
+    store: Store, claim: Claim, job: _Search, tick: Callable[[int], None], values: list[float]
+) -> str | None:
     """Append the metric of each fold to `values`; returns why not all of them were run, or None."""
     for fold in range(1, len(job.folds) + 1):
         try:
@@ -226,13 +228,13 @@ def _run_folds(store: Store, claim: Claim, job: _Job, tick: Callable[[int], None
     return None
 
 
-def _say_fold(claim: Claim, values: Sequence[float], job: _Job) -> None:
+def _say_fold(claim: Claim, values: Sequence[float], job: _Search) -> None:
     where = f"{label_of(claim.point)}: fold {len(values)} of {len(job.folds)}"
     mean = sum(values) / len(values)
     say_line(job.say, f"{where}, {job.search.metric} {values[-1]:.4f} (mean {mean:.4f})")
 
 
-def _value_of(store: Store, claim: Claim, fold: int, job: _Job) -> float:
+def _value_of(store: Store, claim: Claim, fold: int, job: _Search) -> float:
     """The metric of a fold, trained unless it is recorded. Raises `EndedEarlyError`, and `UserError`.
 
     What is wrong with a value that is searched ends its combination alone.
@@ -276,4 +278,12 @@ def _result(store: Store, space: Space, settings: SearchConfig) -> SearchResult 
     higher = higher_is_better(settings.metric)
     best, chosen = best_of(tried, higher), choose(tried, higher)
     config = space.config_of(chosen.point)
-    return SearchResult(store.folder, settings.metric, settings.folds, tuple(tried), best, chosen, config)
+    return SearchResult(
+        folder=store.folder,
+        metric=settings.metric,
+        n_folds=settings.folds,
+        tried=tuple(tried),
+        best=best,
+        chosen=chosen,
+        config=config,
+    )

@@ -10,7 +10,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from a source tree on PYTHONPATH
             found[name] = "not installed"
     return found
+
+
+def empty_folder(folder: Path, keep: str) -> None:
+    """Remove all that is in `folder` but the file called `keep`; links are removed and not followed.
+
+    Nothing happens where `folder`, or something in it, has gone meanwhile.
+    """
+    with suppress(FileNotFoundError):
+        for leftover in folder.iterdir():
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            elif leftover.name != keep:
+                leftover.unlink()
 
 
 def check_writable(folder: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK_FILE = ".qlora_kit.lock"  # in a folder that a run or a merge works in, which is known by it
+
 
 class Lock:
     """The lock of `file`, held from `take` until `release` or the end of the process."""

@@ -29,7 +29,7 @@ LOG_MESSAGES = {
     ),
     "accelerate.utils.other": ("Detected kernel version",),
 }
-LOAD_REPORT = " LOAD REPORT"  # in the first line of what transformers says about missing weights: `base` checks them
+LOAD_REPORT = " LOAD REPORT"  # in the first line of what transformers says about missing weights: `load` checks them
 # (category, beginning of the message) of Python warnings that are dropped
 WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     (UserWarning, "Paged optimizers are not supported on CPU"),

@@ -22,8 +22,8 @@ from qlora_kit.adapters.inject import inject, trainable
 from qlora_kit.adapters.parts import CoreFactor, HalfFrozen
 from qlora_kit.config.settings import AdapterConfig, BaseConfig
 from qlora_kit.errors import UserError
-from qlora_kit.model.dense import dense_weight
 from qlora_kit.model.load import load_base, load_originals
+from qlora_kit.model.quantize import dense_weight
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40).reshape(2, 20)

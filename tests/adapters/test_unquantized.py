@@ -201,7 +201,9 @@ def fails_quietly(capsys, *args: str) -> str:
 
 def test_the_share_of_factors_that_are_missing_is_said():
     """PEFT puts factors on the experts of some mixtures by itself, and then only the rest has none."""
-    found = unquantized.Unquantized("model.layers.0.mlp.experts.down_proj", 1000, 5, 2000)
+    found = unquantized.Unquantized(
+        example="model.layers.0.mlp.experts.down_proj", weights=1000, without_factors=5, total=2000
+    )
     assert found.said_of_factors == "0.5% of them get no factors to train"
     assert dataclasses.replace(found, without_factors=1000).said_of_factors == "none of them gets factors to train"
     assert dataclasses.replace(found, weights=3 * 2**29, total=2**31).said == "75.0% of the model's weights (3.00 GiB)"

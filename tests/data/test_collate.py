@@ -1,5 +1,7 @@
 """Padding is masked by position, and packed examples neither see nor teach one another."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from data_tokenizers import byte_level
@@ -13,7 +15,7 @@ from qlora_kit.data.encode import Encoded, EncodedSet
 from qlora_kit.errors import UserError
 
 PAD = 7
-NO_REPORT = AuditReport(*([0] * 12))
+NO_REPORT = AuditReport(**{field.name: 0 for field in fields(AuditReport)})
 lengths_lists = st.lists(st.integers(2, 16), min_size=1, max_size=12)
 
 
@@ -24,7 +26,15 @@ def encoded_set(lengths, seed=0, vocabulary=300):
     for number, length in enumerate(lengths):
         ids = torch.randint(0, vocabulary, (length,), generator=draw).tolist()
         supervised = [place >= (length + 1) // 2 for place in range(length)]
-        rows.append(Encoded([*ids[:-1], PAD], supervised, False, f"f:{number}", length))
+        rows.append(
+            Encoded(
+                input_ids=[*ids[:-1], PAD],
+                supervised=supervised,
+                truncated=False,
+                origin=f"f:{number}",
+                full_tokens=length,
+            )
+        )
     return EncodedSet(rows, NO_REPORT)
 
 
@@ -48,7 +58,10 @@ def test_padding_is_masked_by_position(lengths, multiple):
 
 def test_end_of_text_is_learned_once_though_padding_is_made_of_it():
     tokenizer = prepare_tokenizer(byte_level())
-    examples = [Example("q", "a", None, "f:1"), Example("q", "a longer answer", None, "f:2")]
+    examples = [
+        Example(prompt="q", completion="a", messages=None, origin="f:1"),
+        Example(prompt="q", completion="a longer answer", messages=None, origin="f:2"),
+    ]
     encoded = encode_set(examples, tokenizer, seq_len=64, train_on="all")
     labels = Collator(tokenizer.pad_token_id)([encoded[0], encoded[1]])["labels"]
     assert (labels == tokenizer.eos_token_id).sum(dim=1).tolist() == [1, 1]

@@ -38,7 +38,7 @@ def faults_of(*rows, columns=None):
     ],
 )
 def test_shape_is_recognised(row, prompt, completion):
-    assert examples(row) == [Example(prompt, completion, None, "f:1")]
+    assert examples(row) == [Example(prompt=prompt, completion=completion, messages=None, origin="f:1")]
 
 
 TURNS = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")]
@@ -60,7 +60,7 @@ TURNS = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("as
 )
 def test_conversation_is_recognised(row):
     messages = tuple(Message(role, content) for role, content in TURNS)
-    assert examples(row) == [Example("s\nu", "a", messages, "f:1")]
+    assert examples(row) == [Example(prompt="s\nu", completion="a", messages=messages, origin="f:1")]
 
 
 def test_several_instances_are_several_examples():
@@ -79,9 +79,13 @@ def test_system_text_makes_a_conversation():
 
 def test_columns_are_mapped_by_hand():
     row = {"a": "p", "b": "c", "prompt": "no", "text": "no"}
-    assert examples(row, columns={"prompt": "a", "completion": "b"}) == [Example("p", "c", None, "f:1")]
-    assert examples(row, columns={"completion": "b"}) == [Example("no", "c", None, "f:1")]
-    assert examples(row, columns={"text": "a"}) == [Example(None, "p", None, "f:1")]
+    assert examples(row, columns={"prompt": "a", "completion": "b"}) == [
+        Example(prompt="p", completion="c", messages=None, origin="f:1")
+    ]
+    assert examples(row, columns={"completion": "b"}) == [
+        Example(prompt="no", completion="c", messages=None, origin="f:1")
+    ]
+    assert examples(row, columns={"text": "a"}) == [Example(prompt=None, completion="p", messages=None, origin="f:1")]
     chat = {"talk": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], "about": "s"}
     (example,) = examples(chat, columns={"messages": "talk", "system": "about"})
     assert [message.content for message in example.messages] == ["s", "u", "a"]
@@ -141,7 +145,9 @@ def test_record_that_does_not_fit_is_named(row):
 
 
 def numbered(count):
-    return [Example(None, str(number), None, f"f:{number}") for number in range(count)]
+    return [
+        Example(prompt=None, completion=str(number), messages=None, origin=f"f:{number}") for number in range(count)
+    ]
 
 
 def test_split_is_a_partition_that_the_seed_decides():

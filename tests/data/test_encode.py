@@ -27,11 +27,13 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
 def pair(prompt, completion):
-    return Example(prompt, completion, None, "f:1")
+    return Example(prompt=prompt, completion=completion, messages=None, origin="f:1")
 
 
 def chat(*turns):
-    return Example("", "", tuple(Message(role, content) for role, content in turns), "f:1")
+    return Example(
+        prompt="", completion="", messages=tuple(Message(role, content) for role, content in turns), origin="f:1"
+    )
 
 
 def learned(encoded, tokenizer):
@@ -63,14 +65,14 @@ def test_plain_layout_is_prompt_completion_end(prompt, completion):
 def test_begin_of_text_comes_once():
     encoded = encode_example(pair("a", "b"), WITH_BOS, LONG, "answer")
     assert WITH_BOS.decode(encoded.input_ids) == f"<s>a\nb{EOS}"
-    text = encode_example(Example(None, "a b", None, "f:1"), WITH_BOS, LONG, "answer")
+    text = encode_example(Example(prompt=None, completion="a b", messages=None, origin="f:1"), WITH_BOS, LONG, "answer")
     assert WITH_BOS.decode(text.input_ids) == f"<s>a b{EOS}"
     assert text.supervised == [False] + [True] * (len(text.input_ids) - 1)
 
 
 @given(text=any_text)
 def test_plain_text_is_supervised_but_for_its_first_token(text):
-    encoded = encode_example(Example(None, text, None, "f:1"), PLAIN, LONG, "answer")
+    encoded = encode_example(Example(prompt=None, completion=text, messages=None, origin="f:1"), PLAIN, LONG, "answer")
     assert encoded.input_ids == [*token_ids(PLAIN, [text])[0], PLAIN.eos_token_id]
     assert encoded.supervised == [False] + [True] * (len(encoded.input_ids) - 1)
 
@@ -222,14 +224,16 @@ def test_encode_prompt_is_what_training_saw_before_the_answer(tokenizer, prompt,
 
 def test_encode_prompt_of_conversations():
     question = chat(("system", "s"), ("user", "u"))
-    answered = Example("", "", (*question.messages, Message("assistant", "a")), "f:1")
+    answered = Example(prompt="", completion="", messages=(*question.messages, Message("assistant", "a")), origin="f:1")
     start = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
     assert CHAT.decode(encode_prompt(question, CHAT)) == CHAT.decode(encode_prompt(answered, CHAT)) == start
 
 
 def test_encode_prompt_of_text():
-    assert encode_prompt(Example(None, "abc", None, "f:1"), WITH_BOS) == [WITH_BOS.bos_token_id]
-    assert len(encode_prompt(Example(None, "abc", None, "f:1"), PLAIN)) == 1
+    assert encode_prompt(Example(prompt=None, completion="abc", messages=None, origin="f:1"), WITH_BOS) == [
+        WITH_BOS.bos_token_id
+    ]
+    assert len(encode_prompt(Example(prompt=None, completion="abc", messages=None, origin="f:1"), PLAIN)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- truncation
@@ -252,7 +256,7 @@ def test_encode_set_drops_and_counts():
         pair("q" * 50, "a"),
         pair("q", "a" * 50),
         pair("q", " "),
-        Example(None, "", None, "f:6"),
+        Example(prompt=None, completion="", messages=None, origin="f:6"),
     ]
     encoded = encode_set(examples, PLAIN, seq_len=20, train_on="answer")
     report = encoded.report
@@ -276,7 +280,7 @@ def test_encode_set_equals_encode_example_across_batches(monkeypatch):
     [
         ([pair("q" * 50, "a")], "--seq-len"),
         ([chat(("user", "u"))], "--train-on all"),
-        ([Example(None, "", None, "f:1")], "not empty"),
+        ([Example(prompt=None, completion="", messages=None, origin="f:1")], "not empty"),
         ([], "at least one"),
     ],
 )

@@ -68,7 +68,9 @@ def stock_exact_match(model, tokenizer, examples) -> float:
 
 def encoded(rows):
     tokenizer = data.prepare_tokenizer(tiny_tokenizer())
-    examples = [data.Example(row["prompt"], row["completion"], None, "f:1") for row in rows]
+    examples = [
+        data.Example(prompt=row["prompt"], completion=row["completion"], messages=None, origin="f:1") for row in rows
+    ]
     return tokenizer, examples, data.encode_set(examples, tokenizer, seq_len=64, train_on="answer").rows
 
 

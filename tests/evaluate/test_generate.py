@@ -57,7 +57,9 @@ def live(run: Path):
 
 def as_trained(text: str, tokenizer) -> list[int]:
     """The tokens before the first supervised one of a training example with this prompt."""
-    encoded = data.encode_example(data.Example(text, "yes", None, "f:1"), tokenizer, 10_000, "answer")
+    encoded = data.encode_example(
+        data.Example(prompt=text, completion="yes", messages=None, origin="f:1"), tokenizer, 10_000, "answer"
+    )
     return encoded.input_ids[: encoded.supervised.index(True)]
 
 
@@ -90,9 +92,11 @@ def test_a_conversation_goes_on_after_its_last_turn_as_in_training():
     tokenizer = data.prepare_tokenizer(byte_level(chat_template=CHATML))
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     messages = tuple(data.Message(role, text) for role, text in turns)
-    whole = data.encode_example(data.Example("a", "b", messages, "f:1"), tokenizer, 10_000, "answer")
+    whole = data.encode_example(
+        data.Example(prompt="a", completion="b", messages=messages, origin="f:1"), tokenizer, 10_000, "answer"
+    )
     answer_starts = [i for i, learn in enumerate(whole.supervised) if learn and not whole.supervised[i - 1]]
-    asked = data.Example("a", "", messages[:3], "f:1")
+    asked = data.Example(prompt="a", completion="", messages=messages[:3], origin="f:1")
     assert data.encode_conversation(asked, tokenizer) == whole.input_ids[: answer_starts[1]]
 
 
@@ -281,7 +285,9 @@ def test_a_run_on_plain_text_goes_on_with_the_text_itself(capsys, tiny_runs):
     assert not finished.find_run(str(tiny_runs["adapter"]), {}).is_plain_text
     model, tokenizer = live(tiny_runs["text"])
     texts = [row["text"][:6] for row in TEXTS]
-    trained = data.encode_example(data.Example(None, TEXTS[0]["text"], None, "f:1"), tokenizer, 100, "answer")
+    trained = data.encode_example(
+        data.Example(prompt=None, completion=TEXTS[0]["text"], messages=None, origin="f:1"), tokenizer, 100, "answer"
+    )
     assert trained.input_ids[:6] == data.encode_text(texts[0], tokenizer)  # a token is a byte here
     raw, laid_out = (
         [decoding.answer(model, tokenizer, [ids], 12)[0] for ids in prompts]

@@ -633,7 +633,7 @@ def test_paged_states_page_as_a_whole(tmp_path):
         record = simulate(shapes_of_tiny(tmp_path, flat_buffer=flat_buffer), Recipe(64, "paged_adamw_8bit"))
         largest = config.adapter.r * 128
         assert largest < rules.PAGED_MIN_ELEMENTS < record.n_trainable
-        states = peaks_by_region(record.events)[Region(2, "loss")].components["optimizer states"]
+        states = peaks_by_region(record.events)[Region(step=2, phase="loss")].components["optimizer states"]
         paged[flat_buffer] = (record.paged_bytes, states >= 2 * record.n_trainable)
         assert record.n_trainable == 2 * 384 * (64 + 128)
     assert paged == {True: (2 * record.n_trainable, False), False: (0, True)}
@@ -646,15 +646,15 @@ def test_the_plan_shows_that_only_clipping_takes_more(tmp_path):
         record = simulate(config, Recipe(64, optim))
         peaks.append(peaks_by_region(record.events))
     apart, together = peaks
-    factors = apart[Region(2, "clip")].components["adapters"]
+    factors = apart[Region(step=2, phase="clip")].components["adapters"]
     for region in apart.keys() & together.keys():
         more = factors if region.phase == "clip" else 0
         assert together[region].n_bytes <= apart[region].n_bytes + more, region
-    at_clip = together[Region(2, "clip")].components
+    at_clip = together[Region(step=2, phase="clip")].components
     assert at_clip["adapters"] == factors
     assert at_clip["gradients"] == 2 * factors  # as they arrived and as they are gathered, for a moment
-    assert together[Region(2, "optimizer")].components["gradients"] == factors
-    assert "gradients" not in together[Region(2, "forward")].components
+    assert together[Region(step=2, phase="optimizer")].components["gradients"] == factors
+    assert "gradients" not in together[Region(step=2, phase="forward")].components
 
 
 @pytest.mark.gpu

@@ -108,7 +108,7 @@ def test_the_rounding_of_a_plain_head_is_the_stock_step_s():
     """Not only as good: bf16 gradients come out the same to the last bit, whatever the number of tokens."""
     generator = torch.Generator().manual_seed(0)
     hidden_MD = torch.randn(64, 32, generator=generator).to(BF16)
-    head = Head(torch.randn(200, 32, generator=generator).to(BF16))
+    head = Head(weight=torch.randn(200, 32, generator=generator).to(BF16))
     targets_M = torch.randint(0, 200, (64,), generator=generator)
     for n_items in (64, 61, 4099):
         stock_MD, lean_MD = (hidden_MD.clone().requires_grad_() for _ in range(2))
@@ -130,7 +130,12 @@ def cases(draw):
         return torch.randn(shape, generator=generator).to(dtype)
 
     bias = tensor(V) if draw(st.booleans()) else None
-    head = Head(tensor(V, D), bias, draw(st.sampled_from([1.0, 0.0625, 3.0])), draw(st.sampled_from([None, 1.5, 30.0])))
+    head = Head(
+        weight=tensor(V, D),
+        bias=bias,
+        scale=draw(st.sampled_from([1.0, 0.0625, 3.0])),
+        soft_cap=draw(st.sampled_from([None, 1.5, 30.0])),
+    )
     targets = torch.randint(0, V, (M,), generator=generator)
     ignored = torch.rand(M, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))
     return tensor(M, D), targets.masked_fill(ignored, IGNORED), head, draw(st.integers(1, 15))
@@ -224,7 +229,7 @@ def test_targets_that_are_shifted_already_and_another_ignored_label(seven_rows):
 def test_the_loss_is_summed_in_fp32_for_bf16():
     """`F.linear_cross_entropy` of torch 2.13 gives 11.0 here; a batch of logits in fp32 is never made."""
     n_vocab = 64_800
-    head = Head(torch.zeros(n_vocab, 4, dtype=BF16))
+    head = Head(weight=torch.zeros(n_vocab, 4, dtype=BF16))
     hidden_MD = torch.zeros(300, 4, dtype=BF16, requires_grad=True)
     targets_M = torch.arange(300)
     mean = loss.linear_cross_entropy(hidden_MD, targets_M, head, 300)
@@ -237,7 +242,7 @@ def test_fp16_gradients_survive_a_large_number_of_tokens():
     """Divided by the number of tokens before the scaler's factor comes in, they would vanish."""
     generator = torch.Generator().manual_seed(0)
     hidden_MD = torch.randn(32, 64, generator=generator).to(FP16)
-    head = Head((torch.randn(500, 64, generator=generator) * 0.02).to(FP16))
+    head = Head(weight=(torch.randn(500, 64, generator=generator) * 0.02).to(FP16))
     targets_M = torch.randint(0, 500, (32,), generator=generator)
     n_items, scaler = 2**20 + 1, 2.0**16
     _, exact_MD = naive(hidden_MD, targets_M, head, torch.float64)
@@ -264,7 +269,7 @@ def test_under_autocast_the_product_is_in_its_dtype():
 
 def test_a_second_backward_pass_over_the_same_graph_is_refused():
     hidden_MD = torch.randn(3, 4, requires_grad=True)
-    value = loss.linear_cross_entropy(hidden_MD, torch.tensor([0, 1, 2]), Head(torch.randn(5, 4)), 3)
+    value = loss.linear_cross_entropy(hidden_MD, torch.tensor([0, 1, 2]), Head(weight=torch.randn(5, 4)), 3)
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         value.backward()
@@ -300,7 +305,7 @@ def peak_bytes(tracker: MemoryTracker, before_bytes: int) -> int:
 @pytest.mark.parametrize(("n_vocab", "width"), [(50257, 1280), (128256, 4096), (256000, 2048)])
 def test_peak_bytes_are_two_fp32_chunks_and_the_gradient(dtype, soft_cap, n_vocab, width):
     M, N = 4096, 3000
-    head = Head(empty(n_vocab, width, dtype=dtype), None, 1.0, soft_cap)
+    head = Head(weight=empty(n_vocab, width, dtype=dtype), bias=None, scale=1.0, soft_cap=soft_cap)
     hidden_MD = empty(M, width, dtype=dtype, requires_grad=True)
     rows_N, targets_N = empty(N), empty(N)
     tracker = tracked(head.weight, hidden_MD, rows_N, targets_N)
@@ -323,7 +328,7 @@ def test_peak_bytes_are_two_fp32_chunks_and_the_gradient(dtype, soft_cap, n_voca
 
 def test_evaluation_keeps_no_gradient():
     M, V, D = 4096, 50257, 1280
-    head, hidden_MD, targets_M = Head(empty(V, D, dtype=BF16)), empty(M, D, dtype=BF16), empty(M)
+    head, hidden_MD, targets_M = Head(weight=empty(V, D, dtype=BF16)), empty(M, D, dtype=BF16), empty(M)
     tracker = tracked(head.weight, hidden_MD, targets_M)
     before_bytes = tracker.live_bytes
     with tracker:
@@ -357,7 +362,7 @@ def test_on_a_gpu_the_gradient_and_the_peak_are_the_same(dtype):
     generator = torch.Generator().manual_seed(0)
     M, D, V = 1000, 256, 50257
     hidden_MD = torch.randn(M, D, generator=generator).to("cuda", dtype)
-    head = Head((torch.randn(V, D, generator=generator) * 0.05).to("cuda", dtype))
+    head = Head(weight=(torch.randn(V, D, generator=generator) * 0.05).to("cuda", dtype))
     targets_M = torch.randint(0, V, (M,), generator=generator).cuda()
     stock_MD, lean_MD, exact_MD = (t.clone().requires_grad_() for t in (hidden_MD, hidden_MD, hidden_MD.float()))
     functional.cross_entropy(functional.linear(stock_MD, head.weight).float(), targets_M).backward()

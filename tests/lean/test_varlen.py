@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from qlora_kit.tasks.registry import task_named
 BY_EXAMPLE = [family for family in FAMILIES if family != "gemma2"]
 PAD, ROW = 7, 40
 LENGTHS = (16, 13, 9, 8, 5, 2, 2)
+NO_REPORT = AuditReport(**{field.name: 0 for field in fields(AuditReport)})
 
 
 def examples(lengths, seed=0):
@@ -37,8 +39,16 @@ def examples(lengths, seed=0):
     rows = []
     for number, length in enumerate(lengths):
         ids = torch.randint(0, 300, (length,), generator=draw).tolist()
-        rows.append(Encoded(ids, [place > 0 for place in range(length)], False, f"f:{number}", length))
-    return EncodedSet(rows, AuditReport(*([0] * 12)))
+        rows.append(
+            Encoded(
+                input_ids=ids,
+                supervised=[place > 0 for place in range(length)],
+                truncated=False,
+                origin=f"f:{number}",
+                full_tokens=length,
+            )
+        )
+    return EncodedSet(rows, NO_REPORT)
 
 
 def packed_batch(lengths, **options):
@@ -160,7 +170,7 @@ def test_the_collator_of_a_run_fits_its_model(family, varlen_wanted):
     rows = pack(examples([9, 5, 3]), 16)
     tokenizer = prepare_tokenizer(tiny_tokenizer())
     settings = run_settings(pack=True)
-    report = AuditReport(*([0] * 12))
+    report = NO_REPORT
     given = inputs.Inputs(settings, task_named(None), tokenizer, rows, None, [], 16, report, plain_text=False)
     batch = inputs.make_collator(settings, model, given)([rows[index] for index in range(len(rows))])
     assert ("segment_starts" in batch) == varlen_wanted

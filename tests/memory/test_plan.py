@@ -155,10 +155,13 @@ def test_layers_that_differ_are_run_whole(tmp_path):
 
 
 def test_peaks_that_do_not_grow_evenly_are_refused():
-    region = Region(2, "loss")
+    region = Region(step=2, phase="loss")
     from qlora_kit.memory.track import Peak
 
-    at_three, at_four = Peak(10, region, "a", {"loss": 10}), Peak(12, region, "b", {"loss": 12})
+    at_three, at_four = (
+        Peak(n_bytes=10, region=region, operation="a", components={"loss": 10}),
+        Peak(n_bytes=12, region=region, operation="b", components={"loss": 12}),
+    )
     with pytest.raises(NotEvenError):
         extrapolate({region: at_three}, {region: at_four}, 8)
 
@@ -287,13 +290,13 @@ def test_frozen_parameters_are_followed_without_a_fake_device(operations):
     """Trap 23: torch's own tracker fails on them."""
     record, _ = operations
     assert record.n_trainable < record.n_parameters
-    assert "gradients" in peaks_by_region(record.events)[Region(2, "clip")].components
+    assert "gradients" in peaks_by_region(record.events)[Region(step=2, phase="clip")].components
 
 
 def test_two_steps_because_the_states_are_born_in_the_first(operations):
     """Trap 24."""
     record, _ = operations
-    first, second = (peaks_by_region(record.events)[Region(step, "loss backward")] for step in (1, 2))
+    first, second = (peaks_by_region(record.events)[Region(step=step, phase="loss backward")] for step in (1, 2))
     assert second.n_bytes - first.n_bytes == second.components["optimizer states"] > 0
     assert overall_peak(record.events).region.step == simulation.STEPS == 2
 
@@ -304,7 +307,7 @@ def test_every_step_has_its_loss(tmp_path, family, lean):
     """OPT's head reads its decoder's decoder: a hook on what transformers calls the base model is never met."""
     config = run(config_file(tmp_path, family, 2), lean=lean)
     peaks = peaks_by_region(simulate(config, Recipe(64, "adamw")).events)
-    assert peaks[Region(2, "loss")].components["loss"] > 0
+    assert peaks[Region(step=2, phase="loss")].components["loss"] > 0
     assert not any("loss" in peak.components for region, peak in peaks.items() if region.phase == "forward")
 
 
@@ -321,7 +324,11 @@ def test_the_dequantized_weight_is_there_in_both_directions(tmp_path):
     config = run(config_file(tmp_path, "llama", 2))
     born = [e for e in simulate(config, Recipe(64, "adamw")).events if e.change_bytes > 0]
     weight_bytes = 2 * 128 * 384  # bf16, of a feed-forward layer
-    for region in (Region(2, "forward", 1), Region(2, "backward", 1, True), Region(2, "backward", 1)):
+    for region in (
+        Region(step=2, phase="forward", block=1),
+        Region(step=2, phase="backward", block=1, recomputes=True),
+        Region(step=2, phase="backward", block=1),
+    ):
         sizes = [e.change_bytes for e in born if e.region == region and e.storage.category == "workspaces"]
         assert sizes.count(weight_bytes) >= 2
 
@@ -334,7 +341,7 @@ def test_states_follow_each_optimizers_own_rules(tmp_path, optim, state_bytes):
     settings = {"optim": optim, "r": 64, "targets": "gate_proj", "flat_buffer": False}  # 24 576 and 8 192 elements
     config = run(config_file(tmp_path, "llama", 2), **settings)
     record = simulate(config, Recipe(64, optim))
-    states = peaks_by_region(record.events)[Region(2, "loss")].components.get("optimizer states", 0)
+    states = peaks_by_region(record.events)[Region(step=2, phase="loss")].components.get("optimizer states", 0)
     scales = (
         {"adamw": 1, "adamw_8bit": 2, "lion_8bit": 1}.get(optim, 0) * 4 * 512
     )  # of four factors, each in a block; or steps
@@ -346,7 +353,7 @@ def test_states_follow_each_optimizers_own_rules(tmp_path, optim, state_bytes):
 def test_small_states_stay_in_fp32_and_large_ones_are_paged(tmp_path):
     small = run(config_file(tmp_path, "llama", 2), optim="adamw_8bit", r=8)
     record = simulate(small, Recipe(64, "adamw_8bit"))
-    states = peaks_by_region(record.events)[Region(2, "loss")].components["optimizer states"]
+    states = peaks_by_region(record.events)[Region(step=2, phase="loss")].components["optimizer states"]
     assert states >= record.n_trainable * 8  # every factor is below 4096 elements
     large = run(config_file(tmp_path, "llama", 2), bits=16, full=True, optim="paged_adamw_32bit")
     paged = simulate(large, Recipe(64, "paged_adamw_32bit"))
@@ -360,7 +367,7 @@ def test_small_states_stay_in_fp32_and_large_ones_are_paged(tmp_path):
 def test_autocast_keeps_a_bf16_copy_of_every_weight_through_the_forward_pass(tmp_path):
     config = run(config_file(tmp_path, "llama", 3), bits=32, full=True, optim="adamw")
     peaks = [
-        peaks_by_region(simulate(config, Recipe(64, "adamw", autocast)).events)[Region(2, "loss")]
+        peaks_by_region(simulate(config, Recipe(64, "adamw", autocast)).events)[Region(step=2, phase="loss")]
         for autocast in (False, True)
     ]
     linear = 3 * (128 * (4 * 32 + 2 * 32 + 2 * 32 + 4 * 32) + 3 * 128 * 384) + 640 * 128

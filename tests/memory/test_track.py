@@ -18,7 +18,8 @@ from qlora_kit.memory.track import (
     overall_peak,
     peaks_by_region,
 )
-from qlora_kit.memory.watch import find_blocks, label_model, watch
+from qlora_kit.memory.watch import label_model, watch
+from qlora_kit.model.blocks import find_blocks
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -91,7 +92,7 @@ def test_a_region_that_only_frees_peaks_at_its_start():
         tensor = torch.empty(10)
         tracker.enter("backward")
         del tensor
-    assert peaks_by_region(tracker.events)[Region(0, "backward")].n_bytes == 40
+    assert peaks_by_region(tracker.events)[Region(step=0, phase="backward")].n_bytes == 40
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_each_category_holds_what_it_says():
         run_step(tracker, model, optimizer, [batch], 1.0)
     peaks = peaks_by_region(tracker.events)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    after = peaks[Region(1, "optimizer")].components
+    after = peaks[Region(step=1, phase="optimizer")].components
     assert after["adapters"] == after["gradients"] == trained
     states = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     assert after["optimizer states"] == states
@@ -141,10 +142,13 @@ def test_each_category_holds_what_it_says():
     assert after["quantized weights"] == sum(p.nbytes for p in packed)
     assert after["embeddings and head"] == 2 * 640 * 128 * 2
     checkpoint_bytes = config.optim.batch_size * config.data.seq_len * 128 * 2
-    in_loss = peaks[Region(1, "loss")].components
+    in_loss = peaks[Region(step=1, phase="loss")].components
     assert in_loss["checkpoints"] == len(find_blocks(model)) * checkpoint_bytes
     assert in_loss["loss"] >= config.optim.batch_size * config.data.seq_len * 640 * 4
-    assert peaks[Region(1, "backward", 0, True)].components["recomputed block"] > checkpoint_bytes
+    assert (
+        peaks[Region(step=1, phase="backward", block=0, recomputes=True)].components["recomputed block"]
+        > checkpoint_bytes
+    )
     gc.collect()
 
 

@@ -20,11 +20,10 @@ from qlora_kit.config.settings import BaseConfig
 from qlora_kit.errors import UserError
 from qlora_kit.memory.track import MemoryTracker
 from qlora_kit.model import source, synthetic
-from qlora_kit.model.dense import dense_weight
 from qlora_kit.model.device import compute_dtype, resolve_device
 from qlora_kit.model.host_embedding import HostEmbedding, host_weight
 from qlora_kit.model.load import _load_pretrained, _structure, load_base, placement, transformers_class
-from qlora_kit.model.quantize import count_parameters, true_numel
+from qlora_kit.model.quantize import count_parameters, dense_weight, true_numel
 from qlora_kit.model.source import hash_base, max_positions
 from qlora_kit.model.task_models import GENERATION
 from qlora_kit.model.tokenizer import load_tokenizer

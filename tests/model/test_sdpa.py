@@ -16,7 +16,7 @@ from qlora_kit.memory.simulate import Recipe, simulate
 from qlora_kit.memory.track import MemoryTracker
 from qlora_kit.model import load, sdpa
 from qlora_kit.model.device import planned_for
-from qlora_kit.model.sdpa import EFFICIENT, FLASH, MATH, Call, kernel_of
+from qlora_kit.model.sdpa import EFFICIENT, FLASH, MATH, AttentionCall, kernel_of
 
 META = torch.device("meta")
 T4, A100, RTX4090, HOPPER = (7, 5), (8, 0), (8, 9), (9, 0)
@@ -42,23 +42,23 @@ def stock(*args, **options):
 @pytest.mark.parametrize(
     ("kernel", "capability", "call"),
     [
-        (FLASH, A100, Call(BF16, 128, 128, grouped=True)),
-        (FLASH, HOPPER, Call(FP16, 20, 20)),
-        (EFFICIENT, A100, Call(BF16, 128, 128, masked=True)),
-        (EFFICIENT, A100, Call(BF16, 320, 320)),
-        (EFFICIENT, A100, Call(BF16, 192, 128)),
-        (EFFICIENT, A100, Call(BF16, 64, 64, square=False)),
-        (EFFICIENT, A100, Call(FP32, 128, 128)),
-        (EFFICIENT, T4, Call(FP16, 128, 128)),
-        (MATH, T4, Call(BF16, 128, 128)),
-        (MATH, A100, Call(FP32, 30, 30)),
-        (EFFICIENT, T4, Call(FP32, 30, 30)),
-        (MATH, A100, Call(BF16, 20, 20, masked=True)),
-        (FLASH, RTX4090, Call(BF16, 256, 256)),
-        (EFFICIENT, RTX4090, Call(BF16, 256, 256, dropout=0.1)),
-        (EFFICIENT, RTX4090, Call(BF16, 208, 208)),
-        (FLASH, RTX4090, Call(BF16, 208, 208, trains=False)),
-        (FLASH, A100, Call(BF16, 208, 208)),
+        (FLASH, A100, AttentionCall(dtype=BF16, width=128, value_width=128, grouped=True)),
+        (FLASH, HOPPER, AttentionCall(dtype=FP16, width=20, value_width=20)),
+        (EFFICIENT, A100, AttentionCall(dtype=BF16, width=128, value_width=128, masked=True)),
+        (EFFICIENT, A100, AttentionCall(dtype=BF16, width=320, value_width=320)),
+        (EFFICIENT, A100, AttentionCall(dtype=BF16, width=192, value_width=128)),
+        (EFFICIENT, A100, AttentionCall(dtype=BF16, width=64, value_width=64, square=False)),
+        (EFFICIENT, A100, AttentionCall(dtype=FP32, width=128, value_width=128)),
+        (EFFICIENT, T4, AttentionCall(dtype=FP16, width=128, value_width=128)),
+        (MATH, T4, AttentionCall(dtype=BF16, width=128, value_width=128)),
+        (MATH, A100, AttentionCall(dtype=FP32, width=30, value_width=30)),
+        (EFFICIENT, T4, AttentionCall(dtype=FP32, width=30, value_width=30)),
+        (MATH, A100, AttentionCall(dtype=BF16, width=20, value_width=20, masked=True)),
+        (FLASH, RTX4090, AttentionCall(dtype=BF16, width=256, value_width=256)),
+        (EFFICIENT, RTX4090, AttentionCall(dtype=BF16, width=256, value_width=256, dropout=0.1)),
+        (EFFICIENT, RTX4090, AttentionCall(dtype=BF16, width=208, value_width=208)),
+        (FLASH, RTX4090, AttentionCall(dtype=BF16, width=208, value_width=208, trains=False)),
+        (FLASH, A100, AttentionCall(dtype=BF16, width=208, value_width=208)),
     ],
     ids=str,
 )
@@ -66,7 +66,14 @@ def test_the_kernel_is_the_one_that_torchs_source_says(kernel, capability, call)
     assert kernel_of(call, capability) == kernel
 
 
-@pytest.mark.parametrize("call", [Call(FP16, 128, 128, grouped=True), Call(FP32, 128, 128, grouped=True)], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        AttentionCall(dtype=FP16, width=128, value_width=128, grouped=True),
+        AttentionCall(dtype=FP32, width=128, value_width=128, grouped=True),
+    ],
+    ids=str,
+)
 def test_up_to_torch_2_13_grouped_keys_without_flash_make_all_scores(call, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu126")
     assert kernel_of(call, T4) == MATH

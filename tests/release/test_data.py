@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from qlora_kit import AdapterConfig, BaseConfig, DataConfig, OptimConfig, RunConfig, train
 from qlora_kit.release import merge
 from qlora_kit.release.proof import live_side, release_side, verify
-from qlora_kit.release.request import Request
+from qlora_kit.release.request import MergeRequest
 
 pytestmark = pytest.mark.data
 
@@ -47,7 +47,7 @@ def test_the_release_of_a_gsm8k_run(run, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(verify.Sides, "run", in_this_process)
     monkeypatch.setattr(verify, "MAX_TOKENS", 256)
     settings = json.loads((run / "run.json").read_text())["settings"]
-    request = Request(
+    request = MergeRequest(
         base=BaseConfig(**settings["base"]),
         adapters=((str(run / "adapter"), 1.0),),
         run=str(run),

@@ -18,7 +18,7 @@ from releases import QUIET, make_adapter, release
 
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.release import merge
-from qlora_kit.release.request import Request
+from qlora_kit.release.request import MergeRequest
 
 KILLS = 20
 pytestmark = [
@@ -80,7 +80,7 @@ def test_killed_while_others_prove_it_leaves_neither_a_release_nor_them(made, tm
 
     def task():
         chosen = ((str(made / "adapter"), 1.0),)
-        merge.merge(Request(base=BaseConfig(model=str(made / "base")), adapters=chosen, out=str(out)), QUIET)
+        merge.merge(MergeRequest(base=BaseConfig(model=str(made / "base")), adapters=chosen, out=str(out)), QUIET)
 
     child = in_a_child(task)
     wait_until(lambda: len(processes_with(tmp_path)) == 2)

@@ -14,7 +14,7 @@ VALUES = st.floats(-1e3, 1e3, allow_nan=False).map(lambda v: round(v, 3))
 
 
 def tried(rank: int, values, state: str = FINISHED) -> Tried:
-    return Tried({"r": rank}, rank, state, tuple(values))
+    return Tried(point={"r": rank}, rank=rank, state=state, values=tuple(values))
 
 
 def naive_choice(candidates, higher):

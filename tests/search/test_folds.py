@@ -14,7 +14,7 @@ from qlora_kit.errors import UserError
 from qlora_kit.search.folds import make_folds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Labelled(Example):
     """An example with a class, as a task gives it one."""
 
@@ -22,13 +22,18 @@ class Labelled(Example):
 
 
 def plain(count: int) -> list[Example]:
-    return [Example(None, str(number), None, f"data:{number}") for number in range(count)]
+    return [
+        Example(prompt=None, completion=str(number), messages=None, origin=f"data:{number}") for number in range(count)
+    ]
 
 
 def labelled(labels) -> list[Labelled]:
     """Examples with a label each, or with several."""
     several = [(label,) if isinstance(label, str) else label for label in labels]
-    return [Labelled(None, str(number), None, f"data:{number}", names) for number, names in enumerate(several)]
+    return [
+        Labelled(prompt=None, completion=str(number), messages=None, origin=f"data:{number}", labels=names)
+        for number, names in enumerate(several)
+    ]
 
 
 def check_division(examples, folds, n_folds) -> None:

@@ -21,11 +21,26 @@ MIB = 1 << 20
 
 def result_of(tried, config=None) -> SearchResult:
     best, chosen = best_of(tried, higher=True), choose(tried, higher=True)
-    return SearchResult(Path("x"), "f1", 3, tuple(tried), best, chosen, config or RunConfig())
+    return SearchResult(
+        folder=Path("x"),
+        metric="f1",
+        n_folds=3,
+        tried=tuple(tried),
+        best=best,
+        chosen=chosen,
+        config=config or RunConfig(),
+    )
 
 
 def tried(r: int, lr: float, values, state: str = FINISHED, device_bytes: int | None = 100 * MIB) -> Tried:
-    return Tried({"r": r, "lr": lr}, r, state, tuple(values), 1000 * r, device_bytes)
+    return Tried(
+        point={"r": r, "lr": lr},
+        rank=r,
+        state=state,
+        values=tuple(values),
+        trainable=1000 * r,
+        device_bytes=device_bytes,
+    )
 
 
 MANY = [

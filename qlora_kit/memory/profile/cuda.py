@@ -165,7 +165,7 @@ class _Player:
         self.lines: dict[int, str] = {}
         self.live: dict[int, Storage] = {}
         self.named: set[int] = set()  # identities of storages whose kind was noted
-        self.region = Region(0, "load")
+        self.region = Region(step=0, phase="load")
 
     def take(self, note: Note) -> None:
         if note.region is not None:
@@ -189,7 +189,7 @@ class _Player:
     def region_of_backward(self, frames: Sequence[Mapping[str, Any]]) -> Region:
         """The same region, and whether a block is recomputed in it: then torch's checkpointing is on the stack."""
         recomputes = any("torch/utils/checkpoint" in frame["filename"].replace("\\", "/") for frame in frames)
-        return Region(self.region.step, self.region.phase, self.region.block, recomputes)
+        return Region(step=self.region.step, phase=self.region.phase, block=self.region.block, recomputes=recomputes)
 
     def free(self, address: int) -> None:
         storage = self.live.pop(address, None)

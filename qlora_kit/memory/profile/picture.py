@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.memory.picture import PALETTE, in_step_order
-from qlora_kit.memory.plan import Point
+from qlora_kit.memory.plan import MemoryPoint
 from qlora_kit.memory.profile.result import UNATTRIBUTED, MemoryProfile
 from qlora_kit.system.progress import human_bytes
 
@@ -75,7 +75,7 @@ def _draw_step(axes: Axes, profile: MemoryProfile, scale: int) -> None:
     axes.set_title("the most in each part of the last step (widths are not time)", fontsize=11)
 
 
-def drawn_points(profile: MemoryProfile) -> list[Point]:
+def drawn_points(profile: MemoryProfile) -> list[MemoryPoint]:
     """The most of each block and phase of the last step, in its order."""
     return in_step_order([point for point in profile.series if point.phase != "idle"])
 

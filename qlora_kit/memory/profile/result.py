@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from qlora_kit.memory.plan import Point
+from qlora_kit.memory.plan import MemoryPoint
 from qlora_kit.memory.profile.cuda import Counter
 from qlora_kit.memory.track import CATEGORIES, Event, Peak, Storage, peaks_by_region
 
@@ -58,8 +58,8 @@ class MemoryProfile:
     block: int | None
     operation: str
     components: dict[str, int]
-    phases: dict[str, Point]
-    series: tuple[Point, ...]
+    phases: dict[str, MemoryPoint]
+    series: tuple[MemoryPoint, ...]
     largest: tuple[LiveTensor, ...]
     counters: dict[str, Counter] = field(default_factory=dict)
     load_peak_bytes: int | None = None
@@ -94,8 +94,8 @@ class MemoryProfile:
         return cls(
             **{
                 **values,
-                "phases": {name: Point(**point) for name, point in values["phases"].items()},
-                "series": tuple(Point(**point) for point in values["series"]),
+                "phases": {name: MemoryPoint(**point) for name, point in values["phases"].items()},
+                "series": tuple(MemoryPoint(**point) for point in values["series"]),
                 "largest": tuple(LiveTensor(**tensor) for tensor in values["largest"]),
                 "counters": {name: Counter(*counter) for name, counter in values["counters"].items()},
                 "predicted": None if predicted is None else Prediction(**predicted),
@@ -113,22 +113,22 @@ class Measured:
     load_peak_bytes: int | None = None
 
     @cached_property
-    def phases(self) -> dict[str, Point]:
+    def phases(self) -> dict[str, MemoryPoint]:
         """The highest point of each phase; on CUDA as the allocator counted it."""
-        best: dict[str, Point] = {}
+        best: dict[str, MemoryPoint] = {}
         for point in self._points:
             if point.phase not in best or point.live_bytes > best[point.phase].live_bytes:
                 best[point.phase] = point
         return {name: self._as_counted(point) for name, point in best.items()}
 
     @property
-    def peak(self) -> Point:
+    def peak(self) -> MemoryPoint:
         """The highest point within the steps (an evaluation between two of them is not of the step)."""
         in_steps = [point for name, point in self.phases.items() if name not in ("load", "idle")]
         return max(in_steps, key=lambda point: point.live_bytes)
 
     @property
-    def series(self) -> tuple[Point, ...]:
+    def series(self) -> tuple[MemoryPoint, ...]:
         """A point for each part of the last step, in its order."""
         last = max(point.step for point in self._points)
         return tuple(point for point in self._points if point.step == last)
@@ -139,10 +139,10 @@ class Measured:
         return tuple(LiveTensor(s.n_bytes, s.category, s.operation, self.lines.get(id(s), "")) for s in live[:count])
 
     @cached_property
-    def _points(self) -> list[Point]:
+    def _points(self) -> list[MemoryPoint]:
         return [_point(peak) for peak in peaks_by_region(self.events).values()]
 
-    def _as_counted(self, point: Point) -> Point:
+    def _as_counted(self, point: MemoryPoint) -> MemoryPoint:
         counter = self.counters.get(point.phase)
         if counter is None or counter.allocated_bytes == point.live_bytes:
             return point
@@ -165,6 +165,14 @@ class Measured:
         return list(live.values())
 
 
-def _point(peak: Peak) -> Point:
+def _point(peak: Peak) -> MemoryPoint:
     region, components = peak.region, {name: peak.components.get(name, 0) for name in CATEGORIES}
-    return Point(region.step, region.phase, region.block, region.recomputes, peak.n_bytes, peak.operation, components)
+    return MemoryPoint(
+        step=region.step,
+        phase=region.phase,
+        block=region.block,
+        recomputes=region.recomputes,
+        live_bytes=peak.n_bytes,
+        operation=peak.operation,
+        components=components,
+    )

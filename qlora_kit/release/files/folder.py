@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import shutil
@@ -19,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.errors import UserError
-from qlora_kit.system import files
+from qlora_kit.system import files, locks
+from qlora_kit.system.locks import LOCK_FILE
 
 MERGING = ".merging"
 REPORT_FILE = "merge_report.json"
-LOCK_FILE = ".qlora_kit.lock"
 SETTING = "--out"
 OTHER_FOLDER = "Choose another folder."
 GONE = (errno.EIO, errno.ENOENT, errno.ESTALE)  # the disk, or the folder that is written to, went away
@@ -77,12 +76,12 @@ class Place:
                 yield self.working
             finally:
                 with contextlib.suppress(OSError):
-                    _empty(self.working)
+                    files.empty_folder(self.working, keep=LOCK_FILE)
                 shutil.rmtree(self.working, ignore_errors=True)
                 for folder in new_parents:
                     with contextlib.suppress(OSError):  # the release is in it
                         folder.rmdir()
-                os.close(lock)
+                lock.release()
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -95,26 +94,16 @@ class Place:
                 raise files.unwritable(str(self.final), error) from error
             raise
 
-    def _begin(self) -> int:
+    def _begin(self) -> locks.Lock:
         """Make the working folder, remove what a killed merge left in it, and lock it; returns the lock."""
         try:
             self._check_own()
-            self.working.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.working / LOCK_FILE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            lock = locks.take(self.working / LOCK_FILE, wait=False)
         except OSError as error:
             raise files.unwritable(str(self.final), error) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise self._busy() from None
-        except OSError as error:  # a network disk without locks
-            os.close(lock)
-            raise files.unwritable(str(self.final), error) from None
-        if not _is_file(lock, self.working / LOCK_FILE):  # the merge that held it has just removed it
-            os.close(lock)
+        if lock is None:
             raise self._busy()
-        _empty(self.working)
+        files.empty_folder(self.working, keep=LOCK_FILE)
         return lock
 
     def _check_own(self) -> None:
@@ -163,24 +152,6 @@ def _may_be_replaced(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     return (folder / REPORT_FILE).is_file() or not any(folder.iterdir())
-
-
-def _is_file(handle: int, path: Path) -> bool:
-    """Whether the open file is the one that `path` names."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.lstat(path))
-    except OSError:
-        return False
-
-
-def _empty(working: Path) -> None:
-    """Remove all but the lock, by which a killed merge's folder is known."""
-    with contextlib.suppress(FileNotFoundError):
-        for leftover in working.iterdir():
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            elif leftover.name != LOCK_FILE:
-                leftover.unlink()
 
 
 def _sync(folder: Path) -> None:

@@ -40,8 +40,8 @@ DTYPES = {
 FETCH_REMEDY = "Fetch or convert the model again."
 
 
-@dataclass(frozen=True)
-class Entry:
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
     """Where a tensor lies: `n_bytes` from `start` (counted from the beginning of the file)."""
 
     file: Path
@@ -79,12 +79,12 @@ class BadFileError(Exception):
 class Checkpoint:
     """The tensors of one model or adapter by their names in its files, in the order of the files."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
 
     @classmethod
     def open(cls, files: Iterable[Path]) -> Checkpoint:
         """Read and check the headers of `files`. Raises `BadFileError`."""
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorEntry] = {}
         for file in files:
             for name, entry in read_header(file).items():
                 if name in entries:
@@ -104,7 +104,7 @@ class Checkpoint:
         return read_bytes(entry, start * size, count * size).view(entry.torch_dtype)
 
 
-def read_bytes(entry: Entry, offset: int, count: int) -> torch.Tensor:
+def read_bytes(entry: TensorEntry, offset: int, count: int) -> torch.Tensor:
     """`count` bytes of a tensor from `offset` on, as a uint8 tensor. Raises `BadFileError`."""
     import torch
 
@@ -116,7 +116,7 @@ def read_bytes(entry: Entry, offset: int, count: int) -> torch.Tensor:
     return buffer
 
 
-def _fill(view: memoryview, entry: Entry, offset: int) -> None:
+def _fill(view: memoryview, entry: TensorEntry, offset: int) -> None:
     count = len(view)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start + offset)
@@ -128,7 +128,7 @@ def _fill(view: memoryview, entry: Entry, offset: int) -> None:
             done += got
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, TensorEntry]:
     """Where each tensor of a safetensors file lies. Raises `BadFileError` for a file that is damaged or cut off."""
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -148,7 +148,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
 
-def _entry(file: Path, name: str, fields: Any, data_start: int) -> Entry:
+def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     if not isinstance(fields, dict):
         raise BadFileError(f"{file.name}: the header says nothing of use about {name}")
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
@@ -156,7 +156,9 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> Entry:
         raise BadFileError(f"{file.name}: {name} has the dtype {dtype!r}, which cannot be merged")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise BadFileError(f"{file.name}: the header gives {name} an impossible shape or place")
-    entry = Entry(file, dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
+    entry = TensorEntry(
+        file=file, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], n_bytes=offsets[1] - offsets[0]
+    )
     if entry.n_bytes != entry.numel * entry.torch_dtype.itemsize:
         raise BadFileError(f"{file.name}: {name} has another size than its shape says")
     return entry
@@ -166,7 +168,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _check_extent(file: Path, entries: Mapping[str, Entry], data_start: int, size: int) -> None:
+def _check_extent(file: Path, entries: Mapping[str, TensorEntry], data_start: int, size: int) -> None:
     """Check that the tensors fill the file, one after the other."""
     end = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].n_bytes)):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.release.files.read import DTYPES, INDEX_FILE, SINGLE_FILE, Entry
+from qlora_kit.release.files.read import DTYPES, INDEX_FILE, SINGLE_FILE, TensorEntry
 from qlora_kit.system import files
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES[str(dtype).removeprefix("torch.")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shard:
     """One file: its name, the tensors in it with their places, and what comes before the data."""
 
@@ -88,7 +88,7 @@ def _plan_file(name: str, tensors: Iterable[TensorPlan]) -> Shard:
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     header = len(text).to_bytes(8, "little") + text
     places = {tensor.name: (tensor, len(header) + offsets[tensor.name]) for tensor in ordered}
-    return Shard(name, places, header, len(header) + end)
+    return Shard(name=name, tensors=places, header=header, n_bytes=len(header) + end)
 
 
 class ShardWriter:
@@ -128,11 +128,13 @@ class ShardWriter:
             written = os.pwrite(self.files[self.shard_of[name].name], content[: 1 << 30], offset)
             content, offset = content[written:], offset + written
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> TensorEntry:
         """Where the tensor `name` lies, to read it back."""
         shard = self.shard_of[name]
         plan, place = shard.tensors[name]
-        return Entry(self.folder / shard.name, plan.dtype, plan.shape, place, plan.n_bytes)
+        return TensorEntry(
+            file=self.folder / shard.name, dtype=plan.dtype, shape=plan.shape, start=place, n_bytes=plan.n_bytes
+        )
 
     def finish(self) -> None:
         """Put all that was written on the disk, and with several files their index beside them."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PIECE_ELEMENTS = 1 << 20  # logits compared at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """How the logits of a model differ from those of a reference, over `tokens` tokens.
 
@@ -53,7 +53,7 @@ class Comparison:
         return self.mean_difference / self.scale
 
 
-class _Sums:
+class _Totals:
     """What is added up over the pieces, in Python's double precision."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class _Sums:
 
 def compare(reference: Path, model: Path, labels: Sequence[Sequence[int]]) -> Comparison:
     """Compare the logits in two safetensors files (`row.0`, … of T × V, fp32) on rows with `labels` (−100: none)."""
-    sums = _Sums()
+    sums = _Totals()
     files = Checkpoint.open([reference]), Checkpoint.open([model])
     for number, marks in enumerate(labels):
         for start, ours, theirs in _pieces(f"row.{number}", *files):
@@ -74,18 +74,18 @@ def compare(reference: Path, model: Path, labels: Sequence[Sequence[int]]) -> Co
     loss = sums.loss / n if n else None
     spread = max(sums.loss_squares / n - loss**2, 0.0) if loss is not None else 0.0
     return Comparison(
-        sums.tokens,
-        max(sums.reference_squares / sums.elements - mean**2, 0.0) ** 0.5 or 1.0,
-        sums.largest,
-        sums.absolute / sums.elements,
-        (sums.squares / sums.reference_squares) ** 0.5 if sums.reference_squares else 0.0,
-        sums.where,
-        sums.kl / sums.tokens,
-        n,
-        sums.reference_loss / n if n else None,
-        loss,
-        (spread / n) ** 0.5 if n else None,
-        sums.agreeing / sums.tokens,
+        tokens=sums.tokens,
+        scale=max(sums.reference_squares / sums.elements - mean**2, 0.0) ** 0.5 or 1.0,
+        max_difference=sums.largest,
+        mean_difference=sums.absolute / sums.elements,
+        norm_ratio=(sums.squares / sums.reference_squares) ** 0.5 if sums.reference_squares else 0.0,
+        where=sums.where,
+        kl=sums.kl / sums.tokens,
+        supervised=n,
+        reference_loss=sums.reference_loss / n if n else None,
+        loss=loss,
+        loss_error=(spread / n) ** 0.5 if n else None,
+        agreement=sums.agreeing / sums.tokens,
     )
 
 
@@ -100,7 +100,7 @@ def _pieces(name: str, reference: Checkpoint, model: Checkpoint) -> Iterator[tup
 
 
 def _add(
-    sums: _Sums, row: int, start: int, reference_TV: torch.Tensor, model_TV: torch.Tensor, marks: Sequence[int]
+    sums: _Totals, row: int, start: int, reference_TV: torch.Tensor, model_TV: torch.Tensor, marks: Sequence[int]
 ) -> None:
     import torch
 

@@ -5,27 +5,20 @@ No weights are copied: the stand-in's folder has a `config.json` with fewer bloc
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.adapters.files import CONFIG_FILE as ADAPTER_CONFIG
 from qlora_kit.adapters.files import WEIGHTS_FILE
-from qlora_kit.release.files.read import Checkpoint, Entry
+from qlora_kit.model.blocks import block_of
+from qlora_kit.release.files.read import Checkpoint, TensorEntry
 from qlora_kit.system import files
 
 MODEL_CONFIG = "config.json"
-BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 
 
-def block_of(name: str) -> int | None:
-    """The number of the block that a weight belongs to: the first number in its name; None outside the blocks."""
-    match = BLOCK_NUMBER.search(f".{name}.")
-    return int(match[1]) if match else None
-
-
-def blocks_that_fit(entries: Mapping[str, Entry], available_bytes: int, bytes_per_weight: int) -> int:
+def blocks_that_fit(entries: Mapping[str, TensorEntry], available_bytes: int, bytes_per_weight: int) -> int:
     """How many of the first blocks fit into memory with all that is outside the blocks, at least one."""
     sizes: dict[int | None, int] = {}
     for name, entry in entries.items():

@@ -18,7 +18,7 @@ from qlora_kit.config.files import read_settings
 from qlora_kit.config.settings import BaseConfig, RunConfig
 from qlora_kit.errors import UserError
 from qlora_kit.model import load
-from qlora_kit.model.dense import dense_weight
+from qlora_kit.model.quantize import dense_weight
 from qlora_kit.release.quantize import PackedWeight, Quantization, dequantized
 from qlora_kit.system import host_memory, quiet
 from qlora_kit.system.files import write_json

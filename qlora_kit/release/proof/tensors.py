@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.errors import UserError
-from qlora_kit.release.files.read import BadFileError, Checkpoint, Entry, read_bytes
+from qlora_kit.release.files.read import BadFileError, Checkpoint, TensorEntry, read_bytes
 from qlora_kit.release.files.write import Shard
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ CHECKED_BYTES = 1 << 20  # read back at once
 REMEDY = "Merge again; if it happens again, the disk or its memory is faulty, or this is a bug worth reporting."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorProof:
     """What was found about one tensor of the release; norms are Frobenius norms."""
 
@@ -94,8 +94,13 @@ class TensorCheck:
         if self.must_change and not self.changed:
             rule = f"rounds away all that the adapter changed in {self.name}"
             raise UserError.of("--dtype", short_name(self.dtype), rule, "Use --dtype fp32.")
-        norms = self.delta_squares**0.5, self.lost_squares**0.5
-        return TensorProof(self.name, self.elements, self.changed, *norms)
+        return TensorProof(
+            name=self.name,
+            elements=self.elements,
+            changed=self.changed,
+            delta_norm=self.delta_squares**0.5,
+            lost_norm=self.lost_squares**0.5,
+        )
 
 
 def short_name(dtype: torch.dtype) -> str:
@@ -159,7 +164,7 @@ def _forget_cached(file: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(entry: Entry) -> int:
+def _checksum(entry: TensorEntry) -> int:
     """The CRC-32 of a tensor's bytes."""
     found = 0
     try:
@@ -171,7 +176,7 @@ def _checksum(entry: Entry) -> int:
     return found
 
 
-def _kind(entry: Entry) -> tuple[str, tuple[int, ...]]:
+def _kind(entry: TensorEntry) -> tuple[str, tuple[int, ...]]:
     return entry.dtype, entry.shape
 
 

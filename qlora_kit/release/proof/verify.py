@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_kit.errors import Fault, UserError
+from qlora_kit.model.blocks import block_of
 from qlora_kit.model.task_models import GENERATION
 from qlora_kit.release.proof import live_side
 from qlora_kit.release.proof.compare import Comparison, compare
-from qlora_kit.release.proof.first_blocks import block_of
 from qlora_kit.release.proof.rows import Questions
 from qlora_kit.release.proof.tensors import broken
 from qlora_kit.system import files, host_memory

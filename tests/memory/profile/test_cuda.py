@@ -43,7 +43,7 @@ def test_an_allocation_is_told_by_the_part_of_the_step_and_by_what_made_it():
         alloc(21, 3, 512),
         alloc(22, 4, 512, TORCH, MODEL, CHECKPOINT),
     ]
-    notes = [Note(10, Region(1, "forward", 0)), Note(20, Region(1, "backward", 0))]
+    notes = [Note(10, Region(step=1, phase="forward", block=0)), Note(20, Region(step=1, phase="backward", block=0))]
     result = played(trace, notes)
     found = [(e.storage.n_bytes, e.storage.category) for e in result.events]
     assert found == [(512, "activations"), (1024, "workspaces"), (512, "activations"), (512, "recomputed block")]
@@ -54,7 +54,7 @@ def test_an_allocation_is_told_by_the_part_of_the_step_and_by_what_made_it():
 
 def test_a_name_belongs_to_what_lives_at_the_address_then():
     trace = [alloc(11, 1, 512), free(12, 1), alloc(13, 1, 1024)]
-    notes = [Note(10, Region(1, "forward")), Note(14, address=1, category="gradients")]
+    notes = [Note(10, Region(step=1, phase="forward")), Note(14, address=1, category="gradients")]
     events = played(trace, notes).events
     assert [(e.change_bytes, e.storage.category) for e in events] == [
         (512, "activations"),
@@ -65,7 +65,7 @@ def test_a_name_belongs_to_what_lives_at_the_address_then():
 
 def test_a_workspace_of_cublas_is_known_by_its_size_and_by_staying():
     trace = [alloc(11, 1, WORKSPACE), alloc(12, 2, WORKSPACE), free(13, 2)]
-    events = played(trace, [Note(10, Region(1, "forward"))]).events
+    events = played(trace, [Note(10, Region(step=1, phase="forward"))]).events
     assert [e.storage.category for e in events] == ["workspaces", "activations", "activations"]
 
 
@@ -74,7 +74,7 @@ def test_other_entries_of_the_record_change_nothing():
         {"action": action, "addr": 1, "size": 2 << 20, "time_us": 11, "frames": []}
         for action in ("segment_alloc", "free_completed", "snapshot", "segment_free")
     ]
-    assert played(others, [Note(10, Region(1, "forward"))]).events == []
+    assert played(others, [Note(10, Region(step=1, phase="forward"))]).events == []
 
 
 def test_blocks_without_addresses_are_counted_from_their_segment():

@@ -240,7 +240,7 @@ def test_cudas_count_beyond_the_record_is_named(profile):
     from qlora_kit.memory.profile.cuda import Counter
     from qlora_kit.memory.track import Event, Region, Storage
 
-    events = [Event(512, Storage(512, "activations", "a"), Region(1, "forward"))]
+    events = [Event(512, Storage(512, "activations", "a"), Region(step=1, phase="forward"))]
     measured = Measured(events, counters={"forward": Counter(2048, 4096)})
     assert measured.peak.live_bytes == 2048
     assert measured.peak.components[UNATTRIBUTED] == 1536

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qlora_kit import UserError
-from qlora_kit.release.files.folder import LOCK_FILE, REPORT_FILE, Place
+from qlora_kit.release.files.folder import REPORT_FILE, Place
+from qlora_kit.system.locks import LOCK_FILE
 
 
 def finished(working: Path) -> Path:

@@ -18,7 +18,7 @@ from qlora_kit.release import delta, merge, stream
 from qlora_kit.release.files.write import ShardWriter
 from qlora_kit.release.proof import verify
 from qlora_kit.release.proof.compare import compare
-from qlora_kit.release.request import Request
+from qlora_kit.release.request import MergeRequest
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def finished(tmp_path_factory, data_file) -> Path:
     return folder
 
 
-def request_of(folder: Path, out: Path, **settings) -> Request:
+def request_of(folder: Path, out: Path, **settings) -> MergeRequest:
     record = json.loads((folder / "run" / "run.json").read_text())["settings"]
-    request = Request(
+    request = MergeRequest(
         base=BaseConfig(**record["base"]),
         adapters=((str(folder / "run" / "adapter"), 1.0),),
         run=str(folder / "run"),
@@ -65,7 +65,7 @@ def request_of(folder: Path, out: Path, **settings) -> Request:
 def test_an_fp32_release_is_the_live_model_to_the_last_digits(tmp_path, in_this_process, family, into, bits):
     base = save_tiny(tmp_path / "base", family)
     adapter = make_adapter(base, tmp_path / "adapter", bits)
-    request = Request(
+    request = MergeRequest(
         base=BaseConfig(model=str(base), bits=bits),
         adapters=((str(adapter), 1.0),),
         out=str(tmp_path / "out"),
@@ -87,7 +87,7 @@ def test_several_adapters_and_tensors_trained_whole_are_proven_too(tmp_path, in_
     first = make_adapter(base, tmp_path / "a", modules_to_save=["lm_head"], use_rslora=True)
     second = make_adapter(base, tmp_path / "b", seed=1, target_modules=["q_proj"])
     chosen = ((str(first), 0.6), (str(second), 0.5))
-    request = Request(base=BaseConfig(model=str(base)), adapters=chosen, out=str(tmp_path / "out"), dtype="fp32")
+    request = MergeRequest(base=BaseConfig(model=str(base)), adapters=chosen, out=str(tmp_path / "out"), dtype="fp32")
     found = merge.merge(request, QUIET).report["proof"]["model"]
     assert found["exact"]["relative_max"] < 1e-4
 
@@ -98,7 +98,7 @@ def test_adapters_that_hold_copies_of_the_embeddings(tmp_path, in_this_process, 
     base = save_tiny(tmp_path / "base", family)
     adapter = make_adapter(base, tmp_path / "a", target_modules=targets, save_embedding_layers=True)
     assert any("lora_" not in name for name in load_file(adapter / "adapter_model.safetensors"))
-    request = Request(
+    request = MergeRequest(
         base=BaseConfig(model=str(base)), adapters=((str(adapter), 1.0),), out=str(tmp_path / "out"), dtype="fp32"
     )
     report = merge.merge(request, QUIET).report
@@ -193,7 +193,7 @@ def test_a_base_with_what_is_no_number_is_refused(tmp_path, in_this_process, dty
     tensors["model.embed_tokens.weight"][7] = float("nan")
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     adapter = make_adapter(save_tiny(tmp_path / "other", "llama"), tmp_path / "adapter")
-    request = Request(
+    request = MergeRequest(
         base=BaseConfig(model=str(base)), adapters=((str(adapter), 1.0),), out=str(tmp_path / "out"), dtype=dtype
     )
     with pytest.raises(UserError, match=r"not finite in model\.embed_tokens\.weight"):
@@ -209,7 +209,7 @@ def test_a_release_that_overflows_when_it_is_served_is_refused(tmp_path, in_this
             tensors[name] = value * (3e3 / value.abs().max())
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     adapter = make_adapter(base, tmp_path / "adapter", 16)
-    request = Request(
+    request = MergeRequest(
         base=BaseConfig(model=str(base), bits=16),
         adapters=((str(adapter), 1.0),),
         out=str(tmp_path / "out"),
@@ -369,7 +369,7 @@ def test_code_beside_a_base_neither_runs_nor_travels_unless_it_is_trusted(tmp_pa
     config = json.loads((base / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
     (base / "config.json").write_text(json.dumps(config))
-    request = Request(base=BaseConfig(model=str(base)), adapters=((str(adapter), 1.0),), out=str(tmp_path / "out"))
+    request = MergeRequest(base=BaseConfig(model=str(base)), adapters=((str(adapter), 1.0),), out=str(tmp_path / "out"))
     result = merge.merge(request, QUIET)
     assert not (result.folder / "evil.py").exists()
     assert "auto_map" not in (result.folder / "config.json").read_text()

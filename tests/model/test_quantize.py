@@ -7,8 +7,8 @@ from releases import live_weights
 
 from qlora_kit.adapters.targets import linear_layers
 from qlora_kit.config.settings import BaseConfig
-from qlora_kit.model.dense import dense_weight
 from qlora_kit.model.load import load_base
+from qlora_kit.model.quantize import dense_weight
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12).reshape(1, 12)
