@@ -1,10 +1,9 @@
-"""The values with which the factors begin to train, from the weights under them or from the data.
+"""The initial values of the factors, from the weights of their layers or from the data.
 
-PEFT knows these methods too, but for unquantized weights only (its PiSSA, LoftQ and orthogonal start fail on 4 bits),
-and its PiSSA and OLoRA change the base: what is trained then fits no base that anybody else has. Here the base stays
-as it is on disk. Where a method takes B₀·A₀ out of the base, the frozen −B₀·A₀ stands beside the factors instead
-(`factor_parts.HalfFrozen`): the same function and the same gradients of A and B, and the adapter is plain LoRA of
-twice the rank.
+PEFT has these methods too, but only for unquantized weights (its PiSSA, LoftQ and orthogonal start fail on 4 bits), and
+its PiSSA and OLoRA change the base: the adapter then fits no published base. Here the base stays as it is on disk.
+Where a method subtracts B₀·A₀ from the base, a frozen −B₀·A₀ is kept beside the factors instead (`parts.HalfFrozen`):
+the function and the gradients of A and B are the same, and the adapter is plain LoRA of twice the rank.
 
 Shapes: K inputs, N outputs of a layer, r rank; W (N, K) is what the layer computes with, dequantized; s the scaling.
 """
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.settings import AdapterConfig
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.model.dense import dense_weight
 from qlora_kit.model.task_models import reading_part
 
@@ -32,10 +31,10 @@ Factors = tuple["torch.Tensor", "torch.Tensor"]  # B (N, r) and A (r, K)
 
 
 def start(model: nn.Module, config: AdapterConfig, originals: nn.Module | None = None) -> None:
-    """Give the factors that PEFT has just put on `model` their parts, and the values to begin with.
+    """Give the factors that PEFT has just put on `model` their parts and initial values.
 
-    `originals` is the base before it was quantized, for LoftQ. On `meta` there are parts without values.
-    Raises `UserError` for a rank that is larger than a layer, and for LoftQ on a base that is not quantized.
+    `originals` is the base before quantization, for LoftQ. On `meta` the parts have no values.
+    Raises `UserError` for a rank larger than a layer, and for LoftQ on a base that is not quantized.
     """
     import torch
 
@@ -44,10 +43,11 @@ def start(model: nn.Module, config: AdapterConfig, originals: nn.Module | None =
     layers = lora_layers(model)
     _check_ranks(layers, config)
     if config.init == "eva":
-        return  # the model is yet to be fed
+        return  # `start_from_data` does it
     if config.init == "loftq" and originals is None and not next(model.parameters()).is_meta:
-        rule = "makes up for what quantization did, and this base is not quantized"
-        raise UserError.of("--init", "loftq", rule, "Use --bits 4 or 8, or another --init.")
+        rule = "corrects quantization errors, and this base is not quantized"
+        remedy = f"Use {named('bits', 4)} or 8, or another {named('init')}."
+        raise UserError.of("init", "loftq", rule, remedy)
     for name, layer in layers.items():
         original = None if originals is None else originals.get_submodule(name.removeprefix("base_model.model."))
         with torch.no_grad():
@@ -67,10 +67,11 @@ def _check_ranks(layers: Mapping[str, Any], config: AdapterConfig) -> None:
     wide = [(name, side) for name, side in wide if layers[name].r[NAME] // own > side]
     if wide:
         name, side = min(wide, key=lambda one: one[1])
-        method = "--variant lora-xs" if config.variant == "lora-xs" else f"--init {config.init}"
-        rule = f"is more than {method} finds in {name.rpartition('base_model.model.')[2]}, whose smaller side is {side}"
+        method = named("variant", "lora-xs") if config.variant == "lora-xs" else named("init", config.init)
+        layer = name.rpartition("base_model.model.")[2]
+        rule = f"is too large for {method}: the smaller side of {layer} is {side}"
         rank = layers[name].r[NAME] // own
-        raise UserError([Fault("--r", rank, rule, f"Use --r {side} or less, or other --targets.")])
+        raise UserError.of("r", rank, rule, f"Use {named('r', side)} or less, or other {named('targets')}.")
 
 
 def _start_layer(layer: Any, config: AdapterConfig, original: Any) -> None:
@@ -188,7 +189,7 @@ def start_from_data(model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
     Of the supervised tokens; B stays zero, and every layer keeps the rank that was set. `batches`, on the model's
     device, are run until the directions have settled, or to their end. PEFT supplies the incremental SVD; its own loop
     repeats the data without end where a batch has fewer tokens than the rank.
-    Raises `UserError` for too little data.
+    Raises `UserError` if there is too little data.
     """
     import torch
 
@@ -302,6 +303,7 @@ class _InputWatch:
         own = self.found.get(name)
         if own is None or not hasattr(own.pca, "components_"):
             rule = f"needs at least {2 * self.rank} supervised tokens in the training data"
-            raise UserError.of("--init", "eva", rule, "Use another --init, a smaller --r, or more data.")
+            remedy = f"Use another {named('init')}, a smaller {named('r')}, or more data."
+            raise UserError.of("init", "eva", rule, remedy)
         components: torch.Tensor = own.pca.components_
         return components

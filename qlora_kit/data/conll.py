@@ -1,7 +1,7 @@
-"""CoNLL files: a word a line with its tag in the last column, a blank line between sentences.
+"""CoNLL files: one word a line with its tag in the last column, a blank line between sentences.
 
-Columns stand between tabs, or where a file has none between spaces. A file of one column has words without tags. As in
-the shared tasks CoNLL-2003 and WNUT-17, lines with -DOCSTART- begin a document and hold no word. Nor do comments, lines
+Columns are separated by tabs, or by spaces if a file has no tabs. A file of one column has words without tags. As in
+the shared tasks CoNLL-2003 and WNUT-17, lines with -DOCSTART- begin a document and hold no word. Nor do comments: lines
 with "# " before a sentence.
 """
 
@@ -45,7 +45,7 @@ def looks_like_conll(text: str) -> bool:
 
 
 def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentence]:
-    """The sentences of the file `path` that holds `text`; lines that are none of it go to `problems`."""
+    """The sentences of the file `path` that holds `text`; lines that do not fit go to `problems`."""
     lines = LINE_END.split(text)
     layout = _layout(lines)
     sentence = Sentence(0)
@@ -91,11 +91,11 @@ class _Layout:
     def fault(self, columns: list[str]) -> str | None:
         """The rule that a line breaks, or None."""
         if len(columns) != self.width:
-            first = f"the first one with a word, line {self.number}, has {self.width}"
-            return f"has {len(columns)} columns where {first}: a word, and its tag in the last one"
+            first = f"the first line with a word, line {self.number}, has {self.width}"
+            return f"has {len(columns)} columns, but {first}: a word, and its tag in the last column"
         if not columns[0]:
             return "has no word in its first column"
-        return None if columns[-1] else f"has no tag behind {columns[0]!r}"
+        return None if columns[-1] else f"has no tag after {columns[0]!r}"
 
 
 def _layout(lines: list[str]) -> _Layout:

@@ -67,7 +67,7 @@ GPUS = {
         Gpu("h200", 141 * _GIB, (9, 0)),
     )
 }
-"""Nominal sizes: a device at hand tells its own."""
+"""Nominal sizes; of a device at hand the true size is used."""
 
 DEFAULT_CAPABILITY = (8, 0)
 BF16_CAPABILITY = (8, 0)
@@ -84,7 +84,7 @@ def find_gpu(name: str) -> Gpu:
     for gpu in GPUS.values():
         if gpu.name.replace("-", "") == wanted:
             return gpu
-    raise UserError.of("--gpu", name, "is not a known GPU", f"Known: {', '.join(GPUS)}.")
+    raise UserError.of("gpu", name, "is not a known GPU", f"Known: {', '.join(GPUS)}.")
 
 
 def flash_backward_bytes(query_BHTD: tuple[int, ...], key_BHTD: tuple[int, ...], element_bytes: int) -> tuple[int, ...]:

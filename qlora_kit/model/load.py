@@ -191,7 +191,7 @@ def _load_pretrained(
         if _times_short(device) > short_before:  # which transformers keeps to itself while it converts weights
             raise torch.OutOfMemoryError(f"loading {config.model}: {first_line(error)}") from error
         raise UserError.of(
-            "--model",
+            "model",
             config.model,
             f"its weights cannot be read ({first_line(error)})",
             "Fetch or convert the model again.",
@@ -281,5 +281,5 @@ def _not_loaded(loaded: dict[str, Any]) -> list[str]:
 def _check_loaded(config: BaseConfig, wrong: list[str]) -> None:
     """Check that every weight came from the files. Raises `UserError` naming those that did not."""
     if wrong:
-        rule = f"its files lack, or have in another shape, {len(wrong)} weights: {', '.join(wrong[:3])}"
-        raise UserError.of("--model", config.model, rule, "Fetch or convert the model again.")
+        rule = f"{len(wrong)} weights are missing from its files or have another shape: {', '.join(wrong[:3])}"
+        raise UserError.of("model", config.model, rule, "Fetch or convert the model again.")

@@ -27,7 +27,7 @@ STATE_BYTES = 512  # room for the numbers of a packed weight's state, whose JSON
 class Recipe:
     """What decides the weights: how the adapter saw the base, and how the release holds them."""
 
-    how: Quantization | None  # None: the base's own weights (`--into original`)
+    how: Quantization | None  # None: the base's own weights (`into` "original")
     original: bool
     dtype: torch.dtype
     pack: Quantization | None  # how to quantize the merged weights; None: not at all
