@@ -117,7 +117,7 @@ def check(config: RunConfig, model: Any) -> None:
             f"would leave {found.said} in 16 bits, and {found.said_of_factors}: they are stacks of matrices such as "
             f"{found.example} (the experts of a mixture), and only linear layers are quantized"
         )
-        remedy = f"Choose a model without experts, or add {named('allow_16_bit_experts')} to train it anyway."
+        remedy = f"Choose a model without experts, or add {named('allow_16_bit_experts', True)} to train it anyway."
         raise UserError.of("bits", config.base.bits, rule, remedy)
 
 

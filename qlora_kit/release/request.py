@@ -241,7 +241,7 @@ def check_base(request: Request, seen: Sequence[TrainedBase | None]) -> str:
                 f"is not the base that {given} was trained on: its content hash is {found[:19]}…, "
                 f"and that of the adapter's base is {own.hash[:19]}…"
             )
-            anyway = named("allow_other_base")
+            anyway = named("allow_other_base", True)
             remedy = f"Give the one that it was trained on, or add {anyway} to merge into this one anyway."
             raise UserError.of("base", request.base.model, rule, remedy)
     return found

@@ -93,7 +93,7 @@ class RunFolder:
         self.check_idle()
         if os.path.lexists(self.working) and not overwrite:
             resume = f"Continue it with {named('resume', self.working)}, or add"
-            remedy = f"{resume if complete_checkpoints(self.working) else 'Add'} {named('overwrite')}."
+            remedy = f"{resume if complete_checkpoints(self.working) else 'Add'} {named('overwrite', True)}."
             raise UserError.of("out", str(self.final), f"there is an unfinished run in {self.working}", remedy)
 
     def check_final(self, overwrite: bool) -> None:
@@ -107,7 +107,7 @@ class RunFolder:
             rule = "already exists and is not a run folder, so it is never replaced"
             raise UserError.of("out", str(self.final), rule, "Choose another folder.")
         if not overwrite:
-            remedy = f"Choose another folder, or add {named('overwrite')}."
+            remedy = f"Choose another folder, or add {named('overwrite', True)}."
             raise UserError.of("out", str(self.final), "already exists", remedy)
 
     def check_idle(self) -> None:

@@ -101,6 +101,6 @@ def _values(name: str, parts: list[object], kind: type) -> tuple[Number, ...]:
 
 
 def _nothing_to_search(config: RunConfig) -> None:
-    rule = "is a single value, as is every other setting: there is nothing to search"
+    rule = "is a single value, as is every other setting: there is nothing to choose from"
     remedy = f"For example {named('r', '4,8,16,32')} {named('lr', '1e-4,1e-3')}."
     raise UserError.of("r", config.adapter.r, rule, remedy)

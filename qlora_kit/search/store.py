@@ -326,7 +326,7 @@ def _discarded(folder: Path | None) -> Iterator[None]:
 
 
 def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], differing: set[str]) -> None:
-    remedy = f"Leave it as it was, give another {named('out')}, or start again with {named('overwrite')}."
+    remedy = f"Leave it as it was, give another {named('out')}, or start again with {named('overwrite', True)}."
     faults = [
         Fault(name, now.get(name), f"was {stored.get(name)!r} when this search began", remedy)
         for name in sorted(differing - {DATA, BASE})

@@ -57,7 +57,7 @@ class Place:
             rule = "already exists and is not a release, so it is never replaced"
             raise UserError.of(SETTING, str(self.final), rule, OTHER_FOLDER)
         if not overwrite:
-            remedy = f"Choose another folder, or add {named('overwrite')}."
+            remedy = f"Choose another folder, or add {named('overwrite', True)}."
             raise UserError.of(SETTING, str(self.final), "already exists", remedy)
 
     def require_space(self, needed_bytes: int) -> None:
