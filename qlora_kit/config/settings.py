@@ -27,7 +27,7 @@ from qlora_kit.config.rules import (
     setting,
     wrong_type,
 )
-from qlora_kit.errors import Fault, UserError, named
+from qlora_kit.errors import Fault, Faults, UserError, named
 
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
 Tasks = (
@@ -428,13 +428,12 @@ class SearchConfig(Checked):
     @classmethod
     def from_flat(cls, flat: Mapping[str, object]) -> SearchConfig:
         """Build from the settings in `flat` that are its own; raises one `UserError` with every fault."""
-        faults: list[Fault] = []
         values: dict[str, Any] = {}
-        for f, hint in fields_of(cls):
-            if f.name in flat:
-                _convert_into(values, f.name, flat[f.name], hint, faults)
-        if faults:
-            raise UserError(faults)
+        with Faults() as faults:
+            for f, hint in fields_of(cls):
+                if f.name in flat:
+                    with faults.collecting():
+                        values[f.name] = _converted(f.name, flat[f.name], hint)
         return cls(**values)
 
 
@@ -459,34 +458,30 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
 
 def _build(flat: Mapping[str, object]) -> RunConfig:
     known = {f.name: (group, hint) for group, f, hint in settings()}
-    faults: list[Fault] = []
     values: dict[str, dict[str, Any]] = {group: {} for group in ["", *GROUPS]}
-    for name, value in flat.items():
-        if name not in known:
-            faults.append(_unknown(name, value, list(known)))
-            continue
-        group, hint = known[name]
-        _convert_into(values[group], name, value, hint, faults)
     built: dict[str, Any] = {}
-    for group, cls in GROUPS.items():
-        try:
-            built[group] = cls(**values[group])
-        except UserError as error:
-            faults.extend(error.faults)
-    try:
-        config = RunConfig(**values[""], **built)
-    except UserError as error:
-        faults.extend(error.faults)
-    if faults:
-        raise UserError(faults)
+    with Faults() as faults:
+        for name, value in flat.items():
+            if name not in known:
+                faults.add(_unknown(name, value, list(known)))
+                continue
+            group, hint = known[name]
+            with faults.collecting():
+                values[group][name] = _converted(name, value, hint)
+        for group, cls in GROUPS.items():
+            with faults.collecting():
+                built[group] = cls(**values[group])
+        with faults.collecting():
+            config = RunConfig(**values[""], **built)
     return config
 
 
-def _convert_into(values: dict[str, Any], name: str, value: object, hint: Any, faults: list[Fault]) -> None:
+def _converted(name: str, value: object, hint: Any) -> Any:
+    """`value` as the setting `name` has it. Raises `UserError`."""
     try:
-        values[name] = convert(value, hint)
+        return convert(value, hint)
     except ValueError as error:
-        faults.append(wrong_type(name, value, str(error)))
+        raise UserError([wrong_type(name, value, str(error))]) from None
 
 
 def _unknown(name: str, value: object, known: list[str]) -> Fault:

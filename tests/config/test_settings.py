@@ -6,10 +6,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import fails
 
 from qlora_kit.config.files import read_settings_file
 from qlora_kit.config.rules import convert, default_of
-from qlora_kit.config.settings import GROUPS, AdapterConfig, BaseConfig, DataConfig, RunConfig, settings
+from qlora_kit.config.settings import GROUPS, AdapterConfig, BaseConfig, DataConfig, RunConfig, SearchConfig, settings
 from qlora_kit.errors import UserError
 
 
@@ -86,6 +87,29 @@ def test_rules_hold_in_the_python_door_too():
         DataConfig(eval_data="x", eval_fraction=0.1)
     with pytest.raises(UserError, match="report_to"):
         RunConfig(report_to=("tensorbord",))
+
+
+def test_a_mistake_names_the_field_in_python_and_the_flag_on_the_command_line(capsys):
+    with pytest.raises(UserError) as caught:
+        BaseConfig(bits=5)
+    assert str(caught.value) == "bits = 5: must be one of 4, 8, 16, 32.\n    For example bits=4."
+    err = fails(capsys, "train", "--bits", "5")
+    assert err == "error: --bits = 5: must be one of 4, 8, 16, 32.\n    For example --bits 4.\n"
+
+
+def test_other_settings_in_a_message_are_named_in_the_same_way(capsys):
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_flat({"full": True})
+    assert str(caught.value) == "full = True: needs unquantized weights, not bits=4.\n    Add bits=16."
+    err = fails(capsys, "train", "--full")
+    assert err == "error: --full = True: needs unquantized weights, not --bits 4.\n    Add --bits 16.\n"
+
+
+@pytest.mark.parametrize("group", [*GROUPS.values(), RunConfig, SearchConfig])
+def test_settings_are_given_by_name(group):
+    first = next(iter(dataclasses.fields(group)))
+    with pytest.raises(TypeError, match="positional"):
+        group(default_of(first))
 
 
 def test_a_configuration_file_in_yaml_may_be_flat_or_grouped(tmp_path):
