@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = "default"  # what PEFT calls the adapter
-EXACT_SIDE = 1024  # matrices whose smaller side is no longer are decomposed whole
+EXACT_SIDE = 1024  # matrices with a smaller side up to this are decomposed exactly
 OVERSAMPLES, POWER_ITERATIONS = 16, 8  # of the randomized decomposition of larger ones
 SETTLED = 0.99  # cosine between an input direction before and after a batch: the value of EVA's authors
 
@@ -169,7 +169,7 @@ def loftq(original_NK: torch.Tensor, weight_NK: torch.Tensor, r: int, scale: flo
     """The best correction of rank r of what quantization did: s·B·A ≈ W_original − W.
 
     That is LoftQ (Li et al., arXiv 2310.08659, algorithm 1) of one step, which leaves the quantized base as it is;
-    more steps would quantize it anew.
+    more steps would quantize it again.
     """
     return pissa(original_NK - weight_NK, r, scale)
 
@@ -243,10 +243,10 @@ class _Directions:
 
 
 class _InputWatch:
-    """Follows the inputs of layers by name; those of layers that are given the same tensor once.
+    """Follows the inputs of layers by name; layers that get the same tensor are followed once.
 
-    What counts is what is supervised or, where that is no token that is read, what is no padding: of a source and a
-    target, each in its own half of the model.
+    Only supervised tokens count, or all but padding if the labels are not tokens of the input; with an encoder and a
+    decoder, padding is left out in the one, unsupervised tokens in the other.
     """
 
     def __init__(self, rank: int, has_encoder: bool) -> None:

@@ -19,7 +19,7 @@ class _TwiceError(ValueError):
 
     @classmethod
     def check(cls, names: Iterable[object]) -> None:
-        """Raise it if one of `names` is there twice."""
+        """Raise it if one of `names` occurs twice."""
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise cls(f"gives {' and '.join(repr(str(name)) for name in twice)} more than once")

@@ -91,7 +91,7 @@ def _segments_and_positions(lengths_by_row: Sequence[Sequence[int]], length: int
 
 
 def segment_tensors(lengths_by_row: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
-    """What tells a model where the examples of packed rows of `length` positions are; see `Collator`."""
+    """The places of the examples in packed rows of `length` positions, for a model; see `Collator`."""
     padding = [length - sum(lengths) for lengths in lengths_by_row]
     segments = [n for lengths, rest in zip(lengths_by_row, padding, strict=True) for n in (*lengths, rest) if n]
     starts = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)

@@ -27,7 +27,7 @@ BLANK = " \t"  # other white space, such as that without a break, may be a word
 class Sentence:
     """Words with their tags (none where the file has none), and the number of the line on which it begins.
 
-    `width` is the number of columns in the file: what stands between the word and its tag is not taken over.
+    `width` is the number of columns in the file; columns between the word and its tag are not read.
     """
 
     line: int
@@ -37,7 +37,7 @@ class Sentence:
 
 
 def looks_like_conll(text: str) -> bool:
-    """Whether nearly every line has a word and a tag (O, B-person, …); the others are for `read_sentences` to name."""
+    """Whether nearly every line has a word and a tag (O, B-person, …); `read_sentences` reports the others."""
     lines = [line for line in LINE_END.split(text) if _is_plain(line)][:LOOKED_AT]
     rows = [_columns(line, "\t" in lines[0]) for line in lines]
     tagged = sum(len(row) > 1 and TAG.fullmatch(row[-1]) is not None for row in rows)
@@ -72,7 +72,7 @@ def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentenc
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the first line with a word says of a file: its `number`, its `columns`, and what stands between them."""
+    """The layout of a file by its first line with a word: its `number`, its `columns`, and their separator."""
 
     number: int
     columns: list[str]
@@ -83,7 +83,7 @@ class _Layout:
         return len(self.columns)
 
     def is_comment(self, columns: list[str]) -> bool:
-        """Whether a line that begins as a comment is one, and not the token # with its tag."""
+        """Whether a line that begins like a comment is one, and not the token # with its tag."""
         if len(columns) == self.width > 1:
             return TAG.fullmatch(columns[-1]) is None and TAG.fullmatch(self.columns[-1]) is not None
         return len(columns) > 1 or self.has_tabs
@@ -99,7 +99,7 @@ class _Layout:
 
 
 def _layout(lines: list[str]) -> _Layout:
-    """The layout of a file; a line that may be a comment says it only where there is no other."""
+    """The layout of a file, from its first line that cannot be a comment, else from the first line with a word."""
     numbers = [number for number, line in enumerate(lines, start=1) if _is_word(line)]
     first = next((number for number in numbers if _is_plain(lines[number - 1])), numbers[0] if numbers else 1)
     has_tabs = "\t" in lines[first - 1]

@@ -1,4 +1,4 @@
-"""A plan as a picture: what the run takes beside its baselines, and its live bytes over a step."""
+"""A plan as a picture: the memory of the run and of its baselines, and the live bytes over a step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PHASE_WIDTH = 0.22  # of a part without blocks, as a share of the width of all b
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: what it is called, its components in bytes, and what lies beside them."""
+    """One bar: its name, its components in bytes, and the bytes besides them."""
 
     name: str
     note: str

@@ -35,7 +35,7 @@ MODEL_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupErr
 
 
 class CannotPlanError(UserError):
-    """The model does not run on `meta`; it may train all the same."""
+    """The model does not run on `meta`; it may still train."""
 
     def __init__(self, model: str, reason: str) -> None:
         self.reason = reason
@@ -192,7 +192,7 @@ def resolve_tokens(config: RunConfig, architecture: PretrainedConfig) -> int:
 
 
 def with_layers(architecture: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """A copy of `architecture` with so many layers; what it lists layer by layer is cut."""
+    """A copy of `architecture` with `layers` layers; lists with one entry a layer are cut."""
     shallow = copy.deepcopy(architecture)
     depth = architecture.num_hidden_layers
     for name, value in list(vars(shallow).items()):
@@ -203,7 +203,7 @@ def with_layers(architecture: PretrainedConfig, layers: int) -> PretrainedConfig
 
 
 def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
-    """After how many layers the same kinds come again: 1 where all are equal; None where they never repeat whole.
+    """After how many layers the kinds of layers repeat: 1 if all are equal; None if they do not repeat.
 
     Layers that choose what they run (experts) count as never equal.
     """

@@ -168,8 +168,8 @@ def _weight_files(source: Path, config: BaseConfig) -> Iterator[Path]:
 def weight_names(folder: Path) -> set[str]:
     """The names of the safetensors files that loading the model in `folder` reads, as transformers chooses them.
 
-    Others may lie beside them (Mistral's `consolidated.safetensors`). Empty where neither a single file nor a readable
-    index is there.
+    There may be others beside them (Mistral's `consolidated.safetensors`). Empty if there is neither a single file nor
+    a readable index.
     """
     single, index = (folder / name for name in WEIGHT_FILES)
     if single.is_file():

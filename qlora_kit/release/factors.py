@@ -62,7 +62,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: where it lies (as the user said), its share in the merge, its settings and tensors."""
+    """An adapter: its folder (as the user typed it), its share in the merge, its settings and tensors."""
 
     given: str
     folder: Path

@@ -182,8 +182,8 @@ def _check_complete(
 ) -> None:
     """Check that the files hold every weight that is `needed`, and all in their shapes. Raises `UserError`.
 
-    Where loading converts tensors, those that it makes of them cannot be told from missing ones by their names; the
-    model's own loading then has the last word, in the proof.
+    If loading converts tensors, their results cannot be told from missing tensors by name; then loading the release, in
+    the proof, decides.
     """
     stand_ins = {name: group for group in tied for name in group}
     absent = [

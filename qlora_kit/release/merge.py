@@ -168,7 +168,7 @@ def plan_files(inputs: Inputs, recipe: Recipe) -> list[Shard]:
 def write_candidate(request: Request, inputs: Inputs, into: str, folder: Path, say: Console) -> Candidate:
     """Write and prove the weights of a merge into `into`, with all that a server needs beside them, in `folder`.
 
-    Raises `UserError` where a tensor is not right, or the disk is full.
+    Raises `UserError` if a tensor is wrong, or the disk is full.
     """
     recipe = recipe_of(request, inputs, into)
     shards = plan_files(inputs, recipe)
@@ -242,7 +242,7 @@ class _Shown:
     base: str
     releases: Mapping[str, Path]
     adapters: Sequence[tuple[str, float]]
-    first: int | None = None  # so many blocks; None: all
+    first: int | None = None  # number of blocks; None: all
 
     def has(self, name: str) -> bool:
         """Whether the weight `name` of the base's files is among what is looked at."""

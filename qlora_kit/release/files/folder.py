@@ -118,7 +118,7 @@ class Place:
         return lock
 
     def _check_own(self) -> None:
-        """Check that a working folder that is there already was made by a merge. Raises `UserError`."""
+        """Check that an existing working folder was made by a merge. Raises `UserError`."""
         if not os.path.lexists(self.working):
             return
         is_folder = self.working.is_dir() and not self.working.is_symlink()
@@ -134,7 +134,7 @@ class Place:
     def put(self, whole: Path, overwrite: bool) -> None:
         """Put the finished folder `whole` in the final place; what it replaces is removed only then.
 
-        Looks again at what is there, for much may have happened meanwhile. Raises `UserError` as `check` does.
+        The place is checked again, since much may have happened meanwhile. Raises `UserError` as `check` does.
         """
         _sync(whole)
         self.check(overwrite)
@@ -150,7 +150,7 @@ class Place:
                     old.rename(self.final) if any(old.iterdir()) else old.rmdir()
             if error.errno not in IN_THE_WAY:
                 raise
-            rule = "was made by somebody else while the release was finished"
+            rule = "appeared while the release was being finished"
             raise UserError.of(SETTING, str(self.final), rule, OTHER_FOLDER) from None
         _sync(self.final.parent)
         for left in self.final.parent.glob(f"{glob.escape(set_aside)}*"):  # also of a merge that was killed just here

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SINGLE_FILE, INDEX_FILE = source.WEIGHT_FILES
 SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md", *source.LICENCE_PATTERNS)
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
-READ_BYTES = 1 << 28  # at most so many in one system call
+READ_BYTES = 1 << 28  # the most in one system call
 # the names of dtypes in a header, as torch calls them
 DTYPES = {
     "F64": "float64",

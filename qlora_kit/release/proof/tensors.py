@@ -121,7 +121,7 @@ def smallest(dtype: torch.dtype) -> float:
 def check_files(folder: Path, shards: Sequence[Shard], checksums: Mapping[str, int]) -> None:
     """Check that the finished files hold every planned tensor in its shape and dtype, and nothing else.
 
-    They are opened anew, by this package and by the safetensors library, and read again from the disk: every tensor
+    They are opened again, by this package and by the safetensors library, and read again from the disk: every tensor
     must have its CRC-32 in `checksums`. Raises `UserError`.
     """
     from safetensors import SafetensorError, safe_open
@@ -151,7 +151,7 @@ def check_files(folder: Path, shards: Sequence[Shard], checksums: Mapping[str, i
 
 
 def _forget_cached(file: Path) -> None:
-    """Let the system read `file` from the disk again, where it can be told to; it must be on the disk already."""
+    """Make the system read `file` from the disk again, if it can; the file must be on the disk already."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(file, os.O_RDONLY)
