@@ -1,4 +1,4 @@
-"""What a user can cause and mend.
+"""Mistakes that a user can make and fix, and how they are shown.
 
 A fault carries the name of the setting that is wrong, as Python has it (`eval_data`), and its texts name other settings
 with `named`. Who shows a fault decides how settings are written: Python as fields (`bits=16`), the command line as
@@ -37,11 +37,22 @@ def as_flag(setting: str, value: str | None) -> str:
     return f"--{flag}" if value in (None, "True") else f"--{flag} {value}"
 
 
+def rendered(text: str, written: Written) -> str:
+    """`text`, each setting that it names with `named` written as `written` has it."""
+    return _NAMED.sub(lambda found: written(found[1], found[2]), text)
+
+
+def _name_of(setting: str) -> str:
+    """The name of a setting that is given as a flag."""  # until none is
+    return setting[2:].replace("-", "_") if setting.startswith("--") else setting
+
+
 @dataclass(frozen=True)
 class Fault:
     """One mistake: which setting, the value received (None for none), the rule it breaks, and the remedy.
 
-    `rule` and `remedy` name other settings with `named`.
+    `rule` and `remedy` name other settings with `named`. What is wrong but is not a setting has a name that is not an
+    identifier ("standard input", a layer's path), and is shown as it is.
     """
 
     setting: str
@@ -49,19 +60,21 @@ class Fault:
     rule: str
     remedy: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "setting", _name_of(self.setting))  # until all have names
+
     def text(self, written: Written) -> str:
         """The fault in words, settings written as `written` has it."""
-        setting = self.setting if self.setting.startswith("--") else named(self.setting)  # until all have names
+        setting = named(self.setting) if self.setting.isidentifier() else self.setting
         value = "" if self.value is None else f" = {self.value!r}"
-        said = f"{setting}{value}: {self.rule}.\n    {self.remedy}"
-        return _NAMED.sub(lambda found: written(found[1], found[2]), said)
+        return rendered(f"{setting}{value}: {self.rule}.\n    {self.remedy}", written)
 
     def __str__(self) -> str:
         return self.text(as_field)
 
 
 class UserError(Exception):
-    """Mistakes that the user can mend, all of them at once; the command line prints it and exits with 2."""
+    """Mistakes that the user can fix, all of them at once; the command line prints them and exits with 2."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
@@ -79,7 +92,7 @@ class UserError(Exception):
 
 
 class Faults:
-    """Gathers the mistakes of several steps, so that the user hears of all at once.
+    """Collects the mistakes found in several steps, so that the user gets all of them in one message.
 
     with Faults() as faults:         # raises one `UserError` at its end, with every fault found
         with faults.collecting():    # a step; what it would have bound stays as it was where it failed
@@ -138,9 +151,9 @@ def said_of(
     remedy: str = "",
     remedies: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
-    """Say mistakes of the setting `instead_of` of `setting`, which is what the user gave.
+    """Report mistakes in the setting `instead_of` under the name of `setting`, which is what the user gave.
 
-    `remedies` are those that help with `setting`, by the ones in whose place they stand.
+    `remedies` maps a remedy for `instead_of` to the one that helps with `setting`.
     """
     try:
         yield
@@ -151,7 +164,7 @@ def said_of(
                 setting=setting,
                 remedy=(remedies or {}).get(fault.remedy, fault.remedy.replace(old_remedy, remedy)),
             )
-            if fault.setting == instead_of
+            if fault.setting == _name_of(instead_of)
             else fault
             for fault in error.faults
         ) from None

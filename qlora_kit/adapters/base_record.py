@@ -1,6 +1,6 @@
-"""What an adapter's folder says of the base that it was trained on: it may be copied away from its run.
+"""The record in an adapter's folder of the base that it was trained on: the folder may be copied away from its run.
 
-PEFT's own settings name the base, but neither its content nor how it was held.
+PEFT's own settings name the base, but neither its content nor its quantization.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class TrainedBase:
 
 
 def read_record(folder: Path, setting: str) -> TrainedBase | None:
-    """What the adapter in `folder` says of its base; None where it says nothing, as adapters made elsewhere do.
+    """The record of the base in an adapter's `folder`; None if there is none, as with adapters made elsewhere.
 
-    Raises `UserError` in the name of `setting` for a record that is none.
+    Raises `UserError` for `setting` if the record cannot be used.
     """
     file = folder / RECORD_FILE
     try:
@@ -75,11 +75,11 @@ def read_record(folder: Path, setting: str) -> TrainedBase | None:
 def _parsed(content: Any) -> TrainedBase:
     """The record in `content`. Raises `TypeError` or `ValueError`."""
     if not isinstance(content, dict):
-        raise ValueError("no mapping")
+        raise ValueError("not a mapping")
     record = TrainedBase(**content)
     texts = (record.model, record.hash, record.revision or "")
     fine = all(isinstance(text, str) for text in texts) and type(record.bits) is int and record.bits in (4, 8, 16, 32)
     fine = fine and record.quant_type in ("nf4", "fp4") and isinstance(record.double_quant, bool)
     if not (fine and record.dtype in DTYPES):
-        raise ValueError("not what a run writes there")
+        raise ValueError("not as a run writes it")
     return record

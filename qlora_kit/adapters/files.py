@@ -20,9 +20,9 @@ CONFIG_FILE = "adapter_config.json"
 def save_adapter(model: PeftModel, folder: Path, trained: bool = True) -> None:
     """Save in PEFT's format, then reopen the files and check them against the live factors.
 
-    Beside it go the parts of factors that are made of some (see `parts`), for who resumes; no other needs them.
+    The parts of factors (see `parts`) are saved beside it; only resuming needs them.
 
-    Raises `RuntimeError` where the files differ from the factors or (once trained) a factor is all zero.
+    Raises `RuntimeError` if the files differ from the factors or (once trained) a factor is all zero.
     """
     from qlora_kit.adapters.parts import save_parts
 
@@ -47,7 +47,7 @@ def check_saved(model: PeftModel, folder: Path, trained: bool = True) -> None:
         faults += [f"{key}: {what}" for what in _differences(live[key], saved[key], trained)]
     faults += differences(model, folder)
     if faults:
-        raise RuntimeError(f"the adapter saved in {folder} is not right:\n  " + "\n  ".join(sorted(faults)))
+        raise RuntimeError(f"the adapter saved in {folder} is wrong:\n  " + "\n  ".join(sorted(faults)))
 
 
 def _differences(live: torch.Tensor, saved: torch.Tensor, trained: bool) -> list[str]:
@@ -63,14 +63,14 @@ def _differences(live: torch.Tensor, saved: torch.Tensor, trained: bool) -> list
 def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
     """The adapter in `folder` on the base `model`, its dtypes as saved.
 
-    Raises `UserError` where the folder holds no adapter, or one for another model.
+    Raises `UserError` if the folder holds no adapter, or one for another model.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
 
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise UserError.of("--adapter", str(folder), f"has no {name}", "Give the adapter/ folder of a run.")
+            raise UserError.of("adapter", str(folder), f"has no {name}", "Give the adapter/ folder of a run.")
     try:
         peft_model = PeftModel.from_pretrained(
             model, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False
@@ -79,13 +79,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = Fals
         load_factors(peft_model, folder)
     except (SafetensorError, OSError) as error:
         rule = f"cannot be read ({str(error).splitlines()[0]})"
-        raise UserError.of("--adapter", str(folder), rule, "Copy or train it again.") from None
+        raise UserError.of("adapter", str(folder), rule, "Copy it again, or train again.") from None
     except (ValueError, RuntimeError) as error:
         raise UserError.of(
-            "--adapter",
+            "adapter",
             str(folder),
             f"does not fit this base ({str(error).splitlines()[0]})",
-            "Give the base it was trained on.",
+            "Give the base that it was trained on.",
         ) from None
     return peft_model
 

@@ -1,4 +1,4 @@
-"""The values with which the factors begin to train, from the weights under them or from the data.
+"""The initial values of the factors, from the weights of their layers or from the data.
 
     what is trained:  W + s·B·A;  pissa, olora:  W + s·(B·A − B₀·A₀), from B = B₀, A = A₀
     pissa       s·B₀·A₀ = U_r Σ_r V_rᵀ of W            olora      B₀ = Q_r, A₀ = Q_rᵀ W, where W = Q·R
@@ -8,11 +8,10 @@
 Shapes: K inputs, N outputs of a layer, r rank; W (N, K) is what the layer computes with, dequantized; B (N, r),
 A (r, K); s the scaling.
 
-PEFT knows these methods too, but for unquantized weights only (its PiSSA, LoftQ and orthogonal start fail on 4 bits),
-and its PiSSA and OLoRA change the base: what is trained then fits no base that anybody else has. Here the base stays
-as it is on disk. Where a method takes B₀·A₀ out of the base, the frozen −B₀·A₀ stands beside the factors instead
-(`parts.HalfFrozen`): the same function and the same gradients of A and B, and the adapter is plain LoRA of twice the
-rank.
+PEFT has these methods too, but only for unquantized weights (its PiSSA, LoftQ and orthogonal start fail on 4 bits), and
+its PiSSA and OLoRA change the base: the adapter then fits no published base. Here the base stays as it is on disk.
+Where a method subtracts B₀·A₀ from the base, a frozen −B₀·A₀ is kept beside the factors instead (`parts.HalfFrozen`):
+the function and the gradients of A and B are the same, and the adapter is plain LoRA of twice the rank.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.data.encode import IGNORED
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.model.quantize import dense_weight
 from qlora_kit.model.task_models import reading_part
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = "default"  # what PEFT calls the adapter
-EXACT_SIDE = 1024  # matrices whose smaller side is no longer are decomposed whole
+EXACT_SIDE = 1024  # matrices with a smaller side up to this are decomposed exactly
 OVERSAMPLES, POWER_ITERATIONS = 16, 8  # of the randomized decomposition of larger ones
 SETTLED = 0.99  # cosine between an input direction before and after a batch: the value of EVA's authors
 
@@ -39,10 +38,10 @@ Factors = tuple["torch.Tensor", "torch.Tensor"]  # B (N, r) and A (r, K)
 
 
 def start(model: nn.Module, config: AdapterConfig, originals: nn.Module | None = None) -> None:
-    """Give the factors that PEFT has just put on `model` their parts, and the values to begin with.
+    """Give the factors that PEFT has just put on `model` their parts and initial values.
 
-    `originals` is the base before it was quantized, for LoftQ. On `meta` there are parts without values.
-    Raises `UserError` for a rank that is larger than a layer, and for LoftQ on a base that is not quantized.
+    `originals` is the base before quantization, for LoftQ. On `meta` the parts have no values.
+    Raises `UserError` for a rank larger than a layer, and for LoftQ on a base that is not quantized.
     """
     import torch
 
@@ -51,10 +50,11 @@ def start(model: nn.Module, config: AdapterConfig, originals: nn.Module | None =
     layers = lora_layers(model)
     _check_ranks(layers, config)
     if config.init == "eva":
-        return  # the model is yet to be fed
+        return  # `start_from_data` does it
     if config.init == "loftq" and originals is None and not next(model.parameters()).is_meta:
-        rule = "makes up for what quantization did, and this base is not quantized"
-        raise UserError.of("--init", "loftq", rule, "Use --bits 4 or 8, or another --init.")
+        rule = "corrects quantization errors, and this base is not quantized"
+        remedy = f"Use {named('bits', 4)} or 8, or another {named('init')}."
+        raise UserError.of("init", "loftq", rule, remedy)
     for name, layer in layers.items():
         original = None if originals is None else originals.get_submodule(name.removeprefix("base_model.model."))
         with torch.no_grad():
@@ -74,10 +74,11 @@ def _check_ranks(layers: Mapping[str, Any], config: AdapterConfig) -> None:
     wide = [(name, side) for name, side in wide if layers[name].r[NAME] // own > side]
     if wide:
         name, side = min(wide, key=lambda one: one[1])
-        method = "--variant lora-xs" if config.variant == "lora-xs" else f"--init {config.init}"
-        rule = f"is more than {method} finds in {name.rpartition('base_model.model.')[2]}, whose smaller side is {side}"
+        method = named("variant", "lora-xs") if config.variant == "lora-xs" else named("init", config.init)
+        layer = name.rpartition("base_model.model.")[2]
+        rule = f"is too large for {method}: the smaller side of {layer} is {side}"
         rank = layers[name].r[NAME] // own
-        raise UserError([Fault("--r", rank, rule, f"Use --r {side} or less, or other --targets.")])
+        raise UserError.of("r", rank, rule, f"Use {named('r', side)} or less, or other {named('targets')}.")
 
 
 def _start_layer(layer: Any, config: AdapterConfig, original: Any) -> None:
@@ -175,7 +176,7 @@ def loftq(original_NK: torch.Tensor, weight_NK: torch.Tensor, r: int, scale: flo
     """The best correction of rank r of what quantization did: s·B·A ≈ W_original − W.
 
     That is LoftQ (Li et al., arXiv 2310.08659, algorithm 1) of one step, which leaves the quantized base as it is;
-    more steps would quantize it anew.
+    more steps would quantize it again.
     """
     return pissa(original_NK - weight_NK, r, scale)
 
@@ -195,7 +196,7 @@ def start_from_data(model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
     Of the supervised tokens; B stays zero, and every layer keeps the rank that was set. `batches`, on the model's
     device, are run until the directions have settled, or to their end. PEFT supplies the incremental SVD; its own loop
     repeats the data without end where a batch has fewer tokens than the rank.
-    Raises `UserError` for too little data.
+    Raises `UserError` if there is too little data.
     """
     import torch
 
@@ -249,10 +250,10 @@ class _Directions:
 
 
 class _InputWatch:
-    """Follows the inputs of layers by name; those of layers that are given the same tensor once.
+    """Follows the inputs of layers by name; layers that get the same tensor are followed once.
 
-    What counts is what is supervised or, where that is no token that is read, what is no padding: of a source and a
-    target, each in its own half of the model.
+    Only supervised tokens count, or all but padding if the labels are not tokens of the input; with an encoder and a
+    decoder, padding is left out in the one, unsupervised tokens in the other.
     """
 
     def __init__(self, rank: int, has_encoder: bool) -> None:
@@ -309,6 +310,7 @@ class _InputWatch:
         own = self.found.get(name)
         if own is None or not hasattr(own.pca, "components_"):
             rule = f"needs at least {2 * self.rank} supervised tokens in the training data"
-            raise UserError.of("--init", "eva", rule, "Use another --init, a smaller --r, or more data.")
+            remedy = f"Use another {named('init')}, a smaller {named('r')}, or more data."
+            raise UserError.of("init", "eva", rule, remedy)
         components: torch.Tensor = own.pca.components_
         return components

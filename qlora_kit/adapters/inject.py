@@ -1,6 +1,6 @@
-"""The LoRA factors on the base: where they go, put on, saved, checked, and loaded again.
+"""Puts the LoRA factors on the base, and checks their first gradients.
 
-PEFT injects, saves and loads; its files are the format that every other tool reads.
+PEFT does the injection; its files are the format that every other tool reads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import initialization
 from qlora_kit.config.settings import AdapterConfig
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.model.task_models import GENERATION, TASK_MODELS
 
 if TYPE_CHECKING:
@@ -25,11 +25,10 @@ from qlora_kit.adapters.targets import choose_targets, linear_layers, matches, r
 def inject(
     model: PreTrainedModel, config: AdapterConfig, task: str = GENERATION, *, originals: nn.Module | None = None
 ) -> PeftModel:
-    """Put trainable factors in `adapter_dtype` on the frozen `model`, with the values that `config` says they begin at.
+    """Put trainable factors in `adapter_dtype` on the frozen `model`, with the initial values that `config` asks for.
 
-    By default A is random by torch's seed and B zero. `originals` is the base before it was quantized, for LoftQ.
-
-    The head that `task` puts on a model trains in full, in its own dtype, and is saved with the factors.
+    By default A is drawn from torch's random state and B is zero. `originals` is the base before quantization, for
+    LoftQ. A head that `task` puts on the model trains in full, in its own dtype, and is saved with the factors.
     Raises `UserError` for targets that match nothing and for combinations that the libraries cannot train.
     """
     import torch
@@ -40,7 +39,8 @@ def inject(
 
     if config.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
         rule = "does not work on 8-bit layers on a CPU (PEFT's DoRA loses their scales at the second step)"
-        raise UserError.of("--dora", True, rule, "Use --bits 4 or 16, or a CUDA device.")
+        remedy = f"Use {named('bits', 4)} or 16, or a CUDA device."
+        raise UserError.of("dora", True, rule, remedy)
     targets = choose_targets(model, config.targets, config.blocks)
     chosen = {name: m for name, m in linear_layers(model).items() if any(matches(name, t) for t in targets)}
     ranks_of(chosen, config)
@@ -63,9 +63,11 @@ def inject(
     try:
         peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
-        rule = f"PEFT puts no factors there on a {model.config.model_type} model ({str(error).rstrip('.')})"
-        remedy = f"Choose among --targets {','.join(names)}." if names else "The model has no linear layer in a block."
-        raise UserError.of("--targets", ",".join(targets), rule, remedy) from None
+        rule = f"PEFT cannot adapt these layers of a {model.config.model_type} model ({str(error).rstrip('.')})"
+        remedy = "The model has no linear layer in a block."
+        if names:
+            remedy = f"Choose from {named('targets', ','.join(names))}."
+        raise UserError.of("targets", ",".join(targets), rule, remedy) from None
     pass_all_inputs(peft_model)
     dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else torch.float32
     for _, parameter in adapter_parameters(peft_model):
@@ -90,13 +92,13 @@ def trainable(model: nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def check_first_gradients(named: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+def check_first_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
     """Check the gradients of the first step: all there and finite, and those of every B non-zero.
 
     (Those of A are zero while B is.) Raises `UserError` naming the factors at fault.
     """
     faults = []
-    for name, parameter in named:
+    for name, parameter in parameters:
         if parameter.grad is None:
             faults.append((name, "gets no gradient"))
         elif not bool(parameter.grad.isfinite().all()):
@@ -104,7 +106,10 @@ def check_first_gradients(named: Iterable[tuple[str, torch.nn.Parameter]]) -> No
         elif "lora_B" in name and not bool(parameter.grad.any()):
             faults.append((name, "gets a gradient of zero"))
     if faults:
-        remedy = "Look at the data with `qlora-kit preview`, and try --adapter-dtype fp32 or another --targets."
+        remedy = (
+            "Look at the data with `qlora-kit preview`, "
+            f"and try {named('adapter_dtype', 'fp32')} or other {named('targets')}."
+        )
         raise UserError(Fault(name, "gradient at step 1", rule, remedy) for name, rule in faults)
 
 

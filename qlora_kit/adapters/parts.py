@@ -1,13 +1,13 @@
-"""Factors that are made of parts, of which only one trains; to PEFT and to all who read its files they are plain.
+"""Factors made of parts, of which only one trains; for PEFT and in its files they are plain factors.
 
     HalfFrozen:  B = [B₁ | −B₀] (N, 2r),  A = [A₁; A₀] (2r, K),  so B·A = B₁·A₁ − B₀·A₀;  B₁ and A₁ train
     CoreFactor:  B = left · core,  left: (N, r), core: (r, r), A: (r, K),  so B·A = left·core·A;  the core trains
 
 K inputs, N outputs of the layer, r rank.
 
-Such a module stands where PEFT puts an `nn.Linear` for A or B. Its `weight` is the whole factor, made of its parts at
-each use, and its state dict holds nothing else: so an adapter on disk is plain LoRA on the published base, whatever
-trained it, and whoever loads, serves or merges it need not know. Only who goes on training needs the parts.
+Such a module takes the place of PEFT's `nn.Linear` for A or B. Its `weight` is the whole factor, computed from its
+parts at each use, and its state dict holds nothing else: so an adapter on disk is plain LoRA on the published base, and
+loading, serving and merging need not know. Only to resume training needs the parts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PartedFactor(nn.Module):
         return nn.functional.linear(x, self.weight)
 
     def set_weight(self, weight: torch.Tensor) -> None:
-        """Take over a whole factor of a file, as far as it says what the parts are."""
+        """Take over a whole factor from a file, as far as the parts follow from it."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -65,7 +65,7 @@ class PartedFactor(nn.Module):
 class HalfFrozen(PartedFactor):
     """A factor of twice the rank: the half that trains, and one that stays as it was when training began.
 
-    In A the halves lie below each other, in B side by side, the frozen one there negative. So B·A is the change since
+    In A the halves are stacked, in B side by side, the frozen one there negative. So B·A is the change since
     the beginning, B₁·A₁ − B₀·A₀, and zero at first.
     """
 
@@ -132,7 +132,7 @@ class CoreFactor(PartedFactor):
 
 
 def save_parts(model: nn.Module, folder: Path) -> None:
-    """Write what the factors of `model` do not say about their parts beside them; no file where they say all."""
+    """Write the parts that do not follow from the factors of `model` beside them; no file if there are none."""
     from safetensors.torch import save_file
 
     found = {name: part.detach().cpu().contiguous() for name, part in hidden_parts(model)}
@@ -141,7 +141,7 @@ def save_parts(model: nn.Module, folder: Path) -> None:
 
 
 def differences(model: nn.Module, folder: Path) -> list[str]:
-    """Where the parts in `folder` are not those of `model`, a line each; raises `OSError` where they are not there."""
+    """The differences between the parts in `folder` and those of `model`; raises `OSError` if the file is missing."""
     from safetensors.torch import load_file
 
     parts = dict(hidden_parts(model))
@@ -153,7 +153,7 @@ def differences(model: nn.Module, folder: Path) -> list[str]:
 def load_parts(model: nn.Module, folder: Path) -> None:
     """Give the parts of the factors of `model` the values that `save_parts` wrote, exactly.
 
-    Raises `RuntimeError` where they are other parts, and `OSError` where they are not there.
+    Raises `RuntimeError` if they do not fit, and `OSError` if the file is missing.
     """
     from safetensors.torch import load_file
 

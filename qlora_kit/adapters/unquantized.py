@@ -1,7 +1,7 @@
-"""The weights that 4 or 8 bits leave in 16: those that no layer holds which bitsandbytes or PEFT knows.
+"""The weights that stay in 16 bits at 4 or 8: those outside the layers that bitsandbytes and PEFT know.
 
-transformers keeps the experts of a mixture in 3-D parameters of the block itself. bitsandbytes quantizes, and PEFT puts
-factors on, linear layers; so most of such a model stays as it was, and neither library says so.
+transformers keeps the experts of a mixture in 3-D parameters of the block itself. bitsandbytes quantizes linear layers,
+and PEFT adapts them; so most of such a model stays as it was, and neither library says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import inject
 from qlora_kit.config.settings import RunConfig
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.model import load, quantize
 from qlora_kit.model.blocks import block_of
 from qlora_kit.model.task_models import task_of
@@ -28,9 +28,9 @@ BYTES = 2  # of a weight in 16 bits
 
 @dataclass(frozen=True, kw_only=True)
 class Unquantized:
-    """Weights in the blocks that are matrices, or stacks of them, and that no linear layer or embedding holds.
+    """Matrices, or stacks of them, in the blocks that belong to no linear layer and no embedding.
 
-    `without_factors` of these `weights` have no factors of an adapter; `total` are those of the whole model.
+    `without_factors` of these `weights` get no factors; `total` counts the weights of the whole model.
     """
 
     example: str
@@ -64,7 +64,7 @@ class Unquantized:
 
 
 def find(model: Any) -> Unquantized:
-    """Those of `model`, be it with factors or without, on any device."""
+    """The unquantized weights of `model`, with or without factors, on any device."""
     from peft.tuners.lora.layer import ParamWrapper
 
     adapted = {id(module.get_param()) for module in model.modules() if isinstance(module, ParamWrapper)}
@@ -93,7 +93,7 @@ def _weights(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def foresee(config: RunConfig, architecture: PretrainedConfig | None = None) -> Any:
-    """The base of `config` as a structure without values, in which `find` and `check` see what its bits will leave.
+    """The base of `config` on `meta`, so that `find` and `check` can look at it before anything is loaded.
 
     `architecture` overrides the one that the settings name. Raises `UserError` for a model that is not found.
     """
@@ -104,30 +104,30 @@ def foresee(config: RunConfig, architecture: PretrainedConfig | None = None) -> 
 
 
 def may_refuse(config: RunConfig) -> bool:
-    """Whether `check` looks at a model of `config` at all: it is quantized, and not allowed to leave the rest."""
+    """Whether `check` can refuse a model of `config`: it is quantized, and 16-bit experts are not allowed."""
     return config.base.bits <= 8 and not config.base.allow_16_bit_experts
 
 
 def check(config: RunConfig, model: Any) -> None:
-    """Raises `UserError` where the bits of `config` leave much of `model` in 16, and the settings do not allow it."""
+    """Raises `UserError` if the bits of `config` leave much of `model` in 16, and the settings do not allow it."""
     if not may_refuse(config):
         return
     found = of_run(config, model)
     if found is not None:
         rule = (
-            f"would leave {found.said} in 16 bits, and {found.said_of_factors}: they are stacks like {found.example}, "
-            "as the experts of a mixture are, and only linear layers are quantized"
+            f"would leave {found.said} in 16 bits, and {found.said_of_factors}: they are stacks of matrices such as "
+            f"{found.example} (the experts of a mixture), and only linear layers are quantized"
         )
-        remedy = "Choose a model without experts, or add --allow-16-bit-experts to train it all the same."
-        raise UserError.of("--bits", config.base.bits, rule, remedy)
+        remedy = f"Choose a model without experts, or add {named('allow_16_bit_experts', True)} to train it anyway."
+        raise UserError.of("bits", config.base.bits, rule, remedy)
 
 
 def of_run(config: RunConfig, model: Any) -> Unquantized | None:
-    """What the bits of `config` leave of `model` in 16, with the factors that it gets; None where that is minor.
+    """The weights of `model` that the bits of `config` leave in 16, and their factors; None if that is minor.
 
-    With 16 bits and more that is what gets factors or none, like the rest.
+    With 16 bits and more nothing is quantized: then only the factors matter.
 
-    A `model` without factors, which `foresee` gave, has them afterwards. Raises `UserError`.
+    A `model` from `foresee` gets its factors here. Raises `UserError`.
     """
     if config.base.full or find(model).is_minor:
         return None

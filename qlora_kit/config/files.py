@@ -1,4 +1,4 @@
-"""Settings read from YAML and JSON files, each of which may give a setting once."""
+"""Settings read from YAML and JSON files. A file may give each setting once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qlora_kit.errors import UserError
 
 
 class _TwiceError(ValueError):
-    """A setting that a file gives twice, of which the last would win unsaid."""
+    """A file gives a setting twice, so that the last would silently win."""
 
     @classmethod
     def check(cls, names: Iterable[object]) -> None:
-        """Raise it where one of `names` is there twice."""
+        """Raise it if one of `names` occurs twice."""
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise cls(f"gives {' and '.join(repr(str(name)) for name in twice)} more than once")
@@ -39,22 +39,22 @@ def _object_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_settings_file(path: Path) -> dict[str, object]:
-    """The settings in a YAML or JSON file, flat; a run's `run.json` gives those that repeat the run.
+    """The settings in a YAML or JSON file, flat; from a `run.json`, those that repeat the run.
 
-    Raises `UserError` where the file is missing, is not a mapping of settings, or gives one twice.
+    Raises `UserError` if the file is missing, is not a mapping of settings, or gives one twice.
     """
     try:
         content = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError.of(
-            "--config", str(path), f"cannot be read ({error.strerror})", "Give a YAML or JSON file."
+            "config", str(path), f"cannot be read ({error.strerror})", "Give a YAML or JSON file."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError.of("--config", str(path), f"is neither YAML nor JSON ({error})", "Mend the file.") from None
+        raise UserError.of("config", str(path), f"is neither YAML nor JSON ({error})", "Fix the file.") from None
     except _TwiceError as error:
         raise _given_twice(path, error) from None
     if not isinstance(content, dict):
-        raise UserError.of("--config", str(path), "must be a mapping of settings", "For example: {r: 16, lr: 2e-4}.")
+        raise UserError.of("config", str(path), "must be a mapping of settings", "For example: {r: 16, lr: 2e-4}.")
     try:
         return read_settings(content)
     except _TwiceError as error:  # in a group and outside, or with - and with _
@@ -62,18 +62,18 @@ def read_settings_file(path: Path) -> dict[str, object]:
 
 
 def _given_twice(path: Path, error: _TwiceError) -> UserError:
-    return UserError.of("--config", str(path), str(error), "Give each setting once.")
+    return UserError.of("config", str(path), str(error), "Give each setting once.")
 
 
 def read_settings(content: Mapping[object, Any]) -> dict[str, object]:
-    """Settings by name from a mapping that may group them; those of a `run.json` are the ones that repeat it."""
+    """Settings by name from a mapping that may group them; from a `run.json`, those that repeat the run."""
     if isinstance(content.get("settings"), dict):
         content = {k: v for k, v in content["settings"].items() if k not in PER_CALL}
     return _flat(content)
 
 
 def _parsed(text: str) -> object:
-    """JSON, or YAML (which forbids the tabs that JSON may be indented with)."""
+    """JSON, or YAML (which forbids tabs, with which JSON may be indented)."""
     try:
         return json.loads(text, object_pairs_hook=_object_once)
     except json.JSONDecodeError:
@@ -87,7 +87,7 @@ def _flat(content: Mapping[object, object]) -> dict[str, object]:
 
 
 def _pairs(content: Mapping[object, object]) -> Iterator[tuple[str, object]]:
-    """Each setting by its name, also of those in groups."""
+    """Each setting with its name, those in groups included."""
     for key, value in content.items():
         if key in GROUPS and isinstance(value, dict):
             yield from ((str(k), v) for k, v in value.items())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_kit.errors import Fault, UserError, named
+from qlora_kit.errors import Fault, UserError, as_flag, named
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def above(low: float) -> Rule:
 
 
 def fraction() -> Rule:
-    """A share: from 0, and less than 1."""
+    """At least 0 and less than 1."""
     return Rule("must be at least 0 and less than 1", lambda v: 0 <= v < 1)
 
 
@@ -57,7 +57,7 @@ def setting(default: Any, help: str, rule: Rule | None = None, **shown: Any) -> 
 
 
 class Checked:
-    """Checks the rules of a group of settings when it is made; `extra_faults` adds those across settings."""
+    """Checks the rules of a group of settings when it is made; `extra_faults` adds rules across settings."""
 
     def __post_init__(self) -> None:
         faults = [*self._rule_faults(), *self.extra_faults()]
@@ -70,16 +70,21 @@ class Checked:
             value, rule = getattr(self, f.name), f.metadata.get("rule")
             wrong = _wrong_type(value, hints[f.name]) if "help" in f.metadata else None
             if wrong is not None:
-                yield Fault(flag(f.name), value, wrong, "See --help.")
+                yield wrong_type(f.name, value, wrong)
             elif rule is not None and value is not None and not rule.holds(value):
-                yield Fault(flag(f.name), value, rule.text, f"For example {flag(f.name)} {_example(f)}.")
+                yield Fault(f.name, value, rule.text, f"For example {named(f.name, _example(f))}.")
 
     def extra_faults(self) -> Iterator[Fault]:
         yield from ()
 
 
+def wrong_type(setting: str, value: object, rule: str) -> Fault:
+    """The fault of a value that cannot be converted to the setting's type."""
+    return Fault(setting, value, rule, "See `qlora-kit train --help`.")
+
+
 def _wrong_type(value: object, hint: Any) -> str | None:
-    """The rule that the type of `value` breaks; None where it is as declared."""
+    """The rule that the type of `value` breaks; None if the type is as declared."""
     try:
         return None if convert(value, hint) == value else "has the wrong type"
     except ValueError as error:
@@ -87,8 +92,8 @@ def _wrong_type(value: object, hint: Any) -> str | None:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of the setting `name`."""
-    return "--" + name.replace("_", "-")
+    """The command-line flag of the setting `name`."""  # until only the command line asks
+    return as_flag(name, None)
 
 
 def _example(f: dataclasses.Field[Any]) -> object:
@@ -112,7 +117,7 @@ def default_of(f: dataclasses.Field[Any]) -> Any:
 
 
 def convert(value: object, hint: Any) -> Any:
-    """`value` (text from a flag, or what YAML or JSON gave) as type `hint`; raises `ValueError` with the rule."""
+    """`value` (text of a flag, or a value from YAML or JSON) as type `hint`; raises `ValueError` with the rule."""
     options = [h for h in typing.get_args(hint) if h is not type(None)] if isinstance(hint, types.UnionType) else [hint]
     if value is None:
         if isinstance(hint, types.UnionType):
@@ -124,7 +129,9 @@ def convert(value: object, hint: Any) -> Any:
     if kind is int or kind is float:
         return _as_number(value, kind)
     if kind is str:
-        return ("on" if value else "off") if isinstance(value, bool) else str(value)  # YAML reads on and off as truth
+        return (
+            ("on" if value else "off") if isinstance(value, bool) else str(value)
+        )  # YAML reads on and off as booleans
     if typing.get_origin(kind) is tuple:
         return _as_numbers(value) if typing.get_args(kind)[0] is int else _as_names(value)
     if typing.get_origin(kind) is dict:

@@ -1,7 +1,7 @@
 """Every setting of the toolkit, declared once: its type, default, rule and help.
 
-The command line, configuration files and the Python door all read these dataclasses; nothing else in the
-project holds a default. `None` means "unset": what then follows is documented in the setting's help.
+The command line, configuration files and the Python API all read these dataclasses; no default stands anywhere else.
+`None` means "unset": the setting's help says what happens then.
 """
 
 from __future__ import annotations
@@ -15,8 +15,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_kit.config.rules import Checked, Rule, above, at_least, convert, fields_of, flag, fraction, one_of, setting
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.config.rules import (
+    Checked,
+    Rule,
+    above,
+    at_least,
+    convert,
+    fields_of,
+    fraction,
+    one_of,
+    setting,
+    wrong_type,
+)
+from qlora_kit.errors import Fault, Faults, UserError, named
 
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
 Tasks = (
@@ -28,16 +39,16 @@ Tasks = (
 )
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
 Init = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
-VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # as they are written
-DEFAULT_SEQ_LEN = 1024  # tokens an example may have where neither --seq-len nor the model's positions say less
-DEFAULT_ASKED = 50  # prompts that eval answers where neither --exact-match nor the run says
-DEFAULT_NEW_TOKENS = 256  # most tokens of an answer where --max-new-tokens does not say
-DEFAULT_TRIALS = 20  # combinations that a search by TPE tries where --trials does not say
-PER_CALL = ("out", "overwrite", "resume")  # say where one call writes, not what the run is: a repeat drops them
+VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # setting: name in texts
+DEFAULT_SEQ_LEN = 1024  # tokens; with --seq-len unset, unless the model has fewer positions
+DEFAULT_ASKED = 50  # prompts that eval answers if neither --exact-match nor the run sets a number
+DEFAULT_NEW_TOKENS = 256  # longest answer, with --max-new-tokens unset
+DEFAULT_TRIALS = 20  # combinations that a TPE search tries, with --trials unset
+PER_CALL = ("out", "overwrite", "resume")  # belong to one call, not to the run: dropped when run.json is reused
 
 
 def _numbers(text: str) -> frozenset[int] | None:
-    """The numbers in `0-11,15`; None where it is no such list."""
+    """The numbers in `0-11,15`; None if `text` is not such a list."""
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part, re.ASCII)
@@ -64,9 +75,11 @@ class BaseConfig(Checked):
     )
     bits: int = setting(4, "4: NF4, 8: LLM.int8, 16: plain LoRA, 32: for debugging", one_of(4, 8, 16, 32))
     quant_type: str = setting("nf4", "4-bit data type", one_of("nf4", "fp4"))
-    double_quant: bool = setting(True, "quantize the quantization constants too (4 bits)")
+    double_quant: bool = setting(True, "also quantize the quantization constants (4 bits)")
     allow_16_bit_experts: bool = setting(
-        False, "train a mixture of experts at 4 or 8 bits although its experts stay in 16, without factors", rare=True
+        False,
+        "train a mixture of experts at 4 or 8 bits, although its experts stay in 16 bits and get no factors",
+        rare=True,
     )
     full: bool = setting(False, "train every weight instead of adapters (needs --bits 16 or 32)")
     tokenizer: str | None = setting(None, "tokenizer folder or hub id; unset: the model's own", metavar="MODEL")
@@ -78,7 +91,7 @@ class BaseConfig(Checked):
     labels: tuple[str, ...] | None = setting(
         None,
         "names of the classes, in order; unset: those in the training data",
-        Rule("must be different names, at least one", lambda v: len(v) > 0 and all(v) and len(set(v)) == len(v)),
+        Rule("must be at least one name, all different", lambda v: len(v) > 0 and all(v) and len(set(v)) == len(v)),
     )
     multi_label: bool | None = setting(None, "an example may have several labels; unset: yes if any example does")
     source_prefix: str | None = setting(
@@ -87,9 +100,11 @@ class BaseConfig(Checked):
 
     def extra_faults(self) -> Iterator[Fault]:
         if self.labels is not None and len(self.labels) < 2 and not self.multi_label:
-            yield Fault("--labels", ",".join(self.labels), "must be two at least", "Or add --multi-label true.")
+            remedy = f"Add the others, or {named('multi_label', 'true')}."
+            yield Fault("labels", ",".join(self.labels), "must be at least two", remedy)
         if self.full and self.bits not in (16, 32):
-            yield Fault("--full", True, f"needs unquantized weights, and --bits is {self.bits}", "Add --bits 16.")
+            rule = f"needs unquantized weights, not {named('bits', self.bits)}"
+            yield Fault("full", True, rule, f"Add {named('bits', 16)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +112,7 @@ class AdapterConfig(Checked):
     """The LoRA factors on the base."""
 
     r: int = setting(16, "rank of the LoRA factors", at_least(1))
-    alpha: float | None = setting(None, "LoRA scaling numerator; unset: 2 r", above(0))
+    alpha: float | None = setting(None, "numerator of the LoRA scaling; unset: 2 r", above(0))
     dropout: float = setting(0.0, "dropout on the adapter's input", fraction())
     targets: tuple[str, ...] | None = setting(
         None,
@@ -106,14 +121,14 @@ class AdapterConfig(Checked):
     )
     layers: str | None = setting(
         None,
-        "numbers of the blocks to adapt, e.g. 0-11,15; unset: all",
-        Rule("must be numbers of blocks and ranges of them like 0-11", lambda v: _numbers(v) is not None),
+        "blocks to adapt, by number, e.g. 0-11,15; unset: all",
+        Rule("must be block numbers and ranges, like 0-11,15", lambda v: _numbers(v) is not None),
         metavar="N-N,…",
     )
     rank_pattern: dict[str, int] = setting(  # noqa: RUF009  (it returns a field with a factory)
         {},
-        "other ranks for layers by name, e.g. c_attn=32,mlp.c_proj=8; the first that fits counts, the scaling stays",
-        Rule("must give names of layers a rank of at least 1 like c_attn=32", lambda v: _is_rank_pattern(v)),
+        "ranks of single layers by name, e.g. c_attn=32,mlp.c_proj=8; the first match wins; the scaling stays the same",
+        Rule("must map layer names to ranks of at least 1, like c_attn=32", lambda v: _is_rank_pattern(v)),
         rare=True,
     )
     adapter_dtype: str = setting("bf16", "dtype of the factors", one_of("bf16", "fp32"))
@@ -137,17 +152,17 @@ class AdapterConfig(Checked):
 
     @property
     def differs_by_block(self) -> bool:
-        """Whether the settings may tell one block from another."""
+        """Whether the settings may treat blocks differently."""
         names = [*(self.targets or ()), *self.rank_pattern]
         return self.layers is not None or any(part.isdigit() for name in names for part in name.split("."))
 
     @property
     def doubles_rank(self) -> bool:
-        """Whether the factors have a frozen half, what they were at the beginning, beside the one that trains."""
+        """Whether the initial factors are kept, frozen, beside the ones that train."""
         return self.init in ("pissa", "olora")
 
     def alpha_of(self, r: int) -> float:
-        """The numerator with which factors of rank `r` are scaled as those of the rank that was set."""
+        """The alpha that gives factors of rank `r` the same scaling as those of rank `self.r`."""
         if r == self.r:
             return self.resolved_alpha
         share = r / self.r
@@ -155,31 +170,31 @@ class AdapterConfig(Checked):
 
     def extra_faults(self) -> Iterator[Fault]:
         if self.variant == "lora-xs" and self.init != "default":
-            rule = "is for factors that train, and those of --variant lora-xs are frozen"
-            yield Fault("--init", self.init, rule, "Drop one of the two.")
+            rule = f"sets factors that train, and {named('variant', 'lora-xs')} freezes its factors"
+            yield Fault("init", self.init, rule, "Drop one of the two.")
         if self.dora and (self.variant == "lora-xs" or self.init in ("pissa", "olora", "loftq")):
-            method = "--variant lora-xs" if self.variant == "lora-xs" else f"--init {self.init}"
-            yield Fault(
-                "--dora", True, f"cannot go with {method}, which begins at another weight", "Drop one of the two."
-            )
+            method = named("variant", "lora-xs") if self.variant == "lora-xs" else named("init", self.init)
+            rule = f"cannot be combined with {method}, which starts from another weight"
+            yield Fault("dora", True, rule, "Drop one of the two.")
         if self.init in ("orthogonal", "pissa", "olora", "loftq") and self.adapter_dtype == "bf16":
-            rule = f"would lose the steps of --init {self.init}, whose factors begin at full size, in rounding"
-            yield Fault("--adapter-dtype", "bf16", rule, "Add --adapter-dtype fp32.")
+            rule = f"would round away the steps of the large factors that {named('init', self.init)} starts with"
+            yield Fault("adapter_dtype", "bf16", rule, f"Add {named('adapter_dtype', 'fp32')}.")
         if self.init == "orthogonal":
             for name, r in (("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())):
                 if r % 2:
-                    yield Fault(flag(name), r, "is odd, and --init orthogonal needs even ranks", "Use an even one.")
+                    rule = f"is odd, and {named('init', 'orthogonal')} needs even ranks"
+                    yield Fault(name, r, rule, "Give an even rank.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Checked):
-    """What the model is fed."""
+    """What the model is trained on."""
 
     data: str = setting("demo", "file (jsonl json csv tsv parquet txt), folder, hub data set or 'demo'", metavar="DATA")
     eval_data: str | None = setting(None, "held-out data, in the same forms; 'demo' brings its own", metavar="DATA")
     eval_fraction: float = setting(0.0, "share of --data to hold out, if there is no --eval-data", fraction())
     columns: dict[str, str] = setting(  # noqa: RUF009  (it returns a field with a factory)
-        {}, "map columns by hand, e.g. prompt=a,completion=b"
+        {}, "name the columns yourself, e.g. prompt=a,completion=b"
     )
     train_on: str = setting("answer", "what is learned: the answers, or all of the text", one_of("answer", "all"))
     seq_len: int | None = setting(
@@ -189,9 +204,9 @@ class DataConfig(Checked):
 
     @property
     def held_out_source(self) -> str | None:
-        """Where the held-out examples come from; None where they are split off, or there are none."""
+        """Where the held-out examples come from; None if they are split off the training data, or there are none."""
         if self.eval_data is None and self.data == "demo" and not self.eval_fraction:
-            return "demo"  # it brings its own
+            return "demo"  # brings its own held-out part
         return self.eval_data
 
     @property
@@ -201,7 +216,8 @@ class DataConfig(Checked):
 
     def extra_faults(self) -> Iterator[Fault]:
         if self.eval_data is not None and self.eval_fraction:
-            yield Fault("--eval-fraction", self.eval_fraction, "cannot go with --eval-data", "Give one of the two.")
+            rule = f"cannot be combined with {named('eval_data')}"
+            yield Fault("eval_fraction", self.eval_fraction, rule, "Give one of the two.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +240,7 @@ class OptimConfig(Checked):
     batch_size: int = setting(4, "examples in a forward pass", at_least(1))
     grad_accum: int = setting(1, "forward passes in an optimizer step", at_least(1))
     epochs: float = setting(1.0, "passes over the data", above(0))
-    max_steps: int | None = setting(None, "optimizer steps; wins over --epochs", at_least(1))
+    max_steps: int | None = setting(None, "optimizer steps; overrides --epochs", at_least(1))
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass", group="memory")
     class_weights: str = setting(
         "none",
@@ -232,7 +248,7 @@ class OptimConfig(Checked):
         one_of("none", "balanced"),
     )
     neftune: float | None = setting(
-        None, "NEFTune: uniform noise on the embeddings, of up to this / sqrt(tokens · features)", above(0), rare=True
+        None, "NEFTune: uniform noise on the embeddings, at most this / sqrt(tokens · features)", above(0), rare=True
     )
     adversarial: str | None = setting(
         None,
@@ -240,13 +256,13 @@ class OptimConfig(Checked):
         one_of("fgm", "pgd"),
         rare=True,
     )
-    # some 2 % of the norm of a sentence's embeddings, as in Miyato et al.; with 1.0 MiniLM learned nothing of SST-2
+    # about 2 % of the norm of a sentence's embeddings, as in Miyato et al.; with 1.0 MiniLM learned nothing on SST-2
     adversarial_epsilon: float = setting(
-        0.1, "how far the embeddings of an example are moved, as a norm", above(0), rare=True
+        0.1, "norm by which the embeddings of an example are moved", above(0), rare=True
     )
-    adversarial_steps: int = setting(3, "steps in which pgd moves them", at_least(1), rare=True)
+    adversarial_steps: int = setting(3, "steps of pgd", at_least(1), rare=True)
     rank_penalty: float | None = setting(
-        None, "penalty on the rank of the change: this times the sum of its singular values", above(0), rare=True
+        None, "penalty on the rank of the weight change: this times the sum of its singular values", above(0), rare=True
     )
 
     def extra_faults(self) -> Iterator[Fault]:
@@ -254,21 +270,20 @@ class OptimConfig(Checked):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if f.name in of and value != f.default and self.adversarial not in of[f.name]:
-                rule = f"is a setting of --adversarial {' and '.join(of[f.name])}"
-                yield Fault(flag(f.name), value, rule, f"Add --adversarial {of[f.name][0]}, or drop it.")
+                methods = " and ".join(named("adversarial", method) for method in of[f.name])
+                remedy = f"Add {named('adversarial', of[f.name][0])}, or drop it."
+                yield Fault(f.name, value, f"applies only to {methods}", remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeanConfig(Checked):
-    """The pieces of the lean step: they change what a step takes, not what it computes."""
+    """The pieces of the lean step: they change the memory and time of a step, not what it computes."""
 
     lean: str = setting("on", "off: the stock step, without any lean piece", one_of("on", "off"))
     chunked_loss: bool = setting(
-        True, "the loss over supervised tokens only, a few at a time, without whole logits", rare=True
+        True, "compute the loss on supervised tokens only, a few at a time, without full logits", rare=True
     )
-    lora_first: bool = setting(
-        True, "linear layers that run their factors first and save nothing dequantized", rare=True
-    )
+    lora_first: bool = setting(True, "linear layers run their factors first and save nothing dequantized", rare=True)
     half_blocks: str = setting(
         "auto",
         "checkpoint attention and MLP separately; auto: with offloaded activations",
@@ -285,22 +300,24 @@ class LeanConfig(Checked):
         rare=True,
     )
     flat_buffer: bool = setting(
-        True, "all factors and gradients in one buffer: one optimizer call, states that page", rare=True
+        True, "all factors and gradients in one buffer: one optimizer call, states that can page", rare=True
     )
-    tiled_mlp: bool = setting(True, "run the MLP on a part of a long sequence at a time", rare=True)
-    rms_norm: bool = setting(True, "RMS norms that keep their input only, and no copy of it in fp32", rare=True)
-    tanh_gelu: bool = setting(True, "gelu_new as one operation without temporaries", rare=True)
-    maskless_padding: bool = setting(True, "no attention mask for padding on the right, which no token sees", rare=True)
+    tiled_mlp: bool = setting(True, "run the MLP on parts of a long sequence, one after the other", rare=True)
+    rms_norm: bool = setting(True, "RMS norms save their input only, not an fp32 copy of it", rare=True)
+    tanh_gelu: bool = setting(True, "gelu_new as one operation, without temporaries", rare=True)
+    maskless_padding: bool = setting(
+        True, "no attention mask for padding on the right, since no token sees it", rare=True
+    )
     attention_by_row: str = setting(
         "auto",
         "attention with dropout, one row of the batch at a time; auto: on a CPU",
         one_of("auto", "on", "off"),
         rare=True,
     )
-    varlen: bool = setting(True, "with --pack, attend within each example without a mask over the row", rare=True)
+    varlen: bool = setting(True, "with --pack, attend within each example, without a mask over the row", rare=True)
 
     def resolved(self, device_type: str) -> LeanConfig:
-        """With every `auto` decided for a run on `device_type` whose memory is not short."""
+        """These settings with every `auto` decided, for a run on `device_type` that has enough memory."""
         on_cuda = "on" if device_type == "cuda" else "off"
         offload = on_cuda if self.offload_activations == "auto" else self.offload_activations
         half = offload if self.half_blocks == "auto" else self.half_blocks
@@ -318,7 +335,7 @@ class LeanConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Checked):
-    """When the run looks at held-out data, and what it keeps."""
+    """When the run evaluates on held-out data, and what it keeps."""
 
     eval_steps: int | None = setting(
         None,
@@ -333,17 +350,19 @@ class EvalConfig(Checked):
         "decides the best checkpoint and early stopping; unset: the task's own",
         metavar="NAME",
     )
-    early_stopping: int | None = setting(None, "stop after so many evaluations without a better metric", at_least(1))
+    early_stopping: int | None = setting(
+        None, "stop after this many evaluations without a better --metric", at_least(1)
+    )
     keep_best: bool = setting(True, "end with the best evaluation's adapter, not the last")
     save_steps: int | None = setting(
-        None, "checkpoint every so many steps; unset: at each evaluation or epoch", at_least(1)
+        None, "write a checkpoint every this many steps; unset: at each evaluation or epoch", at_least(1)
     )
-    keep_checkpoints: int = setting(2, "checkpoints to keep (the best one besides)", at_least(1))
+    keep_checkpoints: int = setting(2, "checkpoints to keep, besides the best one", at_least(1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Checked):
-    """One training run: every setting there is."""
+    """One training run: all its settings."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -379,14 +398,14 @@ class RunConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(Checked):
-    """How settings are chosen by cross-validation; what is trained with each of them is a `RunConfig`."""
+    """How a search chooses settings by cross-validation; each combination that it tries is a `RunConfig`."""
 
     folds: int = setting(5, "parts of the training data; each is held out once", at_least(2))
     metric: str = setting(
-        "auto", "what decides, and what the runs follow: loss, exact_match, f1, …; auto: the task's own", metavar="NAME"
+        "auto", "metric that decides, also within a run: loss, exact_match, f1, …; auto: the task's own", metavar="NAME"
     )
     budget: str | None = setting(
-        None, "rule out, before it runs, what is planned to need more: 8GiB, 6000MiB, 24GB", metavar="SIZE"
+        None, "skip combinations that are planned to need more memory: 8GiB, 6000MiB, 24GB", metavar="SIZE"
     )
     sampler: str = setting(
         "grid", "grid: every combination; tpe: Optuna's, led by earlier results", one_of("grid", "tpe")
@@ -397,7 +416,7 @@ class SearchConfig(Checked):
         "stop a combination whose best mean so far is worse than the others' median; auto: with tpe",
         one_of("auto", "on", "off"),
     )
-    keep_runs: bool = setting(False, "keep the adapter and the checkpoints of every fold")
+    keep_runs: bool = setting(False, "keep adapter and checkpoints of every fold")
 
     @property
     def prunes(self) -> bool:
@@ -405,7 +424,8 @@ class SearchConfig(Checked):
 
     def extra_faults(self) -> Iterator[Fault]:
         if self.trials is not None and self.sampler == "grid":
-            yield Fault("--trials", self.trials, "is of --sampler tpe: a grid is tried whole", "Add --sampler tpe.")
+            tpe = named("sampler", "tpe")
+            yield Fault("trials", self.trials, f"applies only to {tpe}: a grid is tried whole", f"Add {tpe}.")
 
     @classmethod
     def names(cls) -> set[str]:
@@ -414,14 +434,13 @@ class SearchConfig(Checked):
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, object]) -> SearchConfig:
-        """Build from those of `flat` that are its settings; raises one `UserError` with every fault."""
-        faults: list[Fault] = []
+        """Build from the settings in `flat` that are its own; raises one `UserError` with every fault."""
         values: dict[str, Any] = {}
-        for f, hint in fields_of(cls):
-            if f.name in flat:
-                _convert_into(values, f.name, flat[f.name], hint, faults)
-        if faults:
-            raise UserError(faults)
+        with Faults() as faults:
+            for f, hint in fields_of(cls):
+                if f.name in flat:
+                    with faults.collecting():
+                        values[f.name] = _converted(f.name, flat[f.name], hint)
         return cls(**values)
 
 
@@ -446,37 +465,33 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
 
 def _build(flat: Mapping[str, object]) -> RunConfig:
     known = {f.name: (group, hint) for group, f, hint in settings()}
-    faults: list[Fault] = []
     values: dict[str, dict[str, Any]] = {group: {} for group in ["", *GROUPS]}
-    for name, value in flat.items():
-        if name not in known:
-            faults.append(_unknown(name, value, list(known)))
-            continue
-        group, hint = known[name]
-        _convert_into(values[group], name, value, hint, faults)
     built: dict[str, Any] = {}
-    for group, cls in GROUPS.items():
-        try:
-            built[group] = cls(**values[group])
-        except UserError as error:
-            faults.extend(error.faults)
-    try:
-        config = RunConfig(**values[""], **built)
-    except UserError as error:
-        faults.extend(error.faults)
-    if faults:
-        raise UserError(faults)
+    with Faults() as faults:
+        for name, value in flat.items():
+            if name not in known:
+                faults.add(_unknown(name, value, list(known)))
+                continue
+            group, hint = known[name]
+            with faults.collecting():
+                values[group][name] = _converted(name, value, hint)
+        for group, cls in GROUPS.items():
+            with faults.collecting():
+                built[group] = cls(**values[group])
+        with faults.collecting():
+            config = RunConfig(**values[""], **built)
     return config
 
 
-def _convert_into(values: dict[str, Any], name: str, value: object, hint: Any, faults: list[Fault]) -> None:
+def _converted(name: str, value: object, hint: Any) -> Any:
+    """`value` as the setting `name` has it. Raises `UserError`."""
     try:
-        values[name] = convert(value, hint)
+        return convert(value, hint)
     except ValueError as error:
-        faults.append(Fault(flag(name), value, str(error), "See --help."))
+        raise UserError([wrong_type(name, value, str(error))]) from None
 
 
 def _unknown(name: str, value: object, known: list[str]) -> Fault:
     near = difflib.get_close_matches(name, known, n=1)
-    remedy = f"Did you mean {flag(near[0])}?" if near else "See --help for all settings."
-    return Fault(flag(name), value, "is not a setting", remedy)
+    remedy = f"Did you mean {named(near[0])}?" if near else "`qlora-kit train --help` lists all settings."
+    return Fault(name, value, "is not a setting", remedy)

@@ -1,4 +1,4 @@
-"""Counts what a user should know about a data set before the model sees it."""
+"""Counts what a user should know about a data set before training on it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qlora_kit.data.columns import Example
 class AuditReport:
     """A data set in numbers; lengths are in tokens, before anything is cut off.
 
-    `unsupervised` counts the examples that were dropped since no token of them is supervised; `truncated`, `empty`
-    (no answer but white space) and `duplicates` (of an earlier example, word for word) are counted but kept.
-    `input_tokens` and `supervised_tokens` are what a pass over the kept examples feeds and learns.
+    `unsupervised` counts the examples that were dropped because no token is supervised; `truncated`, `empty` (an answer
+    of white space only) and `duplicates` (of an earlier example, word for word) are counted but kept. A pass over the
+    kept examples reads `input_tokens` and learns `supervised_tokens`.
     """
 
     examples: int
@@ -51,7 +51,7 @@ def audit_lengths(
     empty: int,
     duplicates: int,
 ) -> AuditReport:
-    """The same of examples of any kind, of which so many are empty, and so many repeat an earlier one."""
+    """The report on examples of any kind; `empty` and `duplicates` are their counts."""
     assert lengths, "an empty data set is refused before its audit"
     in_order = sorted(lengths)
     kept = [index for index, count in enumerate(supervised) if count]

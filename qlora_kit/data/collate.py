@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora_kit.data.encode import IGNORED
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 
 Feature = Mapping[str, Sequence[int]]
 
@@ -91,7 +91,7 @@ def _segments_and_positions(lengths_by_row: Sequence[Sequence[int]], length: int
 
 
 def segment_tensors(lengths_by_row: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
-    """What tells a model where the examples of packed rows of `length` positions are; see `Collator`."""
+    """The places of the examples in packed rows of `length` positions, for a model; see `Collator`."""
     padding = [length - sum(lengths) for lengths in lengths_by_row]
     segments = [n for lengths, rest in zip(lengths_by_row, padding, strict=True) for n in (*lengths, rest) if n]
     starts = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
@@ -110,17 +110,17 @@ def _block_causal_mask(segments_BT: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def packed_mask_dtype(model_config: Any, longest_tokens: int) -> torch.dtype:
-    """The `mask_dtype` of the collator for a model with this (transformers) config: bool for sdpa, float for eager.
+    """The collator's `mask_dtype` for a model with this transformers config: bool for sdpa, float32 for eager.
 
-    A model that attends example by example needs no mask (`Collator`'s `varlen`). Raises `UserError` for "--pack"
-    where the model's attention cannot take the mask: another implementation, or a sliding window shorter than the
-    longest example, which the mask would undo.
+    A model that attends example by example needs no mask (`varlen` of `Collator`). Raises `UserError` for `pack` if
+    the model's attention cannot take the mask: another implementation, or a sliding window shorter than the longest
+    example, which the mask would switch off.
     """
     implementation = str(getattr(model_config, "_attn_implementation", None)).split("_by_")[0]  # ours are sdpa's
     window = getattr(model_config, "sliding_window", None)
     if implementation not in ("sdpa", "eager"):
-        raise UserError.of("--pack", True, f"cannot go with {implementation} attention", "Drop --pack.")
+        raise UserError.of("pack", True, f"does not work with {implementation} attention", f"Drop {named('pack')}.")
     if window is not None and longest_tokens > window:
-        rule = f"cannot go with examples of {longest_tokens} tokens on a model whose attention sees {window}"
-        raise UserError.of("--pack", True, rule, f"Drop --pack, or give --seq-len {window}.")
+        rule = f"does not work with examples of {longest_tokens} tokens: the model's attention window has {window}"
+        raise UserError.of("pack", True, rule, f"Drop {named('pack')}, or give {named('seq_len', window)}.")
     return torch.bool if implementation == "sdpa" else torch.float32

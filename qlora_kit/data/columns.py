@@ -1,4 +1,4 @@
-"""Turns records into examples: recognises the shape of a data set by its columns, or maps them by hand."""
+"""Turns records into examples: recognises the shape of a data set by its columns, or maps the columns as told."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from qlora_kit.data.not_yet import check_chat, check_pair
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text, is_missing
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 
 TARGETS = ("text", "prompt", "completion", "messages", "system")
+EXAMPLE = "prompt=NAME,completion=NAME"  # of a mapping
 ROLES = {
     "system": "system",
     "user": "user",
@@ -41,7 +42,7 @@ class Example:
 
     Plain text has only a `completion`. A prompt with its completion has both. A conversation has `messages`;
     its `completion` is then its first answer, and its `prompt` what was said before it.
-    `origin` is where it stands, e.g. "train.jsonl:17".
+    `origin` is its place in the source, e.g. "train.jsonl:17".
     """
 
     prompt: str | None
@@ -52,9 +53,9 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A way to lay out examples in columns: the columns that must be there, those that may, and how to read one.
+    """A layout of examples in columns: required and optional columns, and how to read a record.
 
-    `by_hand` has the columns that the user named for some of these; `learns_all` says what is learned of an example.
+    `by_hand` maps parts to the columns that the user named; `learns_all`: all of an example is learned.
     """
 
     required: tuple[str, ...]
@@ -64,7 +65,7 @@ class Shape:
     learns_all: bool = False
 
     def column(self, part: str) -> str:
-        """The column in which a part of an example stands."""
+        """The column that holds this part of an example."""
         return self.by_hand.get(part, part)
 
     def __str__(self) -> str:
@@ -75,7 +76,7 @@ class Shape:
 
 
 def _text(record: Record, column: str) -> str:
-    """The text in a column; a number is taken as it is written."""
+    """The text in a column; a number becomes its text."""
     if column not in record.values:
         raise BadValueError(f"has no column {column!r}")
     return as_text(record.values[column], f"column {column!r}")
@@ -137,7 +138,7 @@ def _read_chat(shape: Shape, record: Record) -> Iterator[Example]:
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
     messages = _with_system(messages, _optional_text(record, shape.column("system")), shape.column("system"))
     if messages[0].role == "assistant":
-        raise BadValueError("the conversation begins with the assistant, so nothing says what it answers")
+        raise BadValueError("the conversation begins with the assistant: there is nothing that it answers")
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     first = answers[0] if answers else len(messages)
     prompt = "\n".join(message.content for message in messages[:first])
@@ -155,7 +156,7 @@ def _with_system(messages: list[Message], system: str, column: str) -> list[Mess
     if messages[0].role != "system":
         return [Message("system", system), *messages]
     if messages[0].content.strip() != system.strip():
-        raise BadValueError(f"has a system text in column {column!r}, and another one in its first message")
+        raise BadValueError(f"has a system text in column {column!r} and a different one in its first message")
     return messages
 
 
@@ -164,14 +165,14 @@ def _message(turn: object, number: int) -> Message:
         raise BadValueError(f"message {number} must be an object with role and content")
     role, content = _first(turn, "role", "from"), _first(turn, "content", "value")
     if not isinstance(role, str) or role not in ROLES:
-        raise BadValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+        raise BadValueError(f"message {number} has the role {role!r}; the known roles are {', '.join(ROLES)}")
     if isinstance(content, list):  # the parts of a multimodal message
         content = _joined_parts(content, number)
     return Message(ROLES[role], as_text(content, f"the content of message {number}"))
 
 
 def _first(turn: Mapping[str, Any], name: str, other: str) -> Any:
-    """What stands under the one name, or where nothing does under the other."""
+    """The value under `name`, or under `other` if there is none."""
     value = turn.get(name)
     return turn.get(other) if is_missing(value) else value
 
@@ -181,7 +182,7 @@ def _joined_parts(parts: list[Any], number: int) -> str:
         raise BadValueError(f"message {number} has parts that are not text")
     kinds = {str(part.get("type")) for part in parts} - {"None", *TEXT_KINDS}
     if kinds:
-        raise BadValueError(f"message {number} has parts of the type {', '.join(sorted(kinds))}, and only text is read")
+        raise BadValueError(f"message {number} has parts of type {', '.join(sorted(kinds))}; only text can be read")
     return "".join(part["text"] for part in parts)
 
 
@@ -206,9 +207,9 @@ PAIRED = tuple(shape for shape in SHAPES if shape.read is _read_pair)  # a promp
 
 
 def prompts_from(records: list[Record], columns: Mapping[str, str], source: str, setting: str) -> list[Example]:
-    """The prompts in `records`, each a conversation that waits for an answer; a column of answers may be absent.
+    """The prompts in `records`, each a conversation that waits for an answer; the answer column may be absent.
 
-    A conversation loses the answer that it ends with; of plain text the whole text is the prompt.
+    An answer at the end of a conversation is dropped; a plain text is a prompt as a whole.
     Raises `UserError` as `examples_from` does.
     """
     unanswered: list[Record] = []
@@ -220,7 +221,7 @@ def prompts_from(records: list[Record], columns: Mapping[str, str], source: str,
 
 
 def _answer_column(records: list[Record], columns: Mapping[str, str]) -> str | None:
-    """The column of answers in the records of a file, there or not; None where their shape has none apart."""
+    """The answer column for the records of a file, even if they lack it; None if their shape has no such column."""
     if columns:
         return columns.get("completion", "completion") if "prompt" in columns else None
     there = {column for record in records for column in record.values}
@@ -255,13 +256,13 @@ def examples_from(
 ) -> list[Example]:
     """The examples in `records`, each file recognised by its own columns, or mapped by `columns`.
 
-    `learns_all` says that not their answers alone are learned.
+    `learns_all`: whole examples are learned, not only their answers.
 
-    Raises `UserError` where the columns fit no shape, where `columns` names a target or a column that is not
-    there, and where a record does not fit (each with file and line).
+    Raises `UserError` if the columns fit no shape, if `columns` names a target or a column that does not exist, and if
+    a record does not fit (each with file and line).
     """
     _check_targets(columns)
-    problems = Problems(setting, source, "Mend or remove it.")
+    problems = Problems(setting, source, "Fix or remove it.")
     examples: list[Example] = []
     for file, group in groupby(records, key=lambda record: record.file):
         in_file = list(group)
@@ -284,14 +285,14 @@ def _recognised_shape(there: list[str], file: str, setting: str) -> Shape:
     for shape in SHAPES:
         if set(shape.required) <= set(there):
             return shape
-    rule = f"has the columns {_listed(there)}, and no known shape has these"
+    rule = f"has the columns {_listed(there)}, which fit no known shape"
     known = ", ".join(str(shape) for shape in SHAPES)
-    remedy = f"Say which is which, e.g. --columns prompt=NAME,completion=NAME. Known shapes: {known}."
+    remedy = f"Map them, e.g. {named('columns', EXAMPLE)}. Known shapes: {known}."
     raise UserError.of(setting, file, rule, remedy)
 
 
 def _listed(columns: list[str]) -> str:
-    """Column names, shortened: a file without a header has its first line as names."""
+    """Column names, shortened: in a file without a header the first line is taken for names."""
     return ", ".join(repr(column if len(column) <= 40 else column[:37] + "...") for column in columns)
 
 
@@ -299,10 +300,10 @@ def _check_targets(columns: Mapping[str, str]) -> None:
     given = ",".join(f"{target}={column}" for target, column in columns.items())
     faults = [
         Fault(
-            "--columns",
+            "columns",
             f"{target}={column}",
-            f"maps {target!r}, which is none of {', '.join(TARGETS)}",
-            "For example --columns prompt=NAME,completion=NAME.",
+            f"maps {target!r}, which is not one of {', '.join(TARGETS)}",
+            f"For example {named('columns', EXAMPLE)}.",
         )
         for target, column in columns.items()
         if target not in TARGETS
@@ -311,9 +312,9 @@ def _check_targets(columns: Mapping[str, str]) -> None:
     if len(kinds) > 1 or set(columns) == {"system"} or {"text", "system"} <= set(columns):
         faults.append(
             Fault(
-                "--columns",
+                "columns",
                 given,
-                "must map text alone, or messages, or prompt and completion (each maybe with system)",
+                "must map either text, or messages, or prompt and completion (the last two also with system)",
                 "Drop the others.",
             )
         )
@@ -326,7 +327,7 @@ def _mapped_shape(columns: Mapping[str, str], there: list[str], file: str) -> Sh
     needed = {target: columns.get(target, target) for target in shape.required} | dict(columns)
     faults = [
         Fault(
-            "--columns",
+            "columns",
             f"{target}={column}",
             f"names a column that {file} does not have",
             f"Its columns are {_listed(there)}.",

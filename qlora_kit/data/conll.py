@@ -1,7 +1,7 @@
-"""CoNLL files: a word a line with its tag in the last column, a blank line between sentences.
+"""CoNLL files: one word a line with its tag in the last column, a blank line between sentences.
 
-Columns stand between tabs, or where a file has none between spaces. A file of one column has words without tags. As in
-the shared tasks CoNLL-2003 and WNUT-17, lines with -DOCSTART- begin a document and hold no word. Nor do comments, lines
+Columns are separated by tabs, or by spaces if a file has no tabs. A file of one column has words without tags. As in
+the shared tasks CoNLL-2003 and WNUT-17, lines with -DOCSTART- begin a document and hold no word. Nor do comments: lines
 with "# " before a sentence.
 """
 
@@ -27,7 +27,7 @@ BLANK = " \t"  # other white space, such as that without a break, may be a word
 class Sentence:
     """Words with their tags (none where the file has none), and the number of the line on which it begins.
 
-    `width` is the number of columns in the file: what stands between the word and its tag is not taken over.
+    `width` is the number of columns in the file; columns between the word and its tag are not read.
     """
 
     line: int
@@ -37,7 +37,7 @@ class Sentence:
 
 
 def looks_like_conll(text: str) -> bool:
-    """Whether nearly every line has a word and a tag (O, B-person, …); the others are for `read_sentences` to name."""
+    """Whether nearly every line has a word and a tag (O, B-person, …); `read_sentences` reports the others."""
     lines = [line for line in LINE_END.split(text) if _is_plain(line)][:LOOKED_AT]
     rows = [_columns(line, "\t" in lines[0]) for line in lines]
     tagged = sum(len(row) > 1 and TAG.fullmatch(row[-1]) is not None for row in rows)
@@ -45,7 +45,7 @@ def looks_like_conll(text: str) -> bool:
 
 
 def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentence]:
-    """The sentences of the file `path` that holds `text`; lines that are none of it go to `problems`."""
+    """The sentences of the file `path` that holds `text`; lines that do not fit go to `problems`."""
     lines = LINE_END.split(text)
     layout = _layout(lines)
     sentence = Sentence(line=0)
@@ -72,7 +72,7 @@ def read_sentences(text: str, path: str, problems: Problems) -> Iterator[Sentenc
 
 @dataclass(frozen=True)
 class _FileLayout:
-    """What the first line with a word says of a file: its `number`, its `columns`, and what stands between them."""
+    """The layout of a file by its first line with a word: its `number`, its `columns`, and their separator."""
 
     number: int
     columns: list[str]
@@ -83,7 +83,7 @@ class _FileLayout:
         return len(self.columns)
 
     def is_comment(self, columns: list[str]) -> bool:
-        """Whether a line that begins as a comment is one, and not the token # with its tag."""
+        """Whether a line that begins like a comment is one, and not the token # with its tag."""
         if len(columns) == self.width > 1:
             return TAG.fullmatch(columns[-1]) is None and TAG.fullmatch(self.columns[-1]) is not None
         return len(columns) > 1 or self.has_tabs
@@ -91,15 +91,15 @@ class _FileLayout:
     def fault(self, columns: list[str]) -> str | None:
         """The rule that a line breaks, or None."""
         if len(columns) != self.width:
-            first = f"the first one with a word, line {self.number}, has {self.width}"
-            return f"has {len(columns)} columns where {first}: a word, and its tag in the last one"
+            first = f"the first line with a word, line {self.number}, has {self.width}"
+            return f"has {len(columns)} columns, but {first}: a word, and its tag in the last column"
         if not columns[0]:
             return "has no word in its first column"
-        return None if columns[-1] else f"has no tag behind {columns[0]!r}"
+        return None if columns[-1] else f"has no tag after {columns[0]!r}"
 
 
 def _layout(lines: list[str]) -> _FileLayout:
-    """The layout of a file; a line that may be a comment says it only where there is no other."""
+    """The layout of a file, from its first line that cannot be a comment, else from the first line with a word."""
     numbers = [number for number, line in enumerate(lines, start=1) if _is_word(line)]
     first = next((number for number in numbers if _is_plain(lines[number - 1])), numbers[0] if numbers else 1)
     has_tabs = "\t" in lines[first - 1]

@@ -13,13 +13,13 @@ from qlora_kit.data.columns import Example, Message
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.template import Shown, TemplateError, TextSegment, opening_of, segments_of
 from qlora_kit.data.tokenizer import continuation_ids, leading_ids, token_ids
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that the loss skips
-ANY_ANSWER = "x"  # stands where an answer is to come; an empty one would be left out by some templates
+ANY_ANSWER = "x"  # placeholder of an answer; some templates leave out empty ones
 BATCH_SIZE = 1000  # examples tokenized at once
 
 
@@ -58,27 +58,27 @@ class EncodedSet:
 
 
 def resolve_seq_len(seq_len: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> int:
-    """The tokens an example may have: the setting, or where it is unset what the model takes, 1024 at most.
+    """The longest example in tokens: the setting, or if unset the model's limit, at most 1024.
 
-    `positions` is the model's limit, where it is known; otherwise the tokenizer's stands for it.
-    Raises `UserError` where the setting exceeds `positions`.
+    `positions` is the model's limit if known; otherwise the tokenizer's is used.
+    Raises `UserError` if the setting exceeds `positions`.
     """
     if seq_len is None:
         return min(DEFAULT_SEQ_LEN, positions or tokenizer.model_max_length)
     if positions is not None and seq_len > positions:
         rule = f"exceeds the {positions} positions of the model"
-        raise UserError.of("--seq-len", seq_len, rule, f"Give at most {positions}.")
+        raise UserError.of("seq_len", seq_len, rule, f"Give at most {positions}.")
     return seq_len
 
 
 def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase, seq_len: int, train_on: str) -> Encoded:
     """The tokens of one example, cut at `seq_len`.
 
-    They are those of the prompt, of the completion, and the end-of-text token, each tokenized for itself so that
-    the boundary is exact. Supervised are the answers with what ends them (`train_on` "answer") or all ("all").
-    `tokenizer` must have gone through `prepare_tokenizer`. Raises `UserError` where its chat template fails.
+    They are those of the prompt, of the completion, and the end-of-text token, tokenized separately so that the
+    boundary is exact. Supervised are the answers with their end mark (`train_on` "answer") or all tokens ("all").
+    `tokenizer` must have gone through `prepare_tokenizer`. Raises `UserError` if its chat template fails.
     """
-    return _encode_all([example], tokenizer, seq_len, train_on, "--data")[0]
+    return _encode_all([example], tokenizer, seq_len, train_on, "data")[0]
 
 
 def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -88,7 +88,7 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[
     """
     if example.messages is not None and not _has_answer(example):
         return token_ids(tokenizer, [_opening_of(example, tokenizer)])[0]
-    problems = _template_problems("--data")
+    problems = _template_problems("data")
     ids, is_answer = _tokenize([example], tokenizer, problems)[0]
     problems.raise_if_any()
     supervised = _with_context(is_answer)
@@ -105,7 +105,7 @@ def encode_conversation(example: Example, tokenizer: PreTrainedTokenizerBase) ->
     if not _has_answer(example):
         return encode_prompt(example, tokenizer)
     answered = replace(example, messages=(*example.messages, Message("assistant", ANY_ANSWER)))
-    problems = _template_problems("--data")
+    problems = _template_problems("data")
     ids, is_answer = _tokenize([answered], tokenizer, problems)[0]
     problems.raise_if_any()
     start = len(ids) - is_answer[::-1].index(True)
@@ -119,7 +119,7 @@ def _has_answer(example: Example) -> bool:
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a plain text that is to go on: in no template, as training sees such a text."""
+    """The tokens of a plain text to continue, without a template: as training sees such a text."""
     return leading_ids(tokenizer) + token_ids(tokenizer, [text])[0]
 
 
@@ -127,7 +127,7 @@ def _opening_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return opening_of(example, tokenizer)
     except TemplateError as error:
-        raise UserError.of("--data", example.origin, str(error), error.remedy) from error
+        raise UserError.of("data", example.origin, str(error), error.remedy) from error
 
 
 def _template_problems(setting: str) -> Problems:
@@ -140,15 +140,15 @@ def encode_set(
     *,
     seq_len: int,
     train_on: str,
-    setting: str = "--data",
+    setting: str = "data",
 ) -> EncodedSet:
-    """Every example that has something to learn, and the report on them all.
+    """Every example that has something to learn, and the report on all examples.
 
-    `tokenizer` must have gone through `prepare_tokenizer`; `setting` is the one that errors name.
-    Raises `UserError` where the chat template fails (with the places), and where nothing at all is supervised.
+    `tokenizer` must have gone through `prepare_tokenizer`; errors name `setting`.
+    Raises `UserError` if the chat template fails (with the places), and if no token is supervised.
     """
     if not examples:
-        raise UserError.of(setting, "", "holds no examples", "Give data with at least one example.")
+        raise UserError.of(setting, "", "has no examples", "Give data with at least one example.")
     encoded = _encode_all(examples, tokenizer, seq_len, train_on, setting)
     report = audit(
         examples,
@@ -163,13 +163,14 @@ def encode_set(
 
 
 def _nothing_supervised(report: AuditReport, seq_len: int, train_on: str, setting: str, origin: str) -> UserError:
-    rule = f"has no supervised token in its {report.examples} examples, the first at {origin}"
+    rule = f"has no supervised token in any of its {report.examples} examples (the first: {origin})"
     remedy = "Give examples that have an answer, or texts that are not empty."
     if report.truncated:
-        rule += f"; of {report.truncated} the prompt alone fills the {seq_len} tokens of --seq-len"
-        remedy = f"Raise --seq-len (the longest example has {report.length_max} tokens)."
+        limit = named("seq_len", seq_len)
+        rule += f"; in {report.truncated} of them the prompt alone fills {limit}"
+        remedy = f"Raise {named('seq_len')} (the longest example has {report.length_max} tokens)."
     elif train_on == "answer":
-        remedy += " Or learn all of the text with --train-on all."
+        remedy += f" Or learn all of the text with {named('train_on', 'all')}."
     return UserError.of(setting, f"{report.examples} examples", rule, remedy)
 
 
@@ -198,14 +199,14 @@ def _encode_all(
 
 
 def _with_context(supervised: list[bool]) -> list[bool]:
-    """The same marks, but for the first token: nothing precedes it from which it could be predicted."""
+    """The same marks, but not for the first token: nothing precedes it from which to predict it."""
     return [False, *supervised[1:]] if supervised else []
 
 
 def _tokenize(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, problems: Problems
 ) -> list[tuple[list[int], list[bool]]]:
-    """For each example its tokens and whether each is part of an answer; empty where `problems` took note."""
+    """For each example its tokens, and whether each belongs to an answer; empty for an example noted in `problems`."""
     shown: Shown = set()
     laid_out = [_segments_or_problem(example, tokenizer, problems, shown) for example in examples]
     firsts = iter(token_ids(tokenizer, [segments[0].text for segments in laid_out if segments]))

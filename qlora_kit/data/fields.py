@@ -1,6 +1,6 @@
-"""The fields of a record, and which of them were read: what nothing reads is named, so that none vanishes unsaid.
+"""The fields of a record, and which of them were read: unread fields are reported, so that none is silently ignored.
 
-A reader declares nothing: what it looks up is what it reads. So a new one cannot forget a field.
+A reader declares nothing: what it looks up is what it reads. So a new reader cannot forget a field.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ Reads = dict[str, Any]  # the names that were read, each with those read in the 
 
 
 class Fields(Mapping[str, Any]):
-    """The values of a record by name, which takes note of those that are looked up, also in objects and lists of them.
+    """The values of a record by name; records which are looked up, also within objects and lists of objects.
 
-    To ask which names there are reads nothing. `reads` is where notes are taken; the records of a file share it.
+    Listing the names reads nothing. Reads are recorded in `reads`, which the records of a file share.
     """
 
     __slots__ = ("_reads", "_values")
@@ -41,21 +41,21 @@ class Fields(Mapping[str, Any]):
         return name in self._values
 
     def with_value(self, name: str, value: object) -> Fields:
-        """The same fields with another value under `name`; what is read of them is noted as for these."""
+        """The same fields with another value under `name`; reads are recorded in the same place."""
         return Fields({**self._values, name: value}, self._reads)
 
     def unread(self) -> set[str]:
-        """The fields that hold something and were not read; of an object that was, those in it ("meta.source")."""
+        """The fields that are not empty and were not read; of an object that was read, those in it ("meta.source")."""
         return set(_unread(self._values, self._reads, ""))
 
 
 def peek(values: Mapping[str, Any], name: str) -> Any:
-    """The value under `name`, None without one; to look at it so reads nothing."""
+    """The value under `name`, or None; this does not count as reading it."""
     return (values._values if isinstance(values, Fields) else values).get(name)
 
 
 def leave(values: Mapping[str, Any], *names: str | None) -> None:
-    """Count fields as read, with all that is in them: they are answers where only questions are asked for."""
+    """Count fields as read, with all that is in them: answers, when only questions are needed."""
     for name in names:
         if name is not None:
             _look_through(values.get(name))

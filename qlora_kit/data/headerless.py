@@ -9,16 +9,16 @@ from pathlib import Path
 from qlora_kit.data.read import Record
 
 SEPARATED = (".csv", ".tsv")
-FEW = 10  # a column of labels has so many rows at least for each of its values
+FEW = 10  # a label column has at least this many rows for each of its values
 TEXT, LABEL = "text", "label"
 
 
 def with_all_rows(records: list[Record], columns: Mapping[str, str]) -> list[Record]:
-    """`records`, and of separated files without a header the one that was taken for it too.
+    """`records`, and for csv and tsv files without a header also the first line, which was taken for one.
 
-    A file has none where `columns` names its columns by position (text=1,label=2): they are then called so. And where
-    it has two columns, of which the second has few values, among them the one in its first line (a label: nothing
-    names a column like its content): they are then called text and label.
+    A file has no header if `columns` names its columns by position (text=1,label=2); the positions are then its names.
+    Nor has it one if it has two columns, of which the second has few values, the one in the first line among them (a
+    label: no column is named like its content); they are then named text and label.
     """
     found: list[Record] = []
     for file, group in groupby(records, key=lambda record: record.file):
@@ -32,7 +32,7 @@ def with_all_rows(records: list[Record], columns: Mapping[str, str]) -> list[Rec
 
 
 def _names(records: list[Record], columns: Mapping[str, str]) -> list[str] | None:
-    """What the columns of a file without a header are to be called; None where it has one."""
+    """The column names for a file without a header; None if it has one."""
     header = list(records[0].values)
     if columns:
         names = columns.values()
@@ -46,7 +46,7 @@ def _names(records: list[Record], columns: Mapping[str, str]) -> list[str] | Non
 
 
 def _is_name(name: str, records: list[Record]) -> bool:
-    """Whether the first line calls a column so; where that is among its values, it is a label like the others."""
+    """Whether the first line names a column `name`; if that is also one of its values, the line is no header."""
     return name in records[0].values and all(record.values[name] != name for record in records)
 
 

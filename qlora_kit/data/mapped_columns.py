@@ -1,20 +1,20 @@
-"""The rules of columns that were mapped by hand, which tasks share."""
+"""The rules for columns that the user mapped, shared by the tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 
 
 def check_targets(columns: Mapping[str, str], targets: Sequence[str], example: str) -> None:
-    """Check that every part that a column of `columns` is mapped to is one of `targets`. Raises `UserError`."""
+    """Check that `columns` maps only parts in `targets`. Raises `UserError`."""
     faults = [
         Fault(
-            "--columns",
+            "columns",
             f"{target}={column}",
-            f"maps {target!r}, which is none of {', '.join(targets)}",
-            f"For example --columns {example}.",
+            f"maps {target!r}, which is not one of {', '.join(targets)}",
+            f"For example {named('columns', example)}.",
         )
         for target, column in columns.items()
         if target not in targets
@@ -24,8 +24,8 @@ def check_targets(columns: Mapping[str, str], targets: Sequence[str], example: s
 
 
 def check_there(columns: Mapping[str, str], there: Set[str], file: str) -> None:
-    """Check that `file`, with the columns `there`, has every one of `columns`. Raises `UserError`."""
+    """Check that the columns `there` of `file` include every one in `columns`. Raises `UserError`."""
     lacking = [f"{target}={column}" for target, column in columns.items() if column not in there]
     if lacking:
         rule, remedy = f"names a column that {file} does not have", f"Its columns are {', '.join(sorted(there))}."
-        raise UserError(Fault("--columns", given, rule, remedy) for given in lacking)
+        raise UserError(Fault("columns", given, rule, remedy) for given in lacking)

@@ -1,14 +1,14 @@
-"""Collects what is wrong with a data set, so that the user hears of all of it at once."""
+"""Collects the faults of a data set, so that the user gets all of them in one message."""
 
 from __future__ import annotations
 
 from qlora_kit.errors import Fault, UserError
 
-SHOWN = 5  # so many faulty places are named one by one, the others counted
+SHOWN = 5  # faulty places that are named one by one; the others are counted
 
 
 class Problems:
-    """Faulty places of the data that `setting` names; the first few in full, the others as a count."""
+    """Faulty places in the data of `setting`; the first few in full, the others as a count."""
 
     def __init__(self, setting: str, source: str, remedy: str) -> None:
         self._setting, self._source, self._remedy = setting, source, remedy
@@ -23,7 +23,7 @@ class Problems:
             self._faults.append(Fault(self._setting, where, rule, self._remedy))
 
     def add_kind(self, where: str, rule: str, remedy: str) -> None:
-        """Note that the place `where` breaks a `rule` that many places may: the first is named, the others counted."""
+        """Note that the place `where` breaks a `rule` that many may break: only the first is named, all are counted."""
         first, count = self._kinds.get((rule, remedy), (where, 0))
         self._kinds[rule, remedy] = first, count + 1
 

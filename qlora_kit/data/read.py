@@ -1,7 +1,7 @@
-"""Reads any supported source into records: one mapping of column to value, and where it stands.
+"""Reads any supported source into records: a mapping from column to value, and its place in the source.
 
-Files are read straight into memory, without the disk cache of `datasets`: an edited file is never answered with
-its old content. Only a hub data set goes through that cache, which is keyed by the data set's commit.
+Files are read into memory, without the disk cache of `datasets`: an edited file never gives its old content. Only hub
+data sets go through that cache, which is keyed by the data set's commit.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from qlora_kit.data import conll
 from qlora_kit.data.fields import Fields
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.values import BadValueError
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 
 HUB_TIMEOUT_S = 5.0
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 TRAIN_WORDS = ("train", "training")
-HELD_OUT_WORDS = (("validation", "valid", "val", "dev", "eval"), ("test",))  # the first group that occurs is taken
+HELD_OUT_WORDS = (("validation", "valid", "val", "dev", "eval"), ("test",))  # the first group that occurs wins
 FORMS = "'demo', a file (jsonl json csv tsv parquet txt conll), a folder of them, or a hub data set (owner/name)"
 WORDS, TAGS = "tokens", "tags"  # the columns that a CoNLL file gives
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a source: the file it is in, its place ("train.jsonl:17") and its values by column."""
+    """One record of a source: its file, its place ("train.jsonl:17") and its values by column."""
 
     file: str
     origin: str
@@ -48,34 +48,34 @@ class Record:
         return Record(self.file, self.origin, {**self.values, column: value})
 
 
-def read_records(source: str, setting: str = "--data") -> list[Record]:
+def read_records(source: str, setting: str = "data") -> list[Record]:
     """Every record of `source`: 'demo', a file, a folder or a hub data set.
 
-    With the setting "--eval-data" the held-out part of a source is read, otherwise its training part: of the demo,
+    With the setting "eval_data" the held-out part of a source is read, otherwise its training part: of the demo,
     of a folder whose files are named after their split (train.jsonl, test.jsonl), and of a hub data set.
 
-    Raises `UserError` where there is no such source, where it is empty, and where lines cannot be read (each
-    with file and line).
+    Raises `UserError` if there is no such source, if it is empty, and if lines cannot be read (each with file and
+    line).
     """
-    held_out = setting == "--eval-data"
+    held_out = setting in ("eval_data", "--eval-data")  # until all have names
     path = Path(source).expanduser()
     if source == "demo":
         path = demo.eval_file() if held_out else demo.train_file()
-    problems = Problems(setting, source, "Mend or remove it.")
+    problems = Problems(setting, source, "Fix or remove it.")
     if path.is_dir():
         files = _files_of_folder(path, source, setting, held_out)
         records = [record for file in files for record in _read_file(file, problems)]
     elif path.is_file():
         if path.suffix.lower() not in READERS and not _is_conll(path):
             raise UserError.of(
-                setting, source, f"is not of a kind that can be read ({_suffixes()})", "Convert the file."
+                setting, source, f"is not a kind of file that can be read ({_suffixes()})", "Convert the file."
             )
         records = list(_read_file(path, problems))
     else:
         records = _read_hub(source, setting, held_out)
     problems.raise_if_any()
     if not records:
-        raise UserError.of(setting, source, "holds no examples", "Give data with at least one example.")
+        raise UserError.of(setting, source, "has no examples", "Give data with at least one example.")
     return records
 
 
@@ -99,7 +99,7 @@ def _files_of_folder(folder: Path, source: str, setting: str, held_out: bool) ->
 
 
 def files_left_out(source: str) -> list[str]:
-    """The data files of a folder that neither training on it reads, nor what holds out: beside one named train."""
+    """The data files of a folder that nothing reads: those not named after a split, beside others named train."""
     folder = Path(source)
     if not folder.is_dir():
         return []
@@ -192,7 +192,7 @@ def _read_jsonl(path: Path, data: bytes, problems: Problems) -> Iterator[Record]
 
 
 def _read_json(path: Path, data: bytes, problems: Problems) -> Iterator[Record]:
-    """A list of objects, or an object that holds one such list; files with an object a line pass as JSON lines."""
+    """A list of objects, or an object that holds one such list; a file with one object a line is read as JSON lines."""
     text = _decode(path, data, problems)
     if not text.strip():
         return
@@ -256,7 +256,7 @@ def _read_separated(path: Path, data: bytes, problems: Problems, delimiter: str)
         if len(row) == len(header):
             yield Record(str(path), f"{path}:{line}", dict(zip(header, row, strict=True)))
         else:
-            problems.add(f"{path}:{line}", f"has {len(row)} fields where the header names {len(header)}")
+            problems.add(f"{path}:{line}", f"has {len(row)} fields, but the header names {len(header)}")
 
 
 def _separated_rows(path: Path, text: str, problems: Problems, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -306,7 +306,7 @@ def _read_conll(path: Path, data: bytes, problems: Problems) -> Iterator[Record]
     """A sentence is a record: its words, and their tags where the file has some."""
     for sentence in conll.read_sentences(_decode(path, data, problems), str(path), problems):
         tags = {TAGS: sentence.tags} if sentence.tags else {}
-        others = {f"column {number}": True for number in range(2, sentence.width)}  # named where nothing reads them
+        others = {f"column {number}": True for number in range(2, sentence.width)}  # reported as unread
         yield Record(str(path), f"{path}:{sentence.line}", {WORDS: sentence.words, **tags, **others})
 
 
@@ -363,11 +363,11 @@ def _check_reachable(repo: str, source: str, setting: str) -> None:
         HfApi().dataset_info(repo, timeout=HUB_TIMEOUT_S)
     except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
-        rule = f"is neither a file nor a folder here, and the hub has no such data set for you ({reason})"
+        rule = f"is neither a file nor a folder, and the hub gives you no such data set ({reason})"
         raise UserError.of(setting, source, rule, _near(source)) from error
     except (HTTPError, OSError) as error:
-        rule = f"is neither a file nor a folder here, and the hub cannot be reached ({error})"
-        remedy = f"{_near(source)} A cached hub data set opens with HF_HUB_OFFLINE=1 in the environment."
+        rule = f"is neither a file nor a folder, and the hub cannot be reached ({error})"
+        remedy = f"{_near(source)} To use a cached hub data set, set HF_HUB_OFFLINE=1 in the environment."
         raise UserError.of(setting, source, rule, remedy) from error
 
 
@@ -380,12 +380,13 @@ def _choose_split(splits: list[str], source: str, setting: str, held_out: bool) 
     if len(splits) == 1 and not held_out:
         return splits[0]
     wanted = "held-out" if held_out else "training"
-    remedy = "Use --eval-fraction, or download it and give the file." if held_out else "Download it and give the file."
+    remedy = f"Use {named('eval_fraction')}, or download" if held_out else "Download"
+    remedy += " it and give the file."
     raise UserError.of(setting, source, f"has no {wanted} split (it has {', '.join(splits)})", remedy)
 
 
 def _near(source: str) -> str:
-    """The remedy for a source that does not exist: the file with the nearest name, or the forms there are."""
+    """The remedy for a source that does not exist: the file with the nearest name, or all forms of a source."""
     path = Path(source).expanduser()
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)

@@ -1,4 +1,4 @@
-"""Lays out an example as text and says which parts of it the model is to learn."""
+"""Renders an example as text, and marks the parts that the model learns."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from qlora_kit.data.columns import Example, Message
+from qlora_kit.errors import named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.data.problems import Problems
 
-MARK = "8147-{}-5093"  # stands in no text by chance, and no filter for letters changes it
-Shown = set[tuple[str, ...]]  # orders of roles of which it is proven that the template shows every one
+MARK = "8147-{}-5093"  # in no text by chance; without letters, which templates may change
+Shown = set[tuple[str, ...]]  # orders of roles of which the template is known to show every turn
 
 # Every text as it is: a newline after one that does not end in white space, the end-of-text token after an answer.
 PLAIN_TEMPLATE = (
@@ -35,9 +36,9 @@ class TextSegment:
 
 
 class TemplateError(ValueError):
-    """The tokenizer's chat template cannot lay out a conversation; says why."""
+    """The tokenizer's chat template cannot render a conversation; the message says why."""
 
-    remedy = "Mend the conversation, or give a --tokenizer with another chat template."
+    remedy = f"Fix the conversation, or give a {named('tokenizer')} with another chat template."
 
     def add_to(self, problems: Problems, origin: str) -> None:
         """Note it of the example at `origin`."""
@@ -45,12 +46,15 @@ class TemplateError(ValueError):
 
 
 class DroppedError(TemplateError):
-    """The chat template leaves out what some role says."""
+    """The chat template leaves out the turns of some role."""
 
-    remedy = "Say it in a turn that the template has, remove it, or give a --tokenizer with another chat template."
+    remedy = (
+        "Move that text to a turn that the template shows, remove it, "
+        f"or give a {named('tokenizer')} with another chat template."
+    )
 
     def add_to(self, problems: Problems, origin: str) -> None:
-        """Note it once for all examples of which it is so."""
+        """Note it once for all examples that it applies to."""
         problems.add_kind(origin, str(self), self.remedy)
 
 
@@ -119,7 +123,7 @@ def _answer_span(
     before = _render(tokenizer, messages[:index], add_generation_prompt=True)
     if not whole.startswith(before):
         raise TemplateError(
-            f"the chat template lays out what precedes message {index + 1} differently once the answer is known"
+            f"the chat template renders the text before message {index + 1} differently once the answer is known"
         )
     is_last = index + 1 == len(messages)
     through = whole if is_last else _render(tokenizer, messages[: index + 1])
@@ -137,7 +141,7 @@ def _end_by_content(content: str, through: str, whole: str, start: int) -> int:
     ending = content + mark.rstrip()
     position = whole.find(ending, start)
     if not found or position < 0:
-        raise TemplateError("the chat template rewrites an earlier answer once the conversation goes on")
+        raise TemplateError("the chat template rewrites an earlier answer when the conversation goes on")
     return position + len(ending)
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer must be able to do, and how texts become tokens so that a text can go on where another ended."""
+"""What a tokenizer must be able to do, and how a text becomes tokens that continue another text."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, generates: bool = True
     position. A missing chat template becomes the plain one, which `save_pretrained` then writes with the adapter;
     for a model that only reads (not `generates`) there is none, and the end of a text needs no token.
 
-    Raises `UserError` for "--tokenizer" where it encodes a probe text to nothing, to unknown tokens, or to tokens
-    that do not decode back, and where it has no end-of-text token to learn or to pad with.
+    Raises `UserError` for `tokenizer` if it encodes a probe text to nothing, to unknown tokens, or to tokens that do
+    not decode back, and if it has no end-of-text token to learn or to pad with.
     """
     faults = []
     broken = _broken_rule(tokenizer)
     if broken:
-        remedy = "Give a folder that holds the tokenizer.json of the model."
-        faults.append(Fault("--tokenizer", _name(tokenizer), broken, remedy))
+        remedy = "Give a folder with the model's tokenizer.json."
+        faults.append(Fault("tokenizer", _name(tokenizer), broken, remedy))
     if tokenizer.eos_token_id is None and (generates or tokenizer.pad_token_id is None):
-        why = "so the model cannot learn to stop" if generates else "and none to pad with"
+        why = "so the model cannot learn to stop" if generates else "and no padding token"
         rule = f"has no end-of-text token, {why}"
-        faults.append(Fault("--tokenizer", _name(tokenizer), rule, "Set eos_token in its tokenizer_config.json."))
+        faults.append(Fault("tokenizer", _name(tokenizer), rule, "Set eos_token in its tokenizer_config.json."))
     if faults:
         raise UserError(faults)
     if tokenizer.pad_token_id is None:
@@ -48,12 +48,12 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _broken_rule(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The rule that the tokenizer breaks, or None; some load with an empty vocabulary and say nothing."""
+    """The rule that the tokenizer breaks, or None; some silently load with an empty vocabulary."""
     # as transformers asks itself; such a one (Marian's) decodes targets, which may have none of the probe's letters
     apart = hasattr(tokenizer, "_switch_to_target_mode")
     ids = _probe_ids(tokenizer, apart)
     if not ids:
-        return f"encodes {PROBE_TEXT!r} to no token at all: its vocabulary is empty"
+        return f"encodes {PROBE_TEXT!r} to no tokens: its vocabulary is empty"
     if apart and tokenizer.unk_token_id in ids:
         return None
     if all(token == tokenizer.unk_token_id for token in ids):

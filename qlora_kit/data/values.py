@@ -1,4 +1,4 @@
-"""What a column may hold, whatever task it is read for."""
+"""Checks of column values that all tasks share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from qlora_kit.data.problems import Problems
 
 NOTHING = ("", "[]", "{}", "null")  # texts, also those of JSON in a column
-HALF_A_PAIR = "holds half a surrogate pair, which is no text"
+HALF_A_PAIR = "has half a surrogate pair, which is not text"
 
 
 class BadValueError(ValueError):
-    """A record does not fit its shape; says which rule it breaks."""
+    """A record does not fit its shape; the message is the rule that it breaks."""
 
     def add_to(self, problems: Problems, origin: str) -> None:
         """Note it of the record at `origin`."""
@@ -27,7 +27,7 @@ def is_missing(value: object) -> bool:
 
 
 def is_empty(value: object) -> bool:
-    """Whether `value` holds nothing: missing, a text of nothing, or a list or an object of what holds nothing."""
+    """Whether `value` is empty: missing, a blank text, or a list or an object of empty values."""
     if isinstance(value, str):
         return value.strip() in NOTHING
     if isinstance(value, Mapping):
@@ -36,14 +36,14 @@ def is_empty(value: object) -> bool:
 
 
 def named_kind(value: object) -> str:
-    """What `value` is, for a message that says what it should be instead."""
+    """The kind of `value`, for a message that says what it should be instead."""
     if is_missing(value):
         return "null" if value is None else "NaN"
     return "an object" if isinstance(value, Mapping) else type(value).__name__
 
 
 def as_text(value: object, what: str) -> str:
-    """`value` as text; a number is taken as it is written. Raises `BadValueError` in the name of `what`."""
+    """`value` as text; a number becomes its text. Raises `BadValueError`, whose message begins with `what`."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_missing(value):
         return str(value)
     if not isinstance(value, str):

@@ -25,7 +25,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.lean.piece import Outcome
 
 CHUNK_BYTES = 1 << 20  # of the host's memory; a checkpoint takes whole ones
@@ -120,8 +120,9 @@ class HostPool:
         try:
             self._slabs.append(self._slab(n_bytes))
         except RuntimeError as error:
-            rule = f"finds no room for another {n_bytes / 2**20:,.0f} MiB of checkpoints in the host's memory"
-            raise UserError.of("--offload-activations", "on", rule, "Use --offload-activations off.") from error
+            rule = f"host memory has no room for another {n_bytes / 2**20:,.0f} MiB of checkpoints"
+            remedy = f"Use {named('offload_activations', 'off')}."
+            raise UserError.of("offload_activations", "on", rule, remedy) from error
         self.allotted_bytes += n_bytes
         return len(self._slabs) - 1, 0, n_chunks
 

@@ -30,7 +30,7 @@ class Baseline:
 
     @property
     def said(self) -> str:
-        """What it is called in a sentence: a saving means nothing without the recipe."""
+        """Its name in a sentence, with the recipe, without which a saving means nothing."""
         return f"{self.title} ({self.short})"
 
     def on(self, gpu: rules.Gpu | None) -> Baseline:

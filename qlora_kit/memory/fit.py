@@ -1,6 +1,6 @@
 """What fits into a given memory: the largest batch and sequence, and what each change of the settings saves.
 
-Every answer is a plan of its own, never a guess from another one; the search only needs few of them.
+Every answer is a plan of its own, never a guess from another one; the search needs only a few of them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import RunConfig, settings
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, as_flag, named, rendered
 from qlora_kit.memory import rules
 from qlora_kit.memory.plan import MemoryPlan, plan, resolve_architecture
 from qlora_kit.model.source import max_positions
@@ -37,7 +36,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory to stay within, in bytes, and where the number is from."""
+    """Memory to stay within, in bytes, and where the number comes from."""
 
     n_bytes: int
     source: str
@@ -58,18 +57,23 @@ class LargestRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Other settings for the same run, planned: `saves_bytes` less on the device than the run has now.
+    """Other settings for the same run, planned: they take `saves_bytes` less on the device than the run does now.
 
-    `on`: the run has this switch already, and without it would take so much more.
+    `on`: the run has this switch already, and would take that much more without it.
     """
 
-    flags: str
+    flags: str  # on the command line
     settings: Settings
     peak_bytes: int
     device_bytes: int
     saves_bytes: int
     fits: bool | None
     on: bool = False
+
+    @property
+    def named(self) -> str:
+        """The settings, for the text of a fault."""
+        return _named_change(self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +86,10 @@ class Fit:
     n_plans: int
 
 
-def parse_size(text: str, setting: str = "--fit", otherwise: str = ", or 'device'") -> int:
+def parse_size(text: str, setting: str = "fit", otherwise: str = ", or 'device'") -> int:
     """`8GiB`, `6000MiB` or `24GB` as bytes, in any case. Raises `UserError` with the nearest unit.
 
-    `setting` is the one that errors name, and `otherwise` what else it takes.
+    Errors name `setting`; `otherwise` is what else it takes.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text, re.ASCII)
     units = {unit.lower(): n_bytes for unit, n_bytes in UNITS.items()}
@@ -99,11 +103,11 @@ def parse_size(text: str, setting: str = "--fit", otherwise: str = ", or 'device
 
 def _nearest_size(match: re.Match[str] | None, setting: str) -> str:
     if match is None or not match[2]:
-        return f"For example {setting} 8GiB."
+        return f"For example {named(setting, '8GiB')}."
     unit = match[2]
     same_letters = [u for u in UNITS if sorted(u.lower()) == sorted(unit.lower())]
     near = same_letters or difflib.get_close_matches(unit, UNITS, n=1, cutoff=0.3) or ["GiB"]
-    return f"Did you mean {setting} {match[1]}{near[0]}?"
+    return f"Did you mean {named(setting, match[1] + near[0])}?"
 
 
 def find_gpu(name: str) -> rules.Gpu:
@@ -120,16 +124,16 @@ def find_gpu(name: str) -> rules.Gpu:
 
 
 def present_device() -> tuple[rules.Gpu, Budget]:
-    """The CUDA device of this machine, and what it has free. Raises `UserError` without one."""
+    """The CUDA device of this machine, and its free memory. Raises `UserError` if there is none."""
     import torch
 
     if not torch.cuda.is_available():
         rule = "this machine has no usable CUDA device"
-        raise UserError.of("--fit", "device", rule, "Give a size, for example --fit 8GiB.")
+        raise UserError.of("fit", "device", rule, f"Give a size, for example {named('fit', '8GiB')}.")
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     capability = torch.cuda.get_device_capability()
     gpu = rules.Gpu(torch.cuda.get_device_name(), total_bytes, capability)
-    # asking made a context of our own, which a plan counts again
+    # asking created a context, which a plan counts again
     free_bytes = min(total_bytes, free_bytes + rules.context_bytes(capability))
     return gpu, Budget(free_bytes, f"free on {gpu.name}")
 
@@ -168,12 +172,12 @@ class Planner:
         return self._plans[key]
 
     def need_bytes(self, batch_size: int, seq_len: int) -> int:
-        """What the device must have free for the run, in its largest phase, with another batch and length."""
+        """The free memory that the run needs with this batch and length, in its largest phase."""
         return self.plan(batch_size=batch_size, seq_len=seq_len).device_bytes
 
 
 def with_settings(config: RunConfig, changes: Settings) -> RunConfig:
-    """`config` with other values of the settings named. Raises `UserError` where they break a rule."""
+    """`config` with the settings in `changes`. Raises `UserError` if they break a rule."""
     group_of = {field.name: group for group, field, _ in settings()}
     grouped: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
@@ -186,8 +190,8 @@ def with_settings(config: RunConfig, changes: Settings) -> RunConfig:
 def largest(need: Callable[[int], int], budget_bytes: int, low: int, high: int, guess: int | None = None) -> int:
     """The largest n with `low` <= n < `high` and need(n) within the budget; `low` must fit and `high` must not.
 
-    `need` must not fall with n. It is asked seldom, for it is nearly a straight line: the next n is where the line
-    through the two nearest known ones meets the budget, and every fifth one is the middle, in case it is not.
+    `need` must not fall with n. It is called rarely, since it is nearly a straight line: the next n is where the line
+    through the two nearest known points meets the budget, and every fifth n is the middle, in case it is not straight.
     """
     known: dict[int, int] = {}
     while high - low > 1:
@@ -248,7 +252,7 @@ def _largest_batch(
 ) -> LargestRun:
     limit = MAX_BATCH
     if shorter and not shorter[-1].at_limit:
-        limit = shorter[-1].batch_size  # a longer one takes no more of them
+        limit = shorter[-1].batch_size  # of longer examples no more fit
     guess = None if capacity is None else max(1, capacity // seq_len)
     batch = largest(lambda n: planner.need_bytes(n, seq_len), budget.n_bytes, 0, limit + 1, guess)
     need_bytes = planner.need_bytes(batch, seq_len) if batch else None
@@ -262,7 +266,7 @@ def _longest(
     low = max((f.seq_len for f in batches if f.batch_size), default=0)
     high = min((f.seq_len for f in batches if not f.batch_size), default=positions + 1)
     length = largest(lambda n: planner.need_bytes(1, n), budget.n_bytes, max(low, 1), high, capacity)
-    if length == 1:  # the shortest example that a run takes has two tokens
+    if length == 1:  # a run takes examples of two tokens or more
         return LargestRun(batch_size=1, seq_len=0, device_bytes=None, at_limit=False)
     return LargestRun(
         batch_size=1, seq_len=length, device_bytes=planner.need_bytes(1, length), at_limit=length == positions
@@ -270,7 +274,7 @@ def _longest(
 
 
 def savings(planner: Planner, budget: Budget | None) -> tuple[Saving, ...]:
-    """What other settings would save, the most first, each planned; those that save nothing are left out."""
+    """What other settings would save, each planned, the most first; those that save nothing are left out."""
     now = planner.plan()
     found = []
     for change in _candidates(planner.config, now):
@@ -282,7 +286,7 @@ def savings(planner: Planner, budget: Budget | None) -> tuple[Saving, ...]:
 
 
 def switched_on(planner: Planner) -> tuple[Saving, ...]:
-    """What the memory-saving switches save that the run has already, the most first, each planned without it."""
+    """What the memory-saving switches of the run save already, each planned without it, the most first."""
     now, config = planner.plan(), planner.config
     found = []
     for change in _without_switches(config, now):
@@ -314,7 +318,7 @@ def _value_of(config: RunConfig, name: str, now: MemoryPlan) -> Any:
 
 
 def together(planner: Planner, budget: Budget, ranked: Iterable[Saving]) -> Saving | None:
-    """The first of `ranked` that fit when joined, one after the other; None where all of them do not."""
+    """The shortest start of `ranked` whose changes together make the run fit; None if all together do not."""
     now, joined = planner.plan(), dict[str, Any]()
     for change in ranked:
         joined = {**change.settings, **joined} if not joined.keys() & change.settings.keys() else joined
@@ -344,15 +348,11 @@ def _changed(planner: Planner, now: MemoryPlan, change: Settings, budget: Budget
 
 def flags_of(change: Settings) -> str:
     """The change as flags of the command line."""
-    return " ".join(_flag_text(name, value) for name, value in change.items())
+    return rendered(_named_change(change), as_flag)
 
 
-def _flag_text(name: str, value: Any) -> str:
-    if value is None:
-        return f"no {flag(name)}"
-    if isinstance(value, bool):
-        return flag(name) if value else flag(f"no_{name}")
-    return f"{flag(name)} {value}"
+def _named_change(change: Settings) -> str:
+    return " ".join(f"no {named(name)}" if value is None else named(name, value) for name, value in change.items())
 
 
 def _candidates(config: RunConfig, now: MemoryPlan) -> Iterator[Settings]:
@@ -396,7 +396,7 @@ def _pieces(config: RunConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _smaller_batches(config: RunConfig) -> Iterator[Settings]:
-    """Smaller batches that with accumulation leave the optimizer the same examples, where they divide."""
+    """Smaller batches, with accumulation so that an optimizer step has the same examples, if that divides."""
     batch, accum = config.optim.batch_size, config.optim.grad_accum
     factors = [f for f in range(2, MAX_ACCUM_FACTOR + 1) if batch % f == 0]
     for factor in sorted({*factors[:1], *factors[-1:]}):

@@ -1,8 +1,8 @@
-"""What loading a model takes beside the model itself.
+"""The memory that loading a model takes besides the model itself.
 
-Every weight arrives alone and is quantized where it lies (transformers reads without threads then, and random weights
-are drawn one layer at a time), so that beside what is there already one weight in 16 bits lives with the buffers of
-its quantization. Weights that are not quantized arrive as they stay. Source: transformers 5.13 to 5.23,
+Weights are loaded and quantized one by one (transformers reads without threads then, and random weights are drawn one
+layer at a time). So besides what is loaded already, there is one weight in 16 bits with the buffers of its
+quantization. Weights that are not quantized take no more than in the loaded model. Source: transformers 5.13 to 5.23,
 `core_model_loading.py`; bitsandbytes 0.50, `nn/modules.py`.
 """
 
@@ -21,7 +21,7 @@ META = torch.device("meta")
 
 
 def quantizing_bytes(model: Any, results: MetaResults) -> int:
-    """The most bytes that quantizing one weight of `model` (on `meta`) takes beside its result; 0 where none is.
+    """The most bytes that quantizing a weight of `model` (on `meta`) takes besides its result; 0 if none is quantized.
 
     bitsandbytes' own functions are run on a weight of each shape, and followed like a step.
     """
@@ -67,10 +67,10 @@ def _beside_result(
 
 
 def loading_components(components: Mapping[str, int], quantizing: int, trains_factors: bool) -> dict[str, int]:
-    """What lives at the highest moment of loading, from what the loaded model is made of (bytes by kind).
+    """The live bytes by kind at the peak of loading, from those of the loaded model.
 
-    That is either while the last weight of the base is quantized, before any factor is there, or when the factors,
-    which are made in fp32 and one by one, are cast to their dtype and copied into their buffer: twice their bytes.
+    The peak is either while the last weight of the base is quantized, before there are factors, or when the factors,
+    created in fp32 one by one, are cast to their dtype and copied into their buffer: twice their bytes.
     """
     factors = components.get("adapters", 0) if trains_factors else 0
     if quantizing > 2 * factors:

@@ -1,4 +1,4 @@
-"""A plan as a picture: what the run takes beside its baselines, and its live bytes over a step."""
+"""A plan as a picture: the memory of the run and of its baselines, and the live bytes over a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.memory.fit import Budget
 from qlora_kit.memory.plan import MemoryPlan, MemoryPoint
 from qlora_kit.memory.report import NOT_VALIDATED, PlanReport, default_ones, method, operation_name, title
@@ -49,7 +49,7 @@ PHASE_WIDTH = 0.22  # of a part without blocks, as a share of the width of all b
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One bar: what it is called, its components in bytes, and what lies beside them."""
+    """One bar: its name, its components in bytes, and the bytes besides them."""
 
     name: str
     note: str
@@ -71,21 +71,23 @@ class Part:
 
 
 def check_target(path: str) -> Path:
-    """The file that `--plot` names. Raises `UserError` unless it is a .png in a folder that can be written."""
+    """The file that `plot` names. Raises `UserError` unless it is a .png in a folder that can be written."""
     target = Path(path)
     if target.suffix.lower() != ".png":
-        raise UserError.of("--plot", path, "must end in .png", f"For example --plot {target.stem or 'plan'}.png.")
+        raise UserError.of(
+            "plot", path, "must end in .png", f"For example {named('plot', (target.stem or 'plan') + '.png')}."
+        )
     if target.is_dir():
-        raise UserError.of("--plot", path, "is a folder", "Give a file in it.")
+        raise UserError.of("plot", path, "is a folder", "Give a file in it.")
     if not target.parent.is_dir():
-        raise UserError.of("--plot", path, f"there is no folder {target.parent}", "Make it first, or choose another.")
+        raise UserError.of("plot", path, f"there is no folder {target.parent}", "Create it first, or choose another.")
     if not os.access(target.parent, os.W_OK):
         raise _unwritable(path, "permission denied")
     return target
 
 
 def _unwritable(path: str, why: str) -> UserError:
-    return UserError.of("--plot", path, f"cannot be written ({why})", "Choose a folder that you may write to.")
+    return UserError.of("plot", path, f"cannot be written ({why})", "Choose a folder that you can write to.")
 
 
 def write_picture(report: PlanReport, target: Path) -> None:

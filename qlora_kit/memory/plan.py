@@ -1,4 +1,4 @@
-"""The plan: what a run will take of a GPU's memory, when, and for what, before anything is loaded."""
+"""The plan: how much of a GPU's memory a run will take, when, and for what, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MODEL_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-"""What the code of an architecture raises where it needs values, or where an operator has no kernel on `meta`."""
+"""What an architecture's code raises if it needs values, or if an operator has no kernel on `meta`."""
 
 
 class CannotPlanError(UserError):
-    """The model of the settings does not run on `meta`; that says nothing about whether it trains."""
+    """The model does not run on `meta`; it may still train."""
 
     def __init__(self, model: str, reason: str) -> None:
         self.reason = reason
         rule = f"its memory cannot be planned ({reason})"
-        remedy = "`qlora-kit profile` measures a few steps of it instead; `train` runs it without a plan."
-        super().__init__([Fault("--model", model, rule, remedy)])
+        remedy = "Measure a few steps with `qlora-kit profile`, or train without a plan."
+        super().__init__([Fault("model", model, rule, remedy)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class MemoryPlan:
 
     @property
     def largest_stage(self) -> str:
-        """The phase of the run that takes the most, for which the GPU must have room; of equal ones the step."""
+        """The phase of the run with the highest peak; the step if several are equal."""
         return max(self.stages, key=lambda name: (self.stages[name].peak_bytes, name == STEP))
 
     @property
@@ -107,12 +107,12 @@ class MemoryPlan:
 
     @property
     def beside_bytes(self) -> int:
-        """What lies on the GPU beside what torch counts."""
+        """The memory on the GPU that torch does not count."""
         return sum(extra.n_bytes for extra in self.extras if extra.on_device)
 
     @property
     def device_bytes(self) -> int:
-        """What the GPU must have free: the largest peak of the run and everything beside it."""
+        """The free memory that the GPU needs: the largest peak of the run and what torch does not count."""
         return self.largest.peak_bytes + self.beside_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,12 +132,12 @@ def plan(
 ) -> MemoryPlan:
     """Predict the memory of the run `config` on `gpu` (by default one of compute capability 8), without one.
 
-    Nothing is downloaded but, for a hub model, its config.json. Layers that are all equal are simulated three and
-    four deep and extrapolated (likewise groups of them that repeat), unless `exact`. `autocast` plans fp32 weights
-    under autocast, as transformers' Trainer runs with `bf16=True` (a baseline: this toolkit does not train so).
-    `held_out` says what is evaluated and answered; by default what the settings let expect (see `stages.assumed`).
-    As many prompts are answered at once as take no more than the step, or than `room_bytes` where that is more.
-    Raises `UserError`, and of its kind `CannotPlanError` for a model that does not run on `meta`.
+    Of a hub model only config.json is downloaded. Equal layers, or equal groups of layers, are simulated three and
+    four deep and extrapolated, unless `exact`. `autocast` plans fp32 weights under autocast, as transformers' Trainer
+    runs with `bf16=True` (a baseline: this toolkit does not train that way). `held_out` says what is evaluated and
+    answered; by default what the settings suggest (see `stages.assumed`). Prompts are answered in batches that take
+    no more than the step, or than `room_bytes` if that is more.
+    Raises `UserError`, in particular `CannotPlanError` for a model that does not run on `meta`.
     """
     architecture = resolve_architecture(config)
     recipe = Recipe(
@@ -153,7 +153,7 @@ def plan(
     with failures_named(config):
         try:
             found, unplanned = _run(config, recipe, architecture, exact, occasions), ""
-        except MODEL_FAILURES as error:  # the step itself may do all the same
+        except MODEL_FAILURES as error:  # the step itself may run
             found, occasions, unplanned = _run(config, recipe, architecture, exact, ()), (), source.first_line(error)
     return _plan_of(config, recipe, architecture, *found, gpu, occasions, unplanned, room_bytes)
 
@@ -176,19 +176,19 @@ def resolve_architecture(config: RunConfig) -> PretrainedConfig:
 
 
 def resolve_tokens(config: RunConfig, architecture: PretrainedConfig) -> int:
-    """The tokens of an example, as training resolves them. Raises `UserError` for more than the model has positions."""
+    """The longest example in tokens, as in training. Raises `UserError` if it exceeds the model's positions."""
     positions = source.max_positions(architecture)
     wanted = config.data.seq_len
     if wanted is None:
         return min(positions or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
     if positions is not None and wanted > positions:
-        rule = f"is more than the model's {positions} positions"
-        raise UserError.of("--seq-len", wanted, rule, f"Give at most {positions}.")
+        rule = f"exceeds the {positions} positions of the model"
+        raise UserError.of("seq_len", wanted, rule, f"Give at most {positions}.")
     return wanted
 
 
 def with_layers(architecture: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """A copy of `architecture` with so many layers; what it lists layer by layer is cut."""
+    """A copy of `architecture` with `layers` layers; lists with one entry a layer are cut."""
     shallow = copy.deepcopy(architecture)
     depth = architecture.num_hidden_layers
     for name, value in list(vars(shallow).items()):
@@ -199,7 +199,7 @@ def with_layers(architecture: PretrainedConfig, layers: int) -> PretrainedConfig
 
 
 def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
-    """After how many layers the same kinds come again: 1 where all are equal; None where they never repeat whole.
+    """After how many layers the kinds of layers repeat: 1 if all are equal; None if they do not repeat.
 
     Layers that choose what they run (experts) count as never equal.
     """

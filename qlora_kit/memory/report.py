@@ -35,7 +35,7 @@ PHASES_IN_WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Another way to run the same, and its plan. `default`: what a user would otherwise run."""
+    """Another way to train the same run, and its plan. `default`: the usual alternative."""
 
     baseline: Baseline
     checkpointing: bool
@@ -147,7 +147,7 @@ def say_plan(report: PlanReport, console: Console) -> None:
     peak = f"Peak of torch.cuda.max_memory_allocated in the training step: {human_bytes(plan.peak_bytes)}"
     console.print(Text(peak, style="bold green"))
     console.print(f"  in {where(plan)}")
-    console.print(f"The GPU must have free: {human_bytes(plan.device_bytes)}, which {largest_in_words(plan)} takes")
+    console.print(f"The GPU needs {human_bytes(plan.device_bytes)} free, for {largest_in_words(plan)}")
     console.print(f"  ({NOT_VALIDATED})\n")
     console.print(_components_table(plan))
     console.print(_extras_table(plan))
@@ -161,15 +161,15 @@ def largest_in_words(plan: MemoryPlan) -> str:
 
 
 def _time_lines(config: RunConfig, plan: MemoryPlan) -> list[str]:
-    """What the regularized training of `config` takes of time, beside a plain step."""
+    """How much longer a step takes with the regularization in `config`."""
     lines = []
     if plan.passes > 1:
         lines.append(
             f"{plan.passes} passes over each batch (--adversarial {config.optim.adversarial}): about {plan.passes} "
-            "times the time of a plain step"
+            "times as long as a plain step"
         )
     if config.optim.rank_penalty is not None:
-        lines.append("two QR decompositions a step of the factors of each layer (--rank-penalty)")
+        lines.append("two QR decompositions of each layer's factors in every step (--rank-penalty)")
     return lines
 
 
@@ -203,15 +203,15 @@ def _components_table(plan: MemoryPlan) -> Table:
     absent = [name for name, n_bytes in plan.components.items() if not n_bytes]
     table.add_row("total", f"{plan.peak_bytes:,}", human_bytes(plan.peak_bytes), "100.0%", style="bold")
     if absent:
-        table.caption, table.caption_justify = f"None then: {', '.join(absent)}.", "left"
+        table.caption, table.caption_justify = f"Not at the peak: {', '.join(absent)}.", "left"
     return table
 
 
 def _extras_table(plan: MemoryPlan) -> Table:
-    table = _table("\nBeside what torch counts", "what", "bytes", "size", "lies", "~basis")
+    table = _table("\nNot counted by torch", "what", "bytes", "size", "on", "~basis")
     for extra in plan.extras:
-        lies = "GPU" if extra.on_device else "host or GPU" if extra.moves else "host"
-        table.add_row(extra.name, f"{extra.n_bytes:,}", human_bytes(extra.n_bytes), lies, extra.basis)
+        place = "GPU" if extra.on_device else "host or GPU" if extra.moves else "host"
+        table.add_row(extra.name, f"{extra.n_bytes:,}", human_bytes(extra.n_bytes), place, extra.basis)
     return table
 
 
@@ -238,8 +238,10 @@ def _stages_table(plan: MemoryPlan) -> Table:
 
 
 def say_compared(report: PlanReport, console: Console) -> None:
-    """Print the run beside the ways to train that it is compared with."""
-    table = _table("\nThe same run otherwise", "run", "peak", "in", "with extras", "ratio", "saved here", "~recipe")
+    """Print the run beside those that it is compared with."""
+    table = _table(
+        "\nThe same run trained in other ways", "run", "peak", "in", "with extras", "ratio", "saved here", "~recipe"
+    )
     own = report.plan
     sizes = (human_bytes(own.peak_bytes), own.phase, human_bytes(own.device_bytes))
     table.add_row("this run", *sizes, "1.00", "", method(report.config), style="bold")
@@ -256,14 +258,14 @@ def say_compared(report: PlanReport, console: Console) -> None:
         )
     if any(compared.default for compared in report.compared):
         table.caption, table.caption_justify = (
-            "* what one would otherwise run, with the run's own checkpointing",
+            "* the usual alternatives, with the run's own checkpointing",
             "left",
         )
     console.print(table)
 
 
 def signed_bytes(n_bytes: int) -> str:
-    """Bytes saved; less than none is said as such."""
+    """Bytes saved, or how much more is taken."""
     return human_bytes(n_bytes) if n_bytes >= 0 else f"−{human_bytes(-n_bytes)} (takes more)"
 
 
@@ -287,18 +289,18 @@ def say_budget(report: PlanReport, console: Console) -> None:
         then = human_bytes(report.together.device_bytes)
         console.print(f"With {report.together.flags} it needs {then}, and fits.")
     else:
-        console.print("None of the changes below is enough, nor all of them together.")
+        console.print("None of the changes below is enough, not even all of them together.")
 
 
 def say_savings(report: PlanReport, console: Console) -> None:
-    """Print what other settings would save, and what those in force do save; the most first."""
+    """Print what other settings would save, and what those of the run save already; the most first."""
     if report.savings:
-        table = _table("\nWhat would take less, each planned", "~change", "saves", "then needs", "fits")
+        table = _table("\nChanges that take less, each planned", "~change", "saves", "then needs", "fits")
         for change in report.savings:
             _add_change(table, change)
         console.print(table)
     if report.switched_on:
-        table = _table("\nWhat is on already, and saves", "~switch", "saves", "without it")
+        table = _table("\nSavings that are on already", "~switch", "saves", "without it")
         for change in report.switched_on:
             table.add_row(change.flags, human_bytes(change.saves_bytes), human_bytes(change.device_bytes))
         console.print(table)
@@ -333,17 +335,17 @@ def _need(found: LargestRun) -> str:
 def _longest(found: LargestRun) -> str:
     if not found.seq_len:
         return "none, not even two tokens fit."
-    end = ", all that the model has positions for" if found.at_limit else ""
+    end = ", the model's limit" if found.at_limit else ""
     return f"{found.seq_len} tokens{end} ({_need(found)})."
 
 
 def say(report: PlanReport, console: Console) -> None:
-    """Print all of a report but the plan itself, which is there earlier."""
+    """Print all of a report except the plan itself, which is printed earlier."""
     parts = [say_compared] if report.compared else []
     for part in (*parts, say_budget, say_savings, say_fit):
         part(report, console)
 
 
 def default_ones(compared: Iterable[Compared]) -> list[Compared]:
-    """Those that a picture shows beside the run: what one would otherwise run."""
+    """Those that a picture shows beside the run: the usual alternatives."""
     return [c for c in compared if c.default]

@@ -1,9 +1,9 @@
-"""What no tracker sees, each as a small named rule: kernels' buffers, libraries' workspaces, the allocator, the driver.
+"""Memory that no tracker sees, a small rule for each: kernels' buffers, libraries' workspaces, allocator and driver.
 
     needed on the device = peak + context + max(20 MiB, 3 % of the peak)
     in the peak          = tensors + 2 · cuBLAS workspace + the buffers of the kernel that runs
 
-Every rule says its basis: "source" (read in the code of the library named), "measured" (by us, on which device),
+Every rule states its basis: "source" (read in the code of the library named), "measured" (by us, on which device),
 or "estimate". All sizes are bytes.
 """
 
@@ -16,12 +16,12 @@ from qlora_kit.errors import UserError
 MIB = 1 << 20
 
 FUSED_4BIT_TOKENS = 4
-"""Up to so many tokens bitsandbytes' `gemm_4bit` never dequantizes the weight. Source: bitsandbytes 0.50
+"""Up to this many tokens bitsandbytes' `gemm_4bit` never dequantizes the weight. Source: bitsandbytes 0.50
 `backends/cuda/ops.py`; between 5 and 1536 tokens it depends on device and shape, and the plan assumes that it does,
 which is the larger of the two."""
 
 PAGED_MIN_ELEMENTS = 100_000
-"""bitsandbytes' paged optimizers put states of at least so many elements in managed memory, outside torch's
+"""bitsandbytes' paged optimizers put states of at least this many elements in managed memory, outside torch's
 allocator. Source: bitsandbytes 0.50 `optim/optimizer.py`, `get_state_buffer`."""
 
 
@@ -36,7 +36,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """Bytes beside those that torch counts as allocated.
+    """Bytes besides those that torch counts as allocated.
 
     `on_device`: they must fit into the GPU's memory too. `moves`: between the GPU's and the host's.
     """
@@ -70,7 +70,7 @@ GPUS = {
         Gpu("h200", 141 * _GIB, (9, 0)),
     )
 }
-"""Nominal sizes: a device at hand tells its own."""
+"""Nominal sizes; of a device at hand the true size is used."""
 
 DEFAULT_CAPABILITY = (8, 0)
 BF16_CAPABILITY = (8, 0)
@@ -87,7 +87,7 @@ def find_gpu(name: str) -> Gpu:
     for gpu in GPUS.values():
         if gpu.name.replace("-", "") == wanted:
             return gpu
-    raise UserError.of("--gpu", name, "is not a known GPU", f"Known: {', '.join(GPUS)}.")
+    raise UserError.of("gpu", name, "is not a known GPU", f"Known: {', '.join(GPUS)}.")
 
 
 def flash_backward_bytes(query_BHTD: tuple[int, ...], key_BHTD: tuple[int, ...], element_bytes: int) -> tuple[int, ...]:
@@ -133,13 +133,13 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     """The workspace of cuBLAS, allocated through torch at the first product and kept: 8.125 MiB, 32 from Hopper on.
 
     One for each pair of handle and stream: one for the training thread, one more for the autograd thread, which
-    has a handle of its own. Where a GPU of `capability` is at hand and torch tells (from 2.13 on), it is asked.
+    has a handle of its own. If a GPU of `capability` is present, the size that torch reports (from 2.13) is used.
     Source: torch `ATen/cuda/CublasHandlePool.cpp`, default `CUBLAS_WORKSPACE_CONFIG` (:4096:2:16:8 is 8.125 MiB,
     :4096:8 is 32 MiB); older torch has 32 MiB on Hopper only, and a plan for Blackwell then has 48 MiB too much.
     """
-    told = _workspace_of_present_gpu(capability)
-    if told is not None:
-        return told
+    reported = _workspace_of_present_gpu(capability)
+    if reported is not None:
+        return reported
     return 32 * MIB if capability[0] in CUBLAS_32_MIB_MAJORS else 8 * MIB + 128 * 1024
 
 
@@ -153,7 +153,7 @@ def _workspace_of_present_gpu(capability: tuple[int, int]) -> int | None:
 
 
 def extras(peak_bytes: int, paged_bytes: int, host_bytes: int, capability: tuple[int, int]) -> tuple[Extra, ...]:
-    """What comes beside the allocated bytes, each with its basis."""
+    """The bytes besides the allocated ones, each with its basis."""
     pool = "source: our own pool allots them, in whole MiB for each checkpoint; they never leave the host"
     managed = "source: bitsandbytes keeps them in managed memory, which moves to the host when the GPU is full"
     return (

@@ -1,4 +1,4 @@
-"""Follows every storage from birth to death: how many bytes live, of what kind, in which part of the step.
+"""Follows every storage from birth to death: how many bytes are live, of what kind, in which part of the step.
 
 The same tracker serves the planner (tensors on `meta`, which take no memory) and the profiler (real tensors). It
 sees what goes through torch's dispatcher; buffers that a kernel allocates for itself stay invisible, and `kernels`
@@ -134,11 +134,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return result
 
     def enter(self, phase: str, block: int | None = None) -> None:
-        """Say which phase, and which block in it, what follows belongs to."""
+        """Begin a phase, or a block in it."""
         self.region = Region(step=self.region.step, phase=phase, block=block)
 
     def mark(self) -> None:
-        """Note how much lives now, so that this part of the step is there even if nothing changes in it."""
+        """Note the live bytes now, so that this part of the step is recorded even if nothing changes in it."""
         self.events.append(Event(0, Storage(0, "workspaces", ""), self.region))
 
     def _notice_recomputation(self) -> None:
@@ -150,12 +150,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             )
 
     def begin_step(self) -> None:
-        """Say that the next optimizer step begins."""
+        """Begin the next optimizer step."""
         self.region = Region(step=self.region.step + 1, phase="idle")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing that is made meanwhile: it lies elsewhere."""
+        """Within, count nothing that is made: it is on another device."""
         self._paused, before = True, self._paused
         try:
             yield
@@ -163,7 +163,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             self._paused = before
 
     def label(self, tensor: torch.Tensor, category: str) -> None:
-        """Say what kind the storage of `tensor` is, from its birth on; one not seen yet is born now."""
+        """Set the kind of the storage of `tensor`, from its birth on; an unknown storage is born now."""
         if tensor.device.type != self.device_type:
             return
         storage = self._live.get(tensor.untyped_storage()._cdata)
@@ -178,7 +178,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return None if storage is None else storage.category
 
     def stop(self) -> None:
-        """Follow nothing any more; what has been counted stays."""
+        """Stop following; the counts stay."""
         self._live.clear()
 
     def see(self, result: Any, operation: str) -> None:

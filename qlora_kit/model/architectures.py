@@ -207,7 +207,7 @@ def named_config(name: str) -> PretrainedConfig:
     """The configuration of the architecture `name`, in any case; raises `UserError` with the nearest names."""
     key = name.lower()
     if key not in ARCHITECTURES:
-        raise UserError.of("--model", name, "is not a known architecture", _nearest(name))
+        raise UserError.of("model", name, "is not a known architecture", _nearest(name))
     return _built(_TABLE[ALIASES.get(key, key)])
 
 
@@ -224,12 +224,12 @@ def config_from(model: str) -> PretrainedConfig:
         path = path / "config.json" if path.is_dir() else path
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        rule = "is neither a known architecture, nor a config.json, nor a folder holding one"
-        raise UserError.of("--model", model, rule, _nearest(model)) from None
+        rule = "is neither a known architecture, nor a config.json, nor a folder with one"
+        raise UserError.of("model", model, rule, _nearest(model)) from None
     except OSError as error:
-        raise UserError.of("--model", model, f"cannot be read ({error.strerror})", f"Look at {path}.") from None
+        raise UserError.of("model", model, f"cannot be read ({error.strerror})", f"Check {path}.") from None
     except UnicodeDecodeError as error:
-        raise UserError.of("--model", model, f"is not text ({error})", "Give a config.json.") from None
+        raise UserError.of("model", model, f"is not text ({error})", "Give a config.json.") from None
     return _parsed(model, path, text)
 
 
@@ -246,16 +246,16 @@ def _parsed(model: str, path: Path, text: str) -> PretrainedConfig:
     try:
         fields = json.loads(text)
     except ValueError as error:
-        raise UserError.of("--model", model, f"is not JSON ({error})", f"Mend {path}.") from None
+        raise UserError.of("model", model, f"is not JSON ({error})", f"Fix {path}.") from None
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING or not serves_any_task(kind):
-        rule = f"has model_type {kind!r}, of which this transformers has no language model"
-        raise UserError.of("--model", model, rule, "Give the config.json of one, such as model_type llama or gpt2.")
+        rule = f"has model_type {kind!r}, for which the installed transformers has no language model"
+        raise UserError.of("model", model, rule, "Give one with another model_type, such as llama or gpt2.")
     try:
         return _built(fields)
     except (*BAD_CONFIG, StrictDataclassError) as error:
         what = " ".join(str(error).split())
-        raise UserError.of("--model", model, f"is not a valid configuration ({what})", f"Mend {path}.") from None
+        raise UserError.of("model", model, f"is not a valid configuration ({what})", f"Fix {path}.") from None
 
 
 def _built(fields: Fields) -> PretrainedConfig:

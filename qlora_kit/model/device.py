@@ -8,18 +8,19 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from qlora_kit.config.settings import BaseConfig
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 
 if TYPE_CHECKING:
     import torch
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device to run on; `auto` takes CUDA where there is one. Raises `UserError` for CUDA without one."""
+    """The device to run on; `auto` is CUDA if there is one. Raises `UserError` if `cuda` is asked for and missing."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError.of("--device", device, "this machine has no usable CUDA device", "Use --device cpu or auto.")
+        remedy = f"Use {named('device', 'cpu')} or auto."
+        raise UserError.of("device", device, "this machine has no usable CUDA device", remedy)
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", 0)
@@ -30,7 +31,7 @@ _planned_gpu_has_bf16: ContextVar[bool] = ContextVar("_planned_gpu_has_bf16", de
 
 @contextmanager
 def planned_for(has_bf16: bool) -> Iterator[None]:
-    """Meanwhile what is built on `meta` is that of a GPU with or without bf16."""
+    """Within, models on `meta` are built as for a GPU with or without bf16."""
     token = _planned_gpu_has_bf16.set(has_bf16)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The input embedding in the host's memory: a lookup happens there, and only the rows asked for travel.
+"""The input embedding in host memory: lookups happen there, and only the looked-up rows are copied to the device.
 
 V tokens of the vocabulary, D features, B batch, T tokens, N = B · T.
 """
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def why_not(model: Any, embedding: Any) -> str:
-    """Why the input embedding of `model` must stay on its device, as far as the structure says; "" where it need not.
+    """The reason why the input embedding of `model` must stay on its device; "" if it need not.
 
     The weights may be on `meta`, as they are before a model is loaded.
     """
@@ -25,9 +25,9 @@ def why_not(model: Any, embedding: Any) -> str:
 
 
 def host_weight(structure: Any) -> str | None:
-    """The name of the weight that a model like `structure`, its ties made, is loaded without on its device.
+    """The name of the embedding weight that a model like `structure` (with tied weights) can keep on the host.
 
-    None where it must have all of them there.
+    None if all its weights must be on the device.
     """
     embedding = structure.get_input_embeddings()
     if why_not(structure, embedding):
@@ -45,9 +45,9 @@ def _is_scaled(embedding: nn.Embedding) -> bool:
 
 
 def move_to_host(embedding: nn.Embedding, device: torch.device | None = None) -> None:
-    """Make `embedding` a `HostEmbedding` of a model on `device`, unset where its weight is now.
+    """Make `embedding` a `HostEmbedding` of a model on `device` (by default the device of its weight).
 
-    It stays the same object, so that all who know it, and its hooks, do too.
+    It stays the same object, so that references to it and its hooks stay valid.
     """
     weight_VD = embedding.weight.detach()
     device = weight_VD.device if device is None else device
@@ -59,12 +59,11 @@ def move_to_host(embedding: nn.Embedding, device: torch.device | None = None) ->
 
 
 class HostEmbedding(nn.Embedding):
-    """An embedding that lies on the host, whatever device the model is on; its results are on that of the tokens.
+    """An embedding in host memory, whatever device the model is on; its results are on the device of the tokens.
 
-    Its `weight` is a stand-in on the model's device, one NaN that looks like V × D of them: the shape, dtype and
-    device are right for all who ask, and the values show if anyone uses them. The real one is `on_host` (V, D; None on
-    `meta`, where the host's memory is free); it is also what `state_dict` gives.
-    The lookup waits for the device once, to know the tokens.
+    Its `weight` is a stand-in on the model's device, one NaN expanded to V × D: shape, dtype and device are right, and
+    any use of the values shows. The real weight is `on_host` (V, D; None on `meta`), which `state_dict` also gives.
+    The lookup waits for the device once, to read the tokens.
     """
 
     on_host: torch.Tensor | None

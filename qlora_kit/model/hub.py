@@ -1,4 +1,4 @@
-"""Asking the model hub for files, with an answer within seconds where there is none."""
+"""Fetches files from the model hub, and fails within seconds if it cannot be reached."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import socket
 from pathlib import Path
 from urllib.parse import urlparse
 
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 
 CONNECT_TIMEOUT_S = 5.0
-OFFLINE_REMEDY = "Give a local folder, or --weights random for a known architecture, which needs no download."
+OFFLINE_REMEDY = (
+    f"Give a local folder, or {named('weights', 'random')} with a known architecture, which needs no download."
+)
+UNKNOWN_REMEDY = f"Check the name, or log in if it is private. {OFFLINE_REMEDY}"
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers at all; asked first, because its client retries for half a minute."""
+    """Whether the hub answers; checked first, because its client retries for half a minute."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode() if hasattr(constants, "is_offline_mode") else constants.HF_HUB_OFFLINE:
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True  # only the client knows the way
+        return True  # only the client knows how to use it
     address = urlparse(constants.ENDPOINT)
     try:
         with socket.create_connection((address.hostname, address.port or 443), timeout=CONNECT_TIMEOUT_S):
@@ -29,10 +32,10 @@ def hub_reachable() -> bool:
         return False
 
 
-def fetch_model_file(model: str, filename: str, revision: str | None, setting: str = "--model") -> Path:
+def fetch_model_file(model: str, filename: str, revision: str | None, setting: str = "model") -> Path:
     """The local path of one file of a hub model, downloaded if need be.
 
-    Raises `UserError` for a name that the hub does not know, that needs a login, or where no hub is reached.
+    Raises `UserError` if the hub does not know the name, wants a login, or cannot be reached.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -49,36 +52,38 @@ def fetch_model_file(model: str, filename: str, revision: str | None, setting: s
         if isinstance(cached, str):
             return Path(cached)
         if not hub_reachable():
-            raise UserError.of(setting, model, "is no local folder, and the hub cannot be reached", OFFLINE_REMEDY)
+            raise UserError.of(setting, model, "is not a local folder, and the hub cannot be reached", OFFLINE_REMEDY)
         return Path(hf_hub_download(model, filename, revision=revision, etag_timeout=CONNECT_TIMEOUT_S))
     except HFValidationError:
         raise UserError.of(
-            setting, model, "is no local folder, and no name that the hub allows", OFFLINE_REMEDY
+            setting, model, "is not a local folder, and not a valid name on the hub", OFFLINE_REMEDY
         ) from None
     except GatedRepoError:
         remedy = "Accept its terms on the hub, then log in with `hf auth login`."
-        raise UserError.of(setting, model, "needs a login and its licence accepted", remedy) from None
+        raise UserError.of(setting, model, "needs a login, and its licence must be accepted", remedy) from None
     except RepositoryNotFoundError:
-        rule = "is no local folder, and the hub knows no such public model"
-        raise UserError.of(
-            setting, model, rule, f"Check the name, or log in if it is private. {OFFLINE_REMEDY}"
-        ) from None
+        rule = "is not a local folder, and the hub has no such public model"
+        raise UserError.of(setting, model, rule, UNKNOWN_REMEDY) from None
     except RevisionNotFoundError:
-        raise UserError.of("--revision", revision, f"is no revision of {model}", "Check the name on the hub.") from None
+        raise UserError.of(
+            "revision", revision, f"is not a revision of {model}", "Check the name on the hub."
+        ) from None
     except LocalEntryNotFoundError:
-        raise UserError.of(setting, model, "is no local folder, and the hub does not answer", OFFLINE_REMEDY) from None
+        raise UserError.of(
+            setting, model, "is not a local folder, and the hub does not answer", OFFLINE_REMEDY
+        ) from None
     except EntryNotFoundError:
         raise UserError.of(setting, model, f"has no {filename} on the hub", "Choose a transformers model.") from None
 
 
 def fetch_model_folder(
-    model: str, revision: str | None, patterns: tuple[str, ...], setting: str = "--model", probe: str = "config.json"
+    model: str, revision: str | None, patterns: tuple[str, ...], setting: str = "model", probe: str = "config.json"
 ) -> Path:
     """The local folder of a hub model with the files that match `patterns`, downloaded if need be.
 
-    The file `probe` it must have.
+    It must have the file `probe`.
 
-    Raises `UserError` as `fetch_model_file`, and where the hub cannot be reached and files are missing.
+    Raises `UserError` as `fetch_model_file`, and if files are missing and the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -88,5 +93,7 @@ def fetch_model_folder(
         offline = not hub_reachable()
         found = snapshot_download(model, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
     except LocalEntryNotFoundError:
-        raise UserError.of(setting, model, "is not here in full, and the hub does not answer", OFFLINE_REMEDY) from None
+        raise UserError.of(
+            setting, model, "is not cached completely, and the hub does not answer", OFFLINE_REMEDY
+        ) from None
     return Path(found)

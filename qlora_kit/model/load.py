@@ -1,7 +1,6 @@
-"""The frozen base: found, loaded in 4, 8, 16 or 32 bits, and counted.
+"""Loads the frozen base in 4, 8, 16 or 32 bits.
 
-`load_base` is the only place that builds a model, so that the trainer, the benchmarks and the planner
-all see the same one.
+`load_base` is the only function that builds a model, so that trainer, benchmarks and planner all use the same one.
 """
 
 from __future__ import annotations
@@ -37,17 +36,16 @@ def load_base(
     dtype: torch.dtype | None = None,
     embedding_on_host: bool = False,
 ) -> PreTrainedModel:
-    """The base model on `device`, quantized as told, every weight frozen unless `config.full`.
+    """The base model on `device`, quantized as `config` says, every weight frozen unless `config.full`.
 
-    Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `dtype`, unset that of
-    `compute_dtype` (another is for the release of a run that was made on another kind of device). A head that the
-    task puts on is fp32, drawn by `seed` where the files have none for these labels, and meant to be trained (see
-    `heads`). On the `meta` device the model has the same structure but no values, whatever `config.weights` says: for
-    the planner.
-    `architecture` overrides the one that `config` names (which must be None for pretrained weights).
-    With `embedding_on_host` the input embedding is a `HostEmbedding`, where the model allows it: it lies in the host's
-    memory from the first, and what `device` has of it at any time is little beside the rest of the model.
-    Raises `UserError` where it is not found or cannot be read.
+    Linear layers in the blocks are 4- or 8-bit; embeddings, norms, biases and the head have `dtype`, by default that of
+    `compute_dtype` (another one is for the release of a run from another kind of device). A head that the task puts on
+    is fp32, drawn by `seed` if the files have none for these labels, and meant to be trained (see `heads`). On the
+    `meta` device the model has the same structure but no values, whatever `config.weights` is: for the planner.
+    `architecture` overrides the one that `config` names (it must be None for pretrained weights).
+    With `embedding_on_host` the input embedding is a `HostEmbedding`, if the model allows it: it is loaded into host
+    memory, and is never on `device` as a whole beside the rest of the model.
+    Raises `UserError` if it is not found or cannot be read.
     """
     assert architecture is None or config.weights == "random" or device.type == "meta", "it would not fit the weights"
     with host_memory.building(device.type):
@@ -103,10 +101,10 @@ def _forget_cache(model: PreTrainedModel) -> None:
 
 
 def load_originals(config: BaseConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
-    """The base of `config` on `device` as it is before it is quantized, frozen: with the names and weights of it.
+    """The base of `config` before quantization, frozen, with the same names.
 
-    It lies whole in the host's memory, at 2 bytes a parameter; random weights, which every kind of device draws
-    otherwise, on `device`. Raises `UserError` where it is not found or cannot be read.
+    It is in host memory, at 2 bytes a parameter; random weights, which differ by kind of device, are on `device`.
+    Raises `UserError` if it is not found or cannot be read.
     """
     import torch
 
@@ -116,9 +114,9 @@ def load_originals(config: BaseConfig, device: torch.device, seed: int = 0) -> P
 
 
 def load_as_saved(config: BaseConfig, device: torch.device) -> PreTrainedModel:
-    """A whole model on `device` as its files are, in their dtype and quantization, frozen; `config.bits` is ignored.
+    """A model on `device` in the dtype and quantization of its files, frozen; `config.bits` is ignored.
 
-    Raises `UserError` where it is not found or cannot be read.
+    Raises `UserError` if it is not found or cannot be read.
     """
     with host_memory.building(device.type):
         model = _load_pretrained(load_model_config(config), config, device, None)
@@ -137,9 +135,10 @@ def _attend_by_kernel(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def set_padding(architecture: PretrainedConfig, config: BaseConfig, device: torch.device) -> None:
-    """Let a model that reads its answer off the last token know what is padding: the tokenizer's padding token.
+    """Set the padding token in the configuration of a model that reads its answer off the last token.
 
-    Without one it is the end-of-text token, as in `data.prepare_tokenizer`. Raises `UserError` without a tokenizer.
+    It is the tokenizer's; without one it is the end-of-text token, as in `data.prepare_tokenizer`. Raises `UserError`
+    if there is no tokenizer.
     """
     if device.type == "meta":  # a plan reads no tokenizer, and which token it is makes no difference to it
         pad = architecture.pad_token_id or 0
@@ -157,10 +156,10 @@ def _load_pretrained(
     seed: int | None = None,
     on_host: str | None = None,
 ) -> PreTrainedModel:
-    """The model in the files of `config`, quantized as told from `dtype`; None for both as the files have them.
+    """The model in the files of `config`, quantized from `dtype`; if None, in the dtype and quantization of the files.
 
-    With a `seed`, a head of the task that the files do not have, or have for other labels, is drawn by it. The weight
-    `on_host`, that of the input embedding, never sees the device.
+    With a `seed`, a head of the task that the files lack, or have for other labels, is drawn by it. The weight
+    `on_host`, that of the input embedding, is never on the device.
     """
     import torch
     from safetensors import SafetensorError
@@ -175,10 +174,10 @@ def _load_pretrained(
     except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
         if "out of memory" in str(error):
             raise
-        if _times_short(device) > short_before:  # which transformers keeps to itself while it converts weights
+        if _times_short(device) > short_before:  # which transformers hides while it converts weights
             raise torch.OutOfMemoryError(f"loading {config.model}: {first_line(error)}") from error
         raise UserError.of(
-            "--model",
+            "model",
             config.model,
             f"its weights cannot be read ({first_line(error)})",
             "Fetch or convert the model again.",
@@ -226,7 +225,7 @@ def _times_short(device: torch.device) -> int:
 
 
 def placement(device: torch.device, on_host: str | None = None) -> dict[str, str | torch.device]:
-    """Where transformers is to load each weight: all onto `device`, but for the one that is `on_host`.
+    """Where transformers loads each weight: all onto `device`, except the one that is `on_host`.
 
     The host is given as a torch device: the text "cpu" beside another device makes transformers refuse to quantize,
     for it would run a layer there in 32 bits. What lies there is none that it quantizes.
@@ -251,10 +250,10 @@ def _left_where_loaded() -> Iterator[None]:
 
 
 def base_renaming(task: str, architecture: PretrainedConfig) -> dict[str, str] | None:
-    """The name of the base in files of such models → the one it has in the class for `task`, where that is another.
+    """The name of the base in the files → its name in the class for `task`; None if they are the same.
 
-    transformers calls the base "transformer" in its classes of Llama, Qwen and others for question answering, and
-    "model" in all others of them, and loads the one into the other only when it is told.
+    transformers calls the base "transformer" in its question-answering classes of Llama, Qwen and others, and "model"
+    in all their other classes, and loads one into the other only with this mapping.
     """
     from transformers import AutoModel
 
@@ -266,7 +265,7 @@ def base_renaming(task: str, architecture: PretrainedConfig) -> dict[str, str] |
 
 
 def planned_heads(architecture: PretrainedConfig, task: str) -> list[str]:
-    """The names of the modules that `task` puts on a model beside its base; empty where it has its own head."""
+    """The names of the modules that `task` adds to the base of a model; empty if it uses the model's own head."""
     from qlora_kit.model.heads import head_names
 
     return head_names(_structure(architecture, task)) if TASK_MODELS[task].has_new_head else []
@@ -294,5 +293,5 @@ def _not_loaded(loaded: dict[str, Any]) -> list[str]:
 def _check_loaded(config: BaseConfig, wrong: list[str]) -> None:
     """Check that every weight came from the files. Raises `UserError` naming those that did not."""
     if wrong:
-        rule = f"its files lack, or have in another shape, {len(wrong)} weights: {', '.join(wrong[:3])}"
-        raise UserError.of("--model", config.model, rule, "Fetch or convert the model again.")
+        rule = f"{len(wrong)} weights are missing from its files or have another shape: {', '.join(wrong[:3])}"
+        raise UserError.of("model", config.model, rule, "Fetch or convert the model again.")

@@ -1,4 +1,4 @@
-"""torch's attention on a GPU: which of its kernels a call takes, and keys repeated where that saves the scores.
+"""torch's attention on a GPU: which kernel a call takes, and keys repeated where that avoids storing the scores.
 
 Shapes: B rows, H heads, T positions, D features of a head; with grouped queries fewer heads have keys and values.
 
@@ -26,7 +26,7 @@ FLASH_CAPABILITY = (8, 0)
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_MAX_WIDTH = 256
 NARROW_CAPABILITIES = ((8, 6), (8, 9)), ((12, 0), (12, 1))
-"""From which to which flash attention has no backward pass for some wide heads."""
+"""Ranges of capabilities in which flash attention has no backward pass for some wide heads."""
 
 GROUPED_EFFICIENT_TORCH = (2, 14)
 """From this version of torch on, the memory-efficient kernel takes grouped keys."""
@@ -100,7 +100,7 @@ def _fits_efficient(call: AttentionCall, capability: Capability) -> bool:
 
 
 def _width_multiple(dtype: torch.dtype, capability: Capability) -> int:
-    """What the memory-efficient kernel wants the width of a head to be a multiple of."""
+    """The memory-efficient kernel needs head widths that are multiples of this."""
     if dtype in FLASH_DTYPES:
         return 8 if capability >= (7, 0) else 1
     return 4 if capability >= (8, 0) else 1
@@ -112,7 +112,7 @@ def _torch_version() -> tuple[int, int]:
 
 
 def put_on(model: Any) -> None:
-    """Let `model` attend by `attend`, where it has grouped keys and leaves them to torch; any other stays."""
+    """Let `model` attend by `attend` if it has grouped keys and leaves them to torch; other models stay as they are."""
     if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend:
         return
     if not any(_groups(module) > 1 for module in model.modules()):
@@ -147,7 +147,7 @@ def attend_on(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The same on a GPU of `capability`; where that is None, whatever transformers' sdpa does."""
+    """The same on a GPU of `capability`; if that is None, as transformers' sdpa does."""
     groups = _groups(module)
     # With a mask transformers repeats the keys itself.
     if capability is not None and groups > 1 and attention_mask is None:
@@ -162,7 +162,7 @@ def attend_on(
 
 
 def capability_of(device: torch.device) -> Capability | None:
-    """That of an NVIDIA GPU; on `meta`, where runs are planned, one that has flash attention; None of any other."""
+    """The capability of an NVIDIA GPU; on `meta`, for plans, one with flash attention; None for other devices."""
     if device.type == "meta":
         return FLASH_CAPABILITY
     if device.type != "cuda" or torch.version.hip is not None:

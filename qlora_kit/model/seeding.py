@@ -1,4 +1,4 @@
-"""Random numbers of a layer's own: the same weights for a layer whatever is drawn before it."""
+"""Random numbers by layer: the same weights for a layer whatever is drawn before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def drawn_by(seed: int, name: str, device: torch.device) -> Iterator[None]:
-    """Meanwhile torch draws by `seed` and the layer's `name`; afterwards its random state is as before."""
+    """Within, torch draws by `seed` and the layer's `name`; afterwards its random state is as before."""
     import torch
 
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")

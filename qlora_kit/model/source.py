@@ -1,4 +1,4 @@
-"""Where a base comes from, a folder or the hub: its configuration, its files and their content's hash."""
+"""The source of a base, a folder or the hub: its configuration, its files and the hash of their content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import demo
 from qlora_kit.config.settings import BaseConfig
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.model import architectures, hub
 from qlora_kit.model.task_models import TASK_MODELS, check_can_do, check_starts, task_of
 
@@ -51,7 +51,7 @@ def model_source(config: BaseConfig) -> str:
 
 
 def find_on_hub(config: BaseConfig) -> None:
-    """Where the model is neither random nor a local folder, ask the hub for it. Raises `UserError`."""
+    """Check that the hub has the model, unless it is random or a local folder. Raises `UserError`."""
     source = model_source(config)
     if config.weights == "pretrained" and not Path(source).exists():
         hub.fetch_model_file(source, "config.json", config.revision)
@@ -60,7 +60,7 @@ def find_on_hub(config: BaseConfig) -> None:
 def load_model_config(config: BaseConfig) -> PretrainedConfig:
     """The model's architecture with the task's labels, from the embedded table, a local folder, or the hub.
 
-    Raises `UserError` where it is not found, cannot do the task, or lacks weights.
+    Raises `UserError` if it is not found, cannot do the task, or lacks weights.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -78,7 +78,7 @@ def load_model_config(config: BaseConfig) -> PretrainedConfig:
             )
         except (*architectures.BAD_CONFIG, StrictDataclassError, OSError) as error:
             raise UserError.of(
-                "--model",
+                "model",
                 config.model,
                 f"its config.json cannot be used ({first_line(error)})",
                 "Give a model that the installed transformers knows.",
@@ -87,9 +87,9 @@ def load_model_config(config: BaseConfig) -> PretrainedConfig:
 
 
 def with_labels(architecture: PretrainedConfig, config: BaseConfig) -> PretrainedConfig:
-    """`architecture` with the labels of the task, from where every model of it takes them; changed in place.
+    """`architecture` with the task's labels set, in place, so that every model built from it has them.
 
-    Raises `UserError` where it cannot do the task.
+    Raises `UserError` if it cannot do the task.
     """
     task = task_of(config.task, architecture)
     if not config.trust_remote_code:
@@ -111,17 +111,18 @@ def _check_folder(config: BaseConfig, folder: Path) -> None:
     faults = []
     if not (folder / "config.json").is_file():
         faults.append(
-            Fault("--model", config.model, "the folder has no config.json", "Give a transformers model folder.")
+            Fault("model", config.model, "the folder has no config.json", "Give a transformers model folder.")
         )
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         if any(folder.glob("*.bin")):
             rule = "its weights are pickle files (.bin), which can run code when opened"
             remedy = "Convert them to safetensors first."
         else:
-            rule, remedy = "the folder has no model.safetensors", "Complete it, or use --weights random."
-        faults.append(Fault("--model", config.model, rule, remedy))
+            rule, remedy = "the folder has no model.safetensors", f"Complete it, or use {named('weights', 'random')}."
+        faults.append(Fault("model", config.model, rule, remedy))
     if config.tokenizer is None and not has_tokenizer(folder):
-        faults.append(Fault("--tokenizer", None, f"{config.model} has no tokenizer.json", "Give --tokenizer FOLDER."))
+        remedy = f"Give {named('tokenizer', 'FOLDER')}."
+        faults.append(Fault("tokenizer", None, f"{config.model} has no tokenizer.json", remedy))
     if faults:
         raise UserError(faults)
 
@@ -132,7 +133,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that `error` says, or its kind where it says nothing."""
+    """The first line of the message of `error`, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
@@ -145,7 +146,7 @@ def max_positions(architecture: PretrainedConfig) -> int | None:
 
 
 def hash_base(config: BaseConfig, seed: int) -> str:
-    """A content hash of the base: the same weights give the same hash, wherever they lie."""
+    """A content hash of the base: the same weights give the same hash, wherever they are stored."""
     source = Path(model_source(config))
     digest = hashlib.sha256()
     if config.weights == "random":
@@ -167,8 +168,8 @@ def _weight_files(source: Path, config: BaseConfig) -> Iterator[Path]:
 def weight_names(folder: Path) -> set[str]:
     """The names of the safetensors files that loading the model in `folder` reads, as transformers chooses them.
 
-    Others may lie beside them (Mistral's `consolidated.safetensors`). Empty where neither a single file nor a readable
-    index is there.
+    There may be others beside them (Mistral's `consolidated.safetensors`). Empty if there is neither a single file nor
+    a readable index.
     """
     single, index = (folder / name for name in WEIGHT_FILES)
     if single.is_file():

@@ -1,4 +1,4 @@
-"""The tokenizer of a base, or the one that was asked for in its place."""
+"""The tokenizer of a base, or the one set instead."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qlora_kit.model.source import first_line, has_tokenizer, model_source
 
 
 def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `config.tokenizer`, or the model's own; random weights without one take the demo's.
+    """The tokenizer that `config.tokenizer` names, or the model's own; random weights without one use the demo's.
 
-    Raises `UserError` where there is none, it cannot be read, or a package that it needs is missing.
+    Raises `UserError` if there is none, if it cannot be read, or if it needs a package that is missing.
     """
     from transformers import AutoTokenizer
 
@@ -44,7 +44,7 @@ def load_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
 
 
 def _lacks_package(setting: str, source: str, error: ImportError) -> UserError:
-    """What to say where a tokenizer needs a package that is not there: Marian's needs sentencepiece."""
+    """The error for a tokenizer whose package is missing: Marian's needs sentencepiece."""
     if "sentencepiece" in str(error).lower():
         rule, remedy = "its tokenizer needs the package sentencepiece", "Install it: pip install sentencepiece"
     else:
@@ -55,8 +55,8 @@ def _lacks_package(setting: str, source: str, error: ImportError) -> UserError:
 def _tokenizer_source(config: BaseConfig) -> tuple[str, str]:
     """The folder or hub id of the tokenizer, and the setting that it comes from."""
     if config.tokenizer is not None:
-        return (str(demo.base_folder()) if config.tokenizer == "demo" else config.tokenizer), "--tokenizer"
+        return (str(demo.base_folder()) if config.tokenizer == "demo" else config.tokenizer), "tokenizer"
     folder = Path(model_source(config))
     if config.weights == "random" and not (folder.is_dir() and has_tokenizer(folder)):
-        return str(demo.base_folder()), "--model"  # any text will do
-    return str(folder), "--model"
+        return str(demo.base_folder()), "model"  # any text will do
+    return str(folder), "model"

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.release.files.read import BadFileError, Checkpoint, read_json
 
 if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
-SETTING = "--adapter"
+SETTING = "adapter"
 FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)"
@@ -41,7 +41,7 @@ UNMERGEABLE = (
     "use_qalora",
     "velora_config",
 )
-DEFAULT_RANK = DEFAULT_ALPHA = 8  # what PEFT takes where the settings do not say
+DEFAULT_RANK = DEFAULT_ALPHA = 8  # PEFT's defaults
 REMEDY = "Save or fetch it again."
 # initialisations after which the base under the factors is still the published one; the others change it
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -62,7 +62,7 @@ class Factor:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter: where it lies (as the user said), its share in the merge, its settings and tensors."""
+    """An adapter: its folder (as the user typed it), its share in the merge, its settings and tensors."""
 
     given: str
     folder: Path
@@ -83,7 +83,7 @@ class Adapter:
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
-    """The folder and the weight in `DIR` or `DIR:weight`. Raises `UserError` for a weight that is no number."""
+    """The folder and the weight in `DIR` or `DIR:weight`. Raises `UserError` if the weight is not a number."""
     folder, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():
         return text, 1.0
@@ -93,7 +93,7 @@ def parse_adapter(text: str) -> tuple[str, float]:
         value = math.nan
     if not math.isfinite(value) or value == 0:
         rule = "must be a folder, or a folder and its weight"
-        raise UserError.of(SETTING, text, rule, "For example --adapter runs/a/adapter:0.7.")
+        raise UserError.of(SETTING, text, rule, f"For example {named(SETTING, 'runs/a/adapter:0.7')}.")
     return folder, value
 
 
@@ -127,7 +127,8 @@ def _no_weights(given: str, folder: Path) -> UserError:
         rule = "its weights are a pickle file (.bin), which can run code when opened"
         return UserError.of(SETTING, given, rule, "Save it with PEFT's safe_serialization=True first.")
     if (folder / "adapter" / WEIGHTS_FILE).is_file():
-        return UserError.of(SETTING, given, "is a run", f"Give --run {given}, or --adapter {given}/adapter.")
+        remedy = f"Give {named('run', given)}, or {named(SETTING, given + '/adapter')}."
+        return UserError.of(SETTING, given, "is a run", remedy)
     return UserError.of(SETTING, given, f"has no {WEIGHTS_FILE}", "Give the adapter/ folder of a run.")
 
 
@@ -138,7 +139,7 @@ def _check_settings(given: str, settings: Mapping[str, Any]) -> None:
         raise UserError(Fault(SETTING, given, f"its {CONFIG_FILE} has {fault}", REMEDY) for fault in wrong)
     faults = []
     if settings.get("peft_type") != "LORA":
-        faults.append(f"is of the kind {settings.get('peft_type')!r}, and only LoRA can be merged")
+        faults.append(f"has peft_type {settings.get('peft_type')!r}, and only LoRA can be merged")
     used = [name for name in UNMERGEABLE if settings.get(name)]
     faults += [f"uses {name}, which cannot be merged" for name in used]
     start = settings.get("init_lora_weights")
@@ -147,9 +148,9 @@ def _check_settings(given: str, settings: Mapping[str, Any]) -> None:
     try:
         _choice_of_layers(settings)
     except ValueError as error:
-        faults.append(f"chooses its layers in a way that PEFT does not know ({str(error).rstrip('.')})")
+        faults.append(f"chooses its layers in a way that PEFT does not accept ({str(error).rstrip('.')})")
     if settings.get("ensure_weight_tying"):
-        faults.append("ties its own factors (ensure_weight_tying), which cannot be merged")
+        faults.append("ties its factors (ensure_weight_tying), which cannot be merged")
     if faults:
         remedy = "Convert it to plain LoRA with PEFT (save_pretrained's path_initial_model_for_weight_conversion)."
         raise UserError(Fault(SETTING, given, fault, remedy) for fault in faults)
@@ -221,7 +222,7 @@ def _sorted_out(
     whole: dict[str, str] = {}
     for key in checkpoint.entries:
         if not key.startswith(PREFIX):
-            rule = f"holds {key!r}, which is no name that PEFT gives"
+            rule = f"has a tensor {key!r}, which is not a name that PEFT gives"
             raise UserError.of(SETTING, given, rule, "Save it with PEFT.")
         name = key.removeprefix(PREFIX)
         match = FACTOR.fullmatch(name)
@@ -233,7 +234,7 @@ def _sorted_out(
     _check_partners(given, settings, parts)
     factors = {module: _factor(given, settings, module, own, checkpoint) for module, own in parts.items()}
     if not factors and not whole:
-        raise UserError.of(SETTING, given, "holds no tensors", "Give the adapter/ folder of a run.")
+        raise UserError.of(SETTING, given, "has no tensors", "Give the adapter/ folder of a run.")
     return factors, whole
 
 
@@ -252,7 +253,7 @@ def _factor(
     shapes = checkpoint.entries[a].shape, checkpoint.entries[b].shape
     rank = int(_by_pattern(settings.get("rank_pattern"), module, settings.get("r", DEFAULT_RANK)))
     if any(len(shape) != 2 for shape in shapes) or not shapes[0][0] == shapes[1][1] == rank:
-        rule = f"{module} has factors of shapes {shapes[0]} and {shapes[1]}, and its rank is {rank}"
+        rule = f"{module} has factors of shapes {shapes[0]} and {shapes[1]}, but its rank is {rank}"
         raise UserError.of(SETTING, given, rule, "Save or fetch it again.")
     alpha = float(_by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", DEFAULT_ALPHA)))
     scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
@@ -277,19 +278,19 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any)
 
 
 def _check_values(adapter: Adapter) -> None:
-    """Check that every number is finite, and no change is nothing at all. Raises `UserError` with every fault."""
+    """Check that every number is finite and no factor is all zero. Raises `UserError` with every fault."""
     faults = []
     never_zero = {name for factor in adapter.factors.values() for name in (factor.a, factor.b)}
     for name in adapter.checkpoint.entries:
         value = adapter.checkpoint.read(name)
         if not value.is_floating_point():
-            faults.append((name, f"has the dtype {value.dtype}, which no factor has"))
+            faults.append((name, f"has the dtype {value.dtype}, which is not a dtype of factors"))
         elif not bool(value.isfinite().all()):
-            faults.append((name, "holds values that are not finite"))
+            faults.append((name, "has values that are not finite"))
         elif name in never_zero and not bool(value.any()):
-            faults.append((name, "is all zero, so that the adapter changes nothing there"))
+            faults.append((name, "is all zero, so the adapter changes nothing there"))
     if faults:
-        remedy = "Give an adapter that was trained to its end; look at its losses."
+        remedy = "Give an adapter that was trained to the end, and check its losses."
         shown = faults[:5]
         raise UserError(Fault(SETTING, adapter.given, f"{name} {rule}", remedy) for name, rule in shown)
 

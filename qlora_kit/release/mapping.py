@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.settings import BaseConfig
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.model import load
 from qlora_kit.model.task_models import task_of
 from qlora_kit.release.factors import REMEDY, SETTING, Adapter, targeted
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-BASE_SETTING = "--base"
+BASE_SETTING = "base"
 OTHER_ARCHITECTURE = "Give the base that it was trained on."
 
 
@@ -195,8 +195,8 @@ def _check_complete(
 ) -> None:
     """Check that the files hold every weight that is `needed`, and all in their shapes. Raises `UserError`.
 
-    Where loading converts tensors, those that it makes of them cannot be told from missing ones by their names; the
-    model's own loading then has the last word, in the proof.
+    If loading converts tensors, their results cannot be told from missing tensors by name; then loading the release, in
+    the proof, decides.
     """
     stand_ins = {name: group for group in tied for name in group}
     absent = [
@@ -210,7 +210,7 @@ def _check_complete(
     for name, file_name in file_names.items():
         shape = checkpoint.entries[file_name].shape
         if shape != weights[name].shape:
-            faults.append(f"{file_name} has the shape {shape}, and the model wants {weights[name].shape}")
+            faults.append(f"{file_name} has the shape {shape}, but the model needs {weights[name].shape}")
     if faults:
         raise UserError(Fault(BASE_SETTING, config.model, fault, FETCH_REMEDY) for fault in faults[:3])
 
@@ -238,10 +238,10 @@ def _check_vocabulary(adapter: Adapter, layout: ModelLayout) -> None:
         rows, columns = layout.weights[name].shape
         found = _rows_and_columns(adapter, name)
         if found[1] == columns and found[0] != rows:
-            rule = f"was trained after its vocabulary was resized: it has {found[0]} tokens, and this base has {rows}"
+            rule = f"was trained after the vocabulary was resized: it has {found[0]} tokens, but this base has {rows}"
             remedy = (
                 f"Resize the base with transformers (resize_token_embeddings({found[0]})), save it with the adapter's "
-                "tokenizer, and give that folder as --base."
+                f"tokenizer, and give that folder as {named(BASE_SETTING)}."
             )
             raise UserError.of(SETTING, adapter.given, rule, remedy)
 
@@ -272,7 +272,7 @@ def _factor_faults(adapter: Adapter, layout: ModelLayout) -> Iterable[str]:
         if (b[0], a[1]) != (rows, columns) or factor.embedding != weight.embedding:
             yield f"was made for another architecture: {module} is {columns} → {rows} here, and {a[1]} → {b[0]} there"
         if factor.bias is not None and f"{module}.bias" not in layout.weights:
-            yield f"adds a bias to {module}, which has none and could not keep it"
+            yield f"adds a bias to {module}, which has no bias in the base"
         if factor.magnitude is not None and weight.embedding:
             yield f"uses DoRA on the embedding {module}, which cannot be merged"
 
@@ -288,9 +288,9 @@ def _whole_faults(adapter: Adapter, layout: ModelLayout) -> Iterable[str]:
         if weight is None:
             yield f"was made for another architecture: this base has no {name}"
         elif weight.quantized:
-            yield f"holds {name} whole, which the run kept in {shape} packed bytes"
+            yield f"holds {name} as a whole, in {shape} packed bytes"
         elif shape != weight.shape:
-            yield f"holds {name} in the shape {shape}, and this base has {weight.shape}"
+            yield f"holds {name} in the shape {shape}, but this base has {weight.shape}"
 
 
 def check_mappable(adapters: Iterable[Adapter], layout: ModelLayout, quantized: bool) -> None:
@@ -310,10 +310,9 @@ def check_mappable(adapters: Iterable[Adapter], layout: ModelLayout, quantized: 
     astray = sorted(changed - reachable)
     if astray:
         rule = (
-            f"its files keep {len(astray)} of the weights to merge into in another form than the model does "
+            f"its files store {len(astray)} of the weights to merge into in another form than the model "
             f"({', '.join(astray[:3])})"
         )
-        remedy = "Load it with transformers and save it again in the model's own form, if that can be done; " + (
-            "or --into original." if quantized else "or serve the adapter unmerged."
-        )
+        other = f"merge with {named('into', 'original')}" if quantized else "serve the adapter unmerged"
+        remedy = f"Load it with transformers and save it in the model's own form, if possible, or {other}."
         raise UserError.of(BASE_SETTING, "", rule, remedy)

@@ -1,4 +1,4 @@
-"""The merge, from what is asked to a finished release."""
+"""The merge, from the request to a finished release."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from qlora_kit.adapters.base_record import TrainedBase
 from qlora_kit.config.settings import BaseConfig, DataConfig, RunConfig
-from qlora_kit.errors import Faults, UserError
+from qlora_kit.errors import Faults, UserError, named
 from qlora_kit.model.blocks import block_of
 from qlora_kit.model.task_models import CLASSIFICATION, QUESTION_ANSWERING
 from qlora_kit.model.tokenizer import load_tokenizer
@@ -48,18 +48,18 @@ from qlora_kit.tasks.classification.task import separates_pairs
 if TYPE_CHECKING:
     import torch
 
-OF_PAIRS = (CLASSIFICATION, QUESTION_ANSWERING)  # tasks of which an example may be two texts
+OF_PAIRS = (CLASSIFICATION, QUESTION_ANSWERING)  # tasks whose examples may be two texts
 SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeInputs:
-    """All that a merge reads, opened and checked."""
+    """All inputs of a merge, opened and checked."""
 
-    request: MergeRequest  # with the task, where only an adapter says it
+    request: MergeRequest  # with the task, if only an adapter knows it
     records: Sequence[RunRecord]
     adapters: Sequence[Adapter]
-    trained_bases: Sequence[TrainedBase | None]  # what each adapter says of its base
+    trained_bases: Sequence[TrainedBase | None]  # each adapter's record of its base
     base_folder: Path
     base_hash: str
     tokenizer: Path | None
@@ -67,7 +67,7 @@ class MergeInputs:
     seen_dtype: torch.dtype
     layout: ModelLayout
     outputs: Outputs
-    heads: Sequence[str]  # modules that the task put beside the base
+    heads: Sequence[str]  # modules that the task added to the base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +84,18 @@ def read_inputs(request: MergeRequest, say: Console) -> MergeInputs:
     """Open everything that `request` names and check that it belongs together. Raises `UserError`."""
     import torch
 
-    faults = Faults()
-    records = faults.collect(lambda: records_of(request))
-    adapters = [faults.collect(lambda own=own: open_adapter(*own)) for own in request.adapters]  # type: ignore[misc]
-    seen = [faults.collect(lambda given=given: trained_base(given)) for given, _ in request.adapters]  # type: ignore[misc]
-    opened = faults.collect(lambda: open_base(request.base))
-    faults.raise_if_any()
-    assert records is not None
-    assert opened is not None
-    found = [adapter for adapter in adapters if adapter is not None]
-    folder, checkpoint = opened
+    found: list[Adapter] = []
+    seen: list[TrainedBase | None] = []
+    with Faults() as faults:
+        with faults.collecting():
+            records = records_of(request)
+        for given, weight in request.adapters:
+            with faults.collecting():
+                found.append(open_adapter(given, weight))
+            with faults.collecting():
+                seen.append(trained_base(given))
+        with faults.collecting():
+            folder, checkpoint = open_base(request.base)
     _check_together(found)
     request = dataclasses.replace(request, base=with_task(request.base, found))
     tokenizer = side_files.find_tokenizer(request.base, [adapter.folder for adapter in found], folder)
@@ -134,25 +136,25 @@ def _with_tokenizer(request: MergeRequest, tokenizer: Path | None) -> MergeReque
 
 
 def _check_together(adapters: Sequence[Adapter]) -> None:
-    """Check that the adapters and their weights have a common meaning. Raises `UserError`."""
+    """Check that the adapters can be merged together, with their weights. Raises `UserError`."""
     for adapter in adapters:
         if adapter.weight != 1.0 and adapter.uses_dora:
-            rule = f"cannot have the weight {adapter.weight:g}: its lengths (DoRA) are meant for its whole change"
-            raise UserError.of("--adapter", adapter.given, rule, "Merge it with weight 1.")
+            rule = f"cannot have the weight {adapter.weight:g}: its DoRA magnitudes fit only the full change"
+            raise UserError.of("adapter", adapter.given, rule, "Merge it with weight 1.")
         if adapter.weight != 1.0 and adapter.settings.get("bias", "none") != "none":
             rule = f"cannot have the weight {adapter.weight:g}: it trained the base's biases, which PEFT does not scale"
-            raise UserError.of("--adapter", adapter.given, rule, "Merge it with weight 1.")
+            raise UserError.of("adapter", adapter.given, rule, "Merge it with weight 1.")
     if len(adapters) < 2:
         return
     given = [adapter.given for adapter in adapters]
     if any(adapter.uses_dora for adapter in adapters):
-        rule = "include one with DoRA, whose lengths are meant for its own directions alone"
-        raise UserError.of("--adapter", given, rule, "Merge it alone.")
+        rule = "include one with DoRA, whose magnitudes fit only its own change"
+        raise UserError.of("adapter", given, rule, "Merge it alone.")
     replaced = [name for adapter in adapters for name in adapter.whole]
     twice = sorted({name for name in replaced if replaced.count(name) > 1})
     if twice:
-        rule = f"each hold {twice[0]} whole, and PEFT runs only one of them at a time"
-        raise UserError.of("--adapter", given, rule, "Merge one of them alone.")
+        rule = f"each hold a whole {twice[0]}, and PEFT runs only one of them at a time"
+        raise UserError.of("adapter", given, rule, "Merge one of them alone.")
 
 
 def recipe_of(request: MergeRequest, inputs: MergeInputs, into: str) -> WeightRecipe:
@@ -184,7 +186,7 @@ def plan_files(inputs: MergeInputs, recipe: WeightRecipe) -> list[Shard]:
 def write_candidate(request: MergeRequest, inputs: MergeInputs, into: str, folder: Path, say: Console) -> Candidate:
     """Write and prove the weights of a merge into `into`, with all that a server needs beside them, in `folder`.
 
-    Raises `UserError` where a tensor is not right, or the disk is full.
+    Raises `UserError` if a tensor is wrong, or the disk is full.
     """
     recipe = recipe_of(request, inputs, into)
     shards = plan_files(inputs, recipe)
@@ -260,7 +262,7 @@ class _Shown:
     base: str
     releases: Mapping[str, Path]
     adapters: Sequence[tuple[str, float]]
-    first: int | None = None  # so many blocks; None: all
+    first: int | None = None  # number of blocks; None: all
 
     def has(self, name: str) -> bool:
         """Whether the weight `name` of the base's files is among what is looked at."""
@@ -277,8 +279,8 @@ def _check_choice(request: MergeRequest, inputs: MergeInputs) -> None:
     """Check that two releases can be compared before they are made. Raises `UserError`."""
     needed, available = proof_bytes(inputs), verify.available_bytes()
     if request.into == "best" and needed > available:
-        rule = f"needs {needed / 2**30:.1f} GiB of memory to compare both, and {available / 2**30:.1f} are free"
-        raise UserError.of("--into", "best", rule, "Choose: --into original, or how the adapter saw the base.")
+        rule = f"needs {needed / 2**30:.1f} GiB of memory to compare both, and {available / 2**30:.1f} GiB are free"
+        raise UserError.of("into", "best", rule, f"Choose {named('into', 'original')} or {named('into', 'trained')}.")
 
 
 def _as_they_are(request: MergeRequest, inputs: MergeInputs, candidates: Sequence[Candidate]) -> _Shown:
@@ -318,9 +320,9 @@ class MergeResult:
 def merge(request: MergeRequest, console: Console | None = None, whole_model: bool = True) -> MergeResult:
     """Make the release that `request` describes, prove it, and put it in its place.
 
-    Everything that can be wrong is found before anything is written; nothing is left of a release that fails its
-    proof. Progress goes to `console` (standard error by default). Without `whole_model` only the tensors are proven,
-    which needs no other process: for measuring the merge alone. Raises `UserError`.
+    All mistakes are found before anything is written; a release that fails its proof is removed. Progress goes to
+    `console` (standard error by default). Without `whole_model` only the tensors are proven, which needs no other
+    process: to measure the merge alone. Raises `UserError`.
     """
     quiet.quiet_libraries()
     say = console if console is not None else Console(stderr=True)
@@ -332,17 +334,17 @@ def merge(request: MergeRequest, console: Console | None = None, whole_model: bo
 
 @contextmanager
 def _unreadable_files(request: MergeRequest, place: Place) -> Iterator[None]:
-    """Say of a file that was right at first, and cannot be read any more, whose it is. Raises `UserError`."""
+    """Turn the error of a file that changed while it was read into a `UserError` that names its owner."""
     try:
         yield
     except BadFileError as error:
         folder = error.file.parent if error.file is not None else None
-        setting, value, remedy = "--base", request.base.model, FETCH_REMEDY
+        setting, value, remedy = "base", request.base.model, FETCH_REMEDY
         for given, _ in request.adapters:
             if folder == Path(given):
-                setting, value, remedy = "--adapter", given, "Copy it again."
+                setting, value, remedy = "adapter", given, "Copy it again."
         if folder is not None and place.working in folder.parents:
-            setting, value, remedy = "--out", request.out, "Merge again; the disk may be faulty."
+            setting, value, remedy = "out", request.out, "Merge again; the disk may be faulty."
         raise UserError.of(setting, value, f"a file changed while it was read: {error}", remedy) from None
 
 
@@ -379,7 +381,7 @@ def _needed_bytes(request: MergeRequest, inputs: MergeInputs, whole_model: bool)
 def choose(
     candidates: Sequence[Candidate], proofs: Sequence[verify.ModelProof]
 ) -> tuple[Candidate, verify.ModelProof, dict[str, Any] | None]:
-    """The release with the lower loss, its proof, and where there were two how both did."""
+    """The release with the lower loss, its proof, and if there were two the scores of both."""
     if len(candidates) == 1:
         return candidates[0], proofs[0], None
     scores = {candidate.into: own.score for candidate, own in zip(candidates, proofs, strict=True)}

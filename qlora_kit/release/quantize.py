@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 64  # weights that share a scale; what bitsandbytes takes unless told otherwise, and nothing here tells it
+BLOCK = 64  # weights that share a scale: bitsandbytes' default, which is never changed here
 SCALES_BLOCK = 256  # scales that share a scale, with double quantization
 PIECE_BYTES = 1 << 19  # fp32 bytes of the rows worked on at once: they stay in the cache, and in malloc's own memory
 

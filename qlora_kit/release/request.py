@@ -1,4 +1,4 @@
-"""What is asked of a merge, and what the adapters and their runs wrote down about their base."""
+"""The request of a merge, and the records that the adapters and their runs have of their base."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters.base_record import TrainedBase, read_record
 from qlora_kit.config.files import read_settings
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import BaseConfig, DataConfig, RunConfig
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.model import source
 from qlora_kit.release.quantize import Quantization
 from qlora_kit.runs import finished
@@ -25,11 +24,12 @@ INTO = ("trained", "original", "best")
 TRAINED_AS = {"nf4": (4, "nf4"), "fp4": (4, "fp4"), "int8": (8, None)}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FORMATS = ("dense", "nf4")
+TRAINED_REMEDY = f"Use {named('into', 'trained')}, which is the default,"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
-    """A merge: which adapters, into which base, where to and how. Raises `UserError` for what cannot go together."""
+    """A merge: which adapters, into which base, where to and how. Raises `UserError` for invalid combinations."""
 
     base: BaseConfig  # and how the adapters saw it
     adapters: tuple[tuple[str, float], ...]  # folders as they were typed, and their weights
@@ -41,30 +41,32 @@ class MergeRequest:
     overwrite: bool = False
     allow_other_base: bool = False
     data: DataConfig | None = None  # what the proof asks; None: a built-in text
-    data_given: bool = False  # on the command line, rather than by the run
+    data_given: bool = False  # by the user, not by the run
     seed: int = 42
 
     def __post_init__(self) -> None:
         faults = []
         if not self.adapters:
-            faults.append(Fault("--run", self.run, "is needed", "Give --run runs/x, or --adapter DIR --base MODEL."))
+            remedy = f"Give {named('run', 'runs/x')}, or {named('adapter', 'DIR')} {named('base', 'MODEL')}."
+            faults.append(Fault("run", self.run, "is needed", remedy))
         for name, allowed in (("into", (*INTO, *TRAINED_AS)), ("dtype", tuple(DTYPES)), ("format", FORMATS)):
             value = getattr(self, name)
             if value not in allowed:
                 rule = f"must be one of {', '.join(allowed)}"
-                faults.append(Fault(flag(name), value, rule, f"For example {flag(name)} {allowed[0]}."))
+                faults.append(Fault(name, value, rule, f"For example {named(name, allowed[0])}."))
         if self.base.full:
             rule = "trained every weight, so there is no adapter to merge"
-            faults.append(Fault("--run", self.run, rule, "Its model/ folder can be served as it is."))
+            faults.append(Fault("run", self.run, rule, "Serve its model/ folder as it is."))
         if self.into in TRAINED_AS and (self.base.bits, self.base.quant_type) not in self._kinds(self.into):
             rule = f"is not how the adapter saw its base, which was held in {self.held}"
-            faults.append(Fault("--into", self.into, rule, "Use --into trained, which is the default, or original."))
+            faults.append(Fault("into", self.into, rule, f"{TRAINED_REMEDY} or original."))
         if self.into == "best" and self.base.multi_label:
-            rule = "is not decided for several labels at once"
-            faults.append(Fault("--into", self.into, rule, "Use --into trained, which is the default, or original."))
+            rule = "cannot be decided for several labels at once"
+            faults.append(Fault("into", self.into, rule, f"{TRAINED_REMEDY} or original."))
         if self.into == "best" and not self._has_judge:
             rule = "is needed to choose between two bases"
-            faults.append(Fault("--data", None, rule, "Give examples of what the model is for, with --data FILE."))
+            remedy = f"Give examples of what the model is for, with {named('data', 'FILE')}."
+            faults.append(Fault("data", None, rule, remedy))
         if faults:
             raise UserError(faults)
 
@@ -119,7 +121,7 @@ class MergeRequest:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run wrote down about itself, and the folder of it as the user typed it."""
+    """A run's record of itself, and its folder as the user typed it."""
 
     given: str
     content: Mapping[str, Any]
@@ -133,7 +135,7 @@ class RunRecord:
 
 
 def records_of(request: MergeRequest) -> list[RunRecord]:
-    """The records of the runs that the adapters come from, as far as they lie where a run puts them.
+    """The records of the runs that the adapters come from, for adapters that are still in their run.
 
     Raises `UserError`.
     """
@@ -148,11 +150,11 @@ def records_of(request: MergeRequest) -> list[RunRecord]:
 
 
 def _check_start(request: MergeRequest, records: Iterable[RunRecord]) -> None:
-    """Check that no adapter makes up for a loss that the base it is merged into has not had. Raises `UserError`."""
+    """Check that no adapter corrects quantization errors that the base does not have. Raises `UserError`."""
     begun = [r.given for r in records if r.content["settings"].get("adapter", {}).get("init") == "loftq"]
     if begun and "original" in request.bases:
-        rule = f"has nothing of what the factors of {begun[0]} make up for: they began at what quantization lost"
-        raise UserError.of("--into", request.into, rule, "Use --into trained, which is the default.")
+        rule = f"lacks the quantization errors that the factors of {begun[0]} correct (they began with LoftQ)"
+        raise UserError.of("into", request.into, rule, f"{TRAINED_REMEDY[:-1]}.")
 
 
 def _record(run: str) -> RunRecord:
@@ -160,7 +162,7 @@ def _record(run: str) -> RunRecord:
 
 
 def _run_around(given: str) -> str | None:
-    """The run whose `adapter/` the folder `given` is, said as the user said that; None where it is in none."""
+    """The run whose `adapter/` is the folder `given`, in the user's spelling; None if it is in no run."""
     folder = Path(given).resolve()
     if folder.name != "adapter" or not (folder.parent / RUN_FILE).is_file():
         return None
@@ -168,26 +170,26 @@ def _run_around(given: str) -> str | None:
 
 
 def trained_base(given: str) -> TrainedBase | None:
-    """The base that the adapter in the folder `given` was trained on; None where nothing there says so.
+    """The base that the adapter in the folder `given` was trained on; None if there is no record.
 
-    It stands beside the weights; older runs have it only in their record. Raises `UserError`.
+    The record is beside the weights; older runs have it only in their own record. Raises `UserError`.
     """
-    found = read_record(Path(given), "--adapter")
+    found = read_record(Path(given), "adapter")
     run = _run_around(given)
     return _record(run).base if found is None and run is not None else found
 
 
 def held_by(adapters: Iterable[str], given: Mapping[str, object], into: str | None) -> dict[str, object] | None:
-    """The settings of how the adapters saw their base: those that stand beside them, else what follows from `given`.
+    """The settings of how the adapters saw their base: from their records, else as follows from `given`.
 
-    None where nothing says it. Raises `UserError` where the adapters differ, or it must be known and is not.
+    None if unknown. Raises `UserError` if the adapters differ, or if it must be known and is not.
     """
     adapters = list(adapters)
     held = [own.held for own in map(trained_base, adapters) if own is not None]
     if held:
         if any(other != held[0] for other in held):
-            rule = "saw their bases held in different ways"
-            raise UserError.of("--adapter", adapters, rule, "Merge one at a time.")
+            rule = "were trained on bases held in different ways"
+            raise UserError.of("adapter", adapters, rule, "Merge one at a time.")
         return held[0]
     if "bits" in given:
         return {}
@@ -197,60 +199,60 @@ def held_by(adapters: Iterable[str], given: Mapping[str, object], into: str | No
     if "quant_type" in given or "double_quant" in given:
         return {"bits": 4}
     if into in ("trained", "best"):
-        rule = f"is needed for --into {into}: nothing beside the adapter says how it saw its base"
-        raise UserError.of("--bits", None, rule, "Give --bits 4, 8, 16 or 32, or --into original.")
+        rule = f"is needed for {named('into', into)}: the adapter has no record of how its base was held"
+        remedy = f"Give {named('bits', 4)}, 8, 16 or 32, or {named('into', 'original')}."
+        raise UserError.of("bits", None, rule, remedy)
     return None
 
 
 def seen_dtype_name(request: MergeRequest, seen: Iterable[TrainedBase | None]) -> str:
-    """The dtype in which the adapters saw the base: what is written down, else bf16 as nearly everyone trains.
+    """The dtype in which the adapters saw the base: from their records, else bf16, the usual one.
 
-    Raises `UserError` where several adapters differ.
+    Raises `UserError` if several adapters differ.
     """
     if request.base.bits == 32:
         return "float32"
     names = {own.dtype for own in seen if own is not None} or {"bfloat16"}
     if len(names) > 1:
-        rule = f"saw the base in different dtypes: {', '.join(sorted(names))}"
-        raise UserError.of("--adapter", [given for given, _ in request.adapters], rule, "Merge one at a time.")
+        rule = f"were trained on the base in different dtypes: {', '.join(sorted(names))}"
+        raise UserError.of("adapter", [given for given, _ in request.adapters], rule, "Merge one at a time.")
     return names.pop()
 
 
 def check_base(request: MergeRequest, seen: Sequence[TrainedBase | None]) -> str:
     """Check that the base is the one that each adapter was trained on, and held as it was; returns its hash.
 
-    `seen` has what each of them says of its base. Raises `UserError`, which says how to overrule.
+    `seen` has the record of each. Raises `UserError`, which says how to overrule it.
     """
     known = [(given, own) for (given, _), own in zip(request.adapters, seen, strict=True) if own is not None]
     for given, own in known:
         for name, value in own.held.items():
             if getattr(request.base, name) != value:
                 rule = f"is not how {given} saw the base, which was {value!r}"
-                raise UserError.of(flag(name), getattr(request.base, name), rule, "Leave it as it was in training.")
+                raise UserError.of(name, getattr(request.base, name), rule, "Leave it as it was in training.")
     try:
         found = source.hash_base(request.base, request.seed)
     except OSError as error:
         rule = f"its files cannot be read ({error.strerror})"
-        raise UserError.of("--base", request.base.model, rule, "Fetch or copy it again.") from None
+        raise UserError.of("base", request.base.model, rule, "Fetch or copy it again.") from None
     for given, own in known:
         if own.hash != found and not request.allow_other_base:
             rule = (
                 f"is not the base that {given} was trained on: its content hash is {found[:19]}…, "
                 f"and that of the adapter's base is {own.hash[:19]}…"
             )
-            remedy = (
-                "Give the one that it was trained on, or add --allow-other-base to merge into this one all the same."
-            )
-            raise UserError.of("--base", request.base.model, rule, remedy)
+            anyway = named("allow_other_base", True)
+            remedy = f"Give the one that it was trained on, or add {anyway} to merge into this one anyway."
+            raise UserError.of("base", request.base.model, rule, remedy)
     return found
 
 
-def doubts(request: MergeRequest, named: Sequence[object], seen: Sequence[TrainedBase | None]) -> list[str]:
-    """Warnings about bases that cannot be checked, where the adapter's own settings name (`named`) another one."""
+def doubts(request: MergeRequest, stated: Sequence[object], seen: Sequence[TrainedBase | None]) -> list[str]:
+    """Warnings about bases that cannot be checked, if the adapter's own settings name (`stated`) another one."""
     return [
-        f"warning: {given} says that its base is {name}, and {request.base.model} was given; whether they are the "
-        "same cannot be checked"
-        for (given, _), name, own in zip(request.adapters, named, seen, strict=True)
+        f"warning: {given} names {name} as its base, but {request.base.model} was given; whether they are the same "
+        "cannot be checked"
+        for (given, _), name, own in zip(request.adapters, stated, seen, strict=True)
         if own is None and isinstance(name, str) and name and not _same_place(name, request.base.model)
     ]
 

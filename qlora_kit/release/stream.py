@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 COPY_ELEMENTS = 1 << 17  # of a tensor that is only cast
-LARGEST_AT_ONCE = 2  # weights worked on at once take at most so many times the largest in fp32, unless there is one
+LARGEST_AT_ONCE = 2  # weights in work at once take at most this many times the largest one in fp32
 STATE_BYTES = 512  # room for the numbers of a packed weight's state, whose JSON is padded with spaces
 
 
@@ -27,7 +27,7 @@ STATE_BYTES = 512  # room for the numbers of a packed weight's state, whose JSON
 class WeightRecipe:
     """What decides the weights: how the adapter saw the base, and how the release holds them."""
 
-    how: Quantization | None  # None: the base's own weights (`--into original`)
+    how: Quantization | None  # None: the base's own weights (`into` "original")
     original: bool
     dtype: torch.dtype
     pack: Quantization | None  # how to quantize the merged weights; None: not at all
@@ -70,10 +70,10 @@ def write_all(
     writer: ShardWriter,
     advance: Callable[[str, int], None],
 ) -> Iterator[TensorProof]:
-    """Write every weight and yield its proof; `advance` hears the name and the bytes read of each.
+    """Write every weight and yield its proof; `advance` is called with the name and the bytes read of each.
 
-    As many are worked on at once as torch has threads and `LARGEST_AT_ONCE` allows. Raises `UserError` where one is
-    not right, or not to be had in the dtype.
+    As many are worked on at once as torch has threads and `LARGEST_AT_ONCE` allows. Raises `UserError` if one is
+    wrong, or cannot be represented in the dtype.
     """
     largest = max((checkpoint.entries[output.source].numel for output in planned), default=0)
     room = Room(LARGEST_AT_ONCE * 4 * largest)

@@ -15,7 +15,7 @@ R = TypeVar("R")
 def in_threads(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """The results of `work` on `items`, in their order, as many at once as torch has threads.
 
-    Each runs its operations in one thread. After an error the items that have not begun are left.
+    Each runs its operations in one thread. After an error, items that have not begun are skipped.
     """
     import torch
 

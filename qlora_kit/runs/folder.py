@@ -1,9 +1,9 @@
-"""The run folder: written beside its final place and renamed when whole, so that it is complete or not there.
+"""The run folder: written beside its final place and renamed when complete, so that it is complete or absent.
 
-runs/x/            run.json, adapter/ (or model/ after --full), metrics.jsonl, checkpoints/, README.md
+runs/x/            run.json, adapter/ (or model/ after full fine-tuning), metrics.jsonl, checkpoints/, README.md
 runs/x.partial/    the same while the run goes on; an interrupted run is resumed from here
 
-A run holds a lock in the folder that it works in. What no run has made is never removed, in either place.
+A run holds a lock in the folder that it works in. Nothing that was not made by a run is ever removed, in either place.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.system.files import check_writable, empty_folder, unwritable, write_text
 from qlora_kit.system.locks import LOCK_FILE, Lock, is_held, take
 
 RUN_FILE, METRICS_FILE, CARD_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "README.md", "checkpoints"
-LABELS_FILE = "labels.json"  # beside the weights of a model that tells labels apart
+LABELS_FILE = "labels.json"  # beside the weights of a model with labels
 PARTIAL = ".partial"
 STATE_FILE = "trainer_state.json"  # of a checkpoint, written last
 IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -32,9 +32,9 @@ IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """Where a run is written (`working`) and where it will be when whole (`final`), which it may `overwrite` if told.
+    """Where a run is written (`working`) and where it is put when complete (`final`), replacing it with `overwrite`.
 
-    While the run is at work it holds the `lock`.
+    While the run works it holds the `lock`.
     """
 
     final: Path
@@ -44,14 +44,14 @@ class RunFolder:
 
     @classmethod
     def at(cls, final: Path) -> RunFolder:
-        """The run folder that will be at `final`; nothing is made yet. Raises `UserError` for no name of its own."""
+        """The run folder that will be at `final`; nothing is created yet. Raises `UserError` for paths such as `..`."""
         if final.name in ("", ".."):
-            raise UserError.of("--out", str(final), "names no folder of its own", "For example --out runs/x.")
+            raise UserError.of("out", str(final), "does not name a folder", f"For example {named('out', 'runs/x')}.")
         return cls(final=final, working=final.with_name(final.name + PARTIAL))
 
     @classmethod
     def create(cls, out: str | None, name: str, overwrite: bool) -> RunFolder:
-        """Make the working folder of a new run. Raises `UserError` where it may not or cannot be made."""
+        """Create the working folder of a new run. Raises `UserError` if it may not or cannot be created."""
         final = Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = cls.at(final)
         folder.check_place(overwrite)
@@ -65,7 +65,7 @@ class RunFolder:
         return folder
 
     def begun(self, overwrite: bool) -> RunFolder:
-        """The same with the lock of the working folder. Raises `UserError` where another run holds it."""
+        """The same with the lock of the working folder. Raises `UserError` if another run holds it."""
         try:
             lock = take(self.working / LOCK_FILE, wait=False)
         except OSError as error:
@@ -75,54 +75,53 @@ class RunFolder:
         return replace(self, overwrite=overwrite, lock=lock)
 
     def release(self) -> None:
-        """Let go of the working folder, whatever is in it."""
+        """Release the working folder, whatever is in it."""
         if self.lock is not None:
             self.lock.release()
 
     def check_place(self, overwrite: bool) -> None:
-        """Check that the place can be written and nothing would be overwritten unasked. Raises `UserError`.
+        """Check that the place can be written, and that nothing would be overwritten unasked. Raises `UserError`.
 
-        What no run of ours has made is not overwritten when asked, either, nor what one is still making.
+        Even with `overwrite`, only finished runs are replaced: no other folder, and no run that is still going on.
         """
         if self.final.name.endswith(PARTIAL):
-            rule = f"ends in {PARTIAL}, as the folders of unfinished runs do"
-            raise UserError.of("--out", str(self.final), rule, "Choose another name.")
+            rule = f"ends in {PARTIAL}, which marks the folders of unfinished runs"
+            raise UserError.of("out", str(self.final), rule, "Choose another name.")
         check_writable(self.final)
         self.check_final(overwrite)
         self.check_idle()
         if os.path.lexists(self.working) and not overwrite:
-            resume = (
-                f"Continue it with --resume {self.working}, or add" if complete_checkpoints(self.working) else "Add"
-            )
-            rule = f"an unfinished run is in {self.working}"
-            raise UserError.of("--out", str(self.final), rule, f"{resume} --overwrite.")
+            resume = f"Continue it with {named('resume', self.working)}, or add"
+            remedy = f"{resume if complete_checkpoints(self.working) else 'Add'} {named('overwrite', True)}."
+            raise UserError.of("out", str(self.final), f"there is an unfinished run in {self.working}", remedy)
 
     def check_final(self, overwrite: bool) -> None:
         """Check that the run may be put in its final place. Raises `UserError`."""
         if not os.path.lexists(self.final):
             return
         if self.final.is_symlink():
-            remedy = f"Give the folder that it leads to, {self.final.resolve()}, or choose another."
-            raise UserError.of("--out", str(self.final), "is a symbolic link, which is never replaced", remedy)
+            remedy = f"Give the folder that it points to, {self.final.resolve()}, or choose another."
+            raise UserError.of("out", str(self.final), "is a symbolic link, which is never replaced", remedy)
         if not _may_be_replaced(self.final):
-            rule = "already exists and is no run folder, so it is never replaced"
-            raise UserError.of("--out", str(self.final), rule, "Choose another folder.")
+            rule = "already exists and is not a run folder, so it is never replaced"
+            raise UserError.of("out", str(self.final), rule, "Choose another folder.")
         if not overwrite:
-            raise UserError.of("--out", str(self.final), "already exists", "Choose another folder, or add --overwrite.")
+            remedy = f"Choose another folder, or add {named('overwrite', True)}."
+            raise UserError.of("out", str(self.final), "already exists", remedy)
 
     def check_idle(self) -> None:
-        """Check that a working folder that is there is of a run, and none is at work in it. Raises `UserError`."""
+        """Check that an existing working folder is a run's, and that no run works in it. Raises `UserError`."""
         if not os.path.lexists(self.working):
             return
         if not _is_working_folder(self.working):
-            rule = f"is made in {self.working}, which exists and which no run has made, so it is never replaced"
-            raise UserError.of("--out", str(self.final), rule, "Move that away, or choose another --out.")
+            rule = f"needs {self.working}, which exists and is not a run's, so it is never replaced"
+            raise UserError.of("out", str(self.final), rule, f"Move that away, or choose another {named('out')}.")
         if is_held(self.working / LOCK_FILE):
             raise self._busy()
 
     def _busy(self) -> UserError:
-        rule = f"another run is at work in {self.working}"
-        return UserError.of("--out", str(self.final), rule, "Wait for it, stop it first, or choose another folder.")
+        rule = f"another run is working in {self.working}"
+        return UserError.of("out", str(self.final), rule, "Wait for it, stop it first, or choose another folder.")
 
     @property
     def checkpoints(self) -> Path:
@@ -130,9 +129,9 @@ class RunFolder:
         return self.working / CHECKPOINTS
 
     def finish(self) -> None:
-        """Put the whole folder in its final place, which is looked at again: much may have happened meanwhile.
+        """Move the complete run to its final place, which is checked again, since much may have happened meanwhile.
 
-        Raises `UserError` where somebody else's folder is there now; the whole run is then in the working folder.
+        Raises `UserError` if something else is there now; the complete run then stays in the working folder.
         """
         try:
             self.check_final(self.overwrite)
@@ -156,8 +155,8 @@ class RunFolder:
             shutil.rmtree(old)
 
     def _taken(self) -> UserError:
-        rule = f"was made by somebody else while the run went on, which is whole in {self.working}"
-        return UserError.of("--out", str(self.final), rule, "Move the one or the other to another place.")
+        rule = f"appeared while the run was going on; the complete run is in {self.working}"
+        return UserError.of("out", str(self.final), rule, "Move one of the two to another place.")
 
     def discard_if_empty(self) -> bool:
         """Remove the working folder unless a checkpoint in it can be resumed; returns whether it was removed."""
@@ -173,12 +172,12 @@ class RunFolder:
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    """Whether `folder` is a run, or holds nothing: anything else may be dear to its owner."""
+    """Whether `folder` is a run, or empty: anything else may be of value to its owner."""
     return folder.is_dir() and (_is_record(folder / RUN_FILE) or not any(folder.iterdir()))
 
 
 def _is_record(file: Path) -> bool:
-    """Whether `file` is the record of a run: others call a file of theirs so, too."""
+    """Whether `file` is the record of a run: other programs may use the same file name."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -187,7 +186,7 @@ def _is_record(file: Path) -> bool:
 
 
 def _is_working_folder(folder: Path) -> bool:
-    """Whether a run has made `folder` to work in, be it before runs had locks: then it had checkpoints or a record."""
+    """Whether a run works or worked in `folder`; before runs had locks, they had checkpoints or a record."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     if (folder / LOCK_FILE).is_file() or _may_be_replaced(folder):
@@ -197,7 +196,7 @@ def _is_working_folder(folder: Path) -> bool:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run that are whole, oldest first: the Trainer writes their state file last."""
+    """The complete checkpoints of a run, oldest first: the Trainer writes their state file last."""
     found = [p for p in (run / CHECKPOINTS).glob("checkpoint-*") if _step(p) is not None and _is_complete(p)]
     return sorted(found, key=lambda p: _step(p) or 0)
 
@@ -217,7 +216,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on: a whole checkpoint, the run it belongs to, and whether that run is unfinished."""
+    """Where a run goes on: a complete checkpoint, its run, and whether that run is unfinished."""
 
     checkpoint: Path
     run: Path
@@ -233,7 +232,7 @@ class ResumePoint:
 
     @property
     def total(self) -> int:
-        """The steps that the run was to take when it wrote the checkpoint."""
+        """The planned number of steps of the run that wrote the checkpoint."""
         return int(self._state["max_steps"])
 
     @property
@@ -249,14 +248,16 @@ class ResumePoint:
 
 
 def find_resume_point(path: str) -> ResumePoint:
-    """The newest whole checkpoint of the run folder `path`, or `path` itself where it is a checkpoint.
+    """The newest complete checkpoint of the run folder `path`, or `path` itself if it is a checkpoint.
 
-    Raises `UserError` where there is none.
+    Raises `UserError` if there is none.
     """
     given = Path(path)
     if given.name.startswith("checkpoint-") and given.is_dir():
         if not _is_complete(given):
-            raise UserError.of("--resume", path, "the checkpoint is not whole", "Give an older one, or the run folder.")
+            raise UserError.of(
+                "resume", path, "the checkpoint is not complete", "Give an older one, or the run folder."
+            )
         run = given.absolute().parent.parent
         return ResumePoint(given, run, run.name.endswith(PARTIAL))
     for run in (given.with_name(given.name + PARTIAL), given):  # what was going on last comes first
@@ -264,7 +265,7 @@ def find_resume_point(path: str) -> ResumePoint:
         if whole:
             return ResumePoint(whole[-1], run, run.name.endswith(PARTIAL))
     raise UserError.of(
-        "--resume", path, "holds no whole checkpoint", "Give a run folder, or runs/x/checkpoints/checkpoint-N."
+        "resume", path, "has no complete checkpoint", "Give a run folder, or runs/x/checkpoints/checkpoint-N."
     )
 
 
@@ -276,7 +277,7 @@ def _goes_on_in_place(point: ResumePoint, out: str | None) -> RunFolder | None:
 
 
 def check_place(point: ResumePoint | None, out: str | None, overwrite: bool) -> None:
-    """Check what `begin` will check, before anything else is done. Raises `UserError`."""
+    """Make the checks of `begin` early, before anything else is done. Raises `UserError`."""
     own = None if point is None else _goes_on_in_place(point, out)
     if own is not None:
         check_writable(own.working)
@@ -287,16 +288,16 @@ def check_place(point: ResumePoint | None, out: str | None, overwrite: bool) -> 
 
 
 def begin(point: ResumePoint | None, out: str | None, name: str, overwrite: bool) -> RunFolder:
-    """The folder of a run, new or resumed at `point`. Raises `UserError` where it may not or cannot be made."""
+    """The folder of a run, new or resumed at `point`. Raises `UserError` if it may not or cannot be created."""
     if point is None:
         return RunFolder.create(out, name, overwrite)
     return continue_run(point, out, name, overwrite)
 
 
 def continue_run(point: ResumePoint, out: str | None, name: str, overwrite: bool) -> RunFolder:
-    """The folder of a resumed run: the unfinished run itself unless `out` says otherwise, else a new one.
+    """The folder of a resumed run: the unfinished run itself, or a new one if `out` names another folder.
 
-    Later checkpoints and metrics than the resumed one are dropped; earlier metrics come along.
+    Checkpoints and metrics after the resumed checkpoint are dropped; earlier metrics are kept.
     """
     own = _goes_on_in_place(point, out)
     if own is None:

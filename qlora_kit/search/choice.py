@@ -1,4 +1,4 @@
-"""What a finished run says of a metric, and which combination is chosen by it: the one-standard-error rule."""
+"""The metric of a finished run, and the combination chosen by it: the one-standard-error rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_kit.search.space import Point, label_of
 
-LOWER_IS_BETTER = ("loss", "perplexity")  # endings of metrics; of every other one more is better
+LOWER_IS_BETTER = ("loss", "perplexity")  # endings of metrics; every other metric is better when higher
 NO_METRICS = (  # not of held-out data
     "steps",
     "train_loss",
@@ -24,11 +24,11 @@ FINISHED, RUNNING, WAITING, RULED_OUT = "finished", "running", "waiting", "ruled
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A combination, and what is known of it.
+    """A combination and its results.
 
-    `values` are the metric of each fold so far, in order; `state` is FINISHED, RUNNING, WAITING, or says why there is
-    no figure.
-    `trainable` counts parameters and `device_bytes` is the memory planned for a GPU, both None where not known.
+    `values` are the metric of each fold so far, in order; `state` is FINISHED, RUNNING, WAITING, or the reason why
+    there is no figure. `trainable` counts parameters and `device_bytes` is the memory planned for a GPU, both None if
+    unknown.
     """
 
     point: Point
@@ -71,7 +71,7 @@ def higher_is_better(metric: str) -> bool:
 
 
 def reported(results: Mapping[str, Any]) -> dict[str, float]:
-    """Every number that `results` (of a `run.json`) has of the held-out data, by name; nested ones by their own."""
+    """Every number on held-out data in `results` (of a `run.json`), by name; nested ones by their inner name."""
     found: dict[str, float] = {}
     for name, value in results.items():
         if name in NO_METRICS:

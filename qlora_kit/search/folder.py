@@ -1,4 +1,4 @@
-"""Where a search is written, and whether it may be."""
+"""The folder of a search: checks, removal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DB_FILE, LOCK_FILE, RUNS = "search.db", "search.lock", "runs"
 
 
 def exists(folder: Path) -> bool:
-    """Whether there is a search in `folder`, be it only begun."""
+    """Whether there is a search in `folder`, even if only started."""
     return (folder / LOCK_FILE).is_file()
 
 
@@ -24,32 +24,32 @@ def is_idle(folder: Path) -> bool:
 
 
 def check_place(folder: Path) -> None:
-    """Check that a search can be, or is, in `folder`. Raises `UserError`."""
+    """Check that `folder` is a search or can become one. Raises `UserError`."""
     RunFolder.at(folder)
     check_writable(folder)
     if folder.exists() and not exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        rule = "already exists and is no search, so it is never replaced"
-        raise UserError.of("--out", str(folder), rule, "Choose another folder.")
+        rule = "already exists and is not a search, so it is never replaced"
+        raise UserError.of("out", str(folder), rule, "Choose another folder.")
 
 
 def remove(folder: Path) -> None:
-    """Remove the search in `folder`, where there is one. Raises `UserError` where another process works in it."""
+    """Remove the search in `folder`, if there is one. Raises `UserError` if another process works in it."""
     if not exists(folder):
         return
     if folder.is_symlink():
-        remedy = f"Give the folder that it leads to, {folder.resolve()}, or choose another."
-        raise UserError.of("--out", str(folder), "is a symbolic link, which is never replaced", remedy)
+        remedy = f"Give the folder that it points to, {folder.resolve()}, or choose another."
+        raise UserError.of("out", str(folder), "is a symbolic link, which is never replaced", remedy)
     with locked(folder / LOCK_FILE):
         if not is_idle(folder):
-            rule = "is being worked on by another process"
-            raise UserError.of("--out", str(folder), rule, "Stop it first, or choose another folder.")
+            rule = "is in use by another process"
+            raise UserError.of("out", str(folder), rule, "Stop it first, or choose another folder.")
         shutil.rmtree(folder)
 
 
 def discard_if_empty(folder: Path) -> bool:
     """Remove the search unless a fold is finished or another process works in it; returns whether it is gone.
 
-    It stays, too, where there is anything in it that a search without a finished fold has not.
+    It also stays if it holds a file that a search without a finished fold does not have.
     """
     with locked(folder / LOCK_FILE):
         files = (file for file in folder.rglob("*") if not file.is_dir() or file.is_symlink())

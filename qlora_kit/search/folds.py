@@ -1,4 +1,4 @@
-"""The parts of the data: each is held out once while the others train (k-fold cross-validation).
+"""The folds of the data: each is held out once while the others train (k-fold cross-validation).
 
 Source: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, §7.10.
 """
@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from qlora_kit import data
-from qlora_kit.config.rules import flag
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.tasks.inputs import Examples
 
 
 def stratum_of(example: data.Example) -> str | None:
-    """The class of an example, which every fold holds in the same proportion; None where it has none.
+    """The class of an example, whose proportion is the same in every fold; None if it has none.
 
-    It is the only one of its `labels`, for tasks whose examples have them; several at once make no class.
+    It is the example's only label; several labels are not a class.
     """
     labels: tuple[str, ...] = getattr(example, "labels", ())
     return labels[0] if len(labels) == 1 else None
@@ -31,8 +30,8 @@ def make_folds(examples: Sequence[data.Example], n_folds: int, seed: int, source
     Raises `UserError`, which names the data `source`, for fewer examples than folds and for a part of one class.
     """
     if len(examples) < n_folds:
-        rule = f"is more than the {len(examples)} examples of {source}"
-        raise UserError.of("--folds", n_folds, rule, "Give fewer folds or more data.")
+        rule = f"is more than the {len(examples)} examples in {source}"
+        raise UserError.of("folds", n_folds, rule, "Give fewer folds or more data.")
     strata = [stratum_of(example) for example in examples]
     classes = [stratum for stratum in strata if stratum is not None]
     if len(classes) < len(examples):
@@ -71,21 +70,21 @@ def _stratified_splits(classes: Sequence[str], n_folds: int, seed: int) -> list[
 def _check_classes(classes: Sequence[str], n_folds: int, source: str) -> None:
     counts = Counter(classes)
     if len(counts) == 1:
-        rule = f"holds one class only, {classes[0]!r}, and so would every fold"
-        raise UserError.of("--data", source, rule, "Give examples of the other classes.")
+        rule = f"has only one class, {classes[0]!r}"
+        raise UserError.of("data", source, rule, "Give examples of the other classes.")
     (_, most), *_ = counts.most_common(1)
     if most < n_folds:
-        rule = f"is more than any class has examples (at most {most})"
-        raise UserError.of("--folds", n_folds, rule, f"Give at most {most}, or more data.")
+        rule = f"is more than the {most} examples of the largest class"
+        raise UserError.of("folds", n_folds, rule, f"Give at most {most}, or more data.")
 
 
 def _check_fold(fold: Examples, number: int, n_folds: int, counts: Counter[str]) -> None:
-    """Raises `UserError` for a part of one class: nothing can be told of it, or learned from it."""
+    """Raises `UserError` if a part has only one class: nothing can be learned from it, or measured on it."""
     for part, examples in (("held-out", fold.held_out), ("training", fold.train)):
         found = {stratum_of(example) for example in examples}
         if len(found) == 1:
             rarest, count = counts.most_common()[-1]
-            rule = f"leaves the {part} part of fold {number} with one class only, {found.pop()!r}"
-            fewer = f"give at most so many {flag('folds')}, or " if count > 1 else "give "
-            remedy = f"The rarest class, {rarest!r}, has {count} of the examples: {fewer}more of it."
-            raise UserError.of("--folds", n_folds, rule, remedy)
+            rule = f"leaves the {part} part of fold {number} with only one class, {found.pop()!r}"
+            fewer = f"Give at most {named('folds', count)}, or give" if count > 1 else "Give"
+            remedy = f"{fewer} more examples of the rarest class, {rarest!r} (it has {count})."
+            raise UserError.of("folds", n_folds, rule, remedy)

@@ -20,7 +20,7 @@ MIB, GIB = 1 << 20, 1 << 30
 COLOURS = ("#332288", "#E07B2F", "#117733", "#AA4499", "#0A6AA8", "#882255", "#2A9D8F", "#7A6A00")  # after Tol's muted
 GREY, NO_LABEL = "#777777", "_nolegend_"  # where there are more series than colours
 APART = 0.02  # of the axis: how far the series stand from each other, so that none hides another
-WIDE = 10  # a loss that differs by more than so many times is drawn on a logarithmic axis
+WIDE = 10  # losses that differ by more than this factor are drawn on a logarithmic axis
 MARKED: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "black", "linestyle": "none"}
 
 
@@ -79,7 +79,7 @@ def draw(result: SearchResult) -> bytes:
 
 
 def _is_wide(result: SearchResult, finished: Sequence[Tried]) -> bool:
-    """Whether losses lie so far apart that a linear axis would hide the differences between the best ones."""
+    """Whether losses are so far apart that a linear axis would hide the differences between the best ones."""
     values = [value for one in finished for value in one.values]
     return not higher_is_better(result.metric) and min(values) > 0 and max(values) > WIDE * min(values)
 

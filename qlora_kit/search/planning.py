@@ -1,4 +1,4 @@
-"""The memory of each combination, planned before anything runs, and what it rules out."""
+"""The memory of each combination, planned before anything runs, and which combinations it rules out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qlora_kit.memory.preflight import with_rows
 from qlora_kit.search.space import Point, Space, folder_name, label_of
 from qlora_kit.system.progress import human_bytes
 
-NO_BYTES = ("lr", "alpha", "clip", "weight_decay", "warmup", "epochs", "max_steps")  # settings that change none
+NO_BYTES = ("lr", "alpha", "clip", "weight_decay", "warmup", "epochs", "max_steps")  # settings that take no memory
 
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """What each combination needs on a GPU, by the name of its folder, in bytes; empty where it is not planned.
+    """What each combination needs on a GPU, by the name of its folder, in bytes; empty if nothing was planned.
 
     `reason` says why an architecture could not be planned.
     """
@@ -40,9 +40,9 @@ class PlannedMemory:
 
 
 def read_budget(text: str | None, device_type: str) -> Budget | None:
-    """The budget of the settings, else what a CUDA device has free. Raises `UserError`."""
+    """The budget of the settings, else the free memory of a CUDA device. Raises `UserError`."""
     if text is not None:
-        return Budget(parse_size(text, "--budget", otherwise=""), "given")
+        return Budget(parse_size(text, "budget", otherwise=""), "given")
     return present_device()[1] if device_type == "cuda" else None
 
 
@@ -51,8 +51,8 @@ def plan_memory(
 ) -> PlannedMemory:
     """Plan every combination with rows of `longest_tokens`; `tick` is called with the number of plans made so far.
 
-    Nothing is planned with --no-preflight and without --budget. Raises `UserError` where nothing fits, and for a
-    --budget where the architecture cannot be planned.
+    Nothing is planned without `preflight` and `budget`. Raises `UserError` if nothing fits, and if there is a `budget`
+    but the architecture cannot be planned.
     """
     config = space.config
     if not config.preflight and budget_text is None:
@@ -73,7 +73,7 @@ def plan_memory(
 
 
 def _needed_bytes(planner: Planner, point: Point, budget: Budget | None) -> int:
-    """What `point` needs; with the embedding on the host where a run would move it there to fit."""
+    """What `point` needs, with the embedding on the host if a run would move it there to fit."""
     changes = {name: value for name, value in point.items() if name not in NO_BYTES}
     needed = planner.plan(**changes).device_bytes
     is_too_large = budget is not None and needed > budget.n_bytes
@@ -87,6 +87,6 @@ def _check_any_fits(space: Space, planned: PlannedMemory) -> None:
         return
     assert planned.budget is not None
     smallest = min(space.points(), key=lambda point: planned.device_bytes[folder_name(point)])
-    rule = f"fits none of the combinations; the smallest, {label_of(smallest)}, {planned.said_of(smallest)}"
-    remedy = "Give more, or try smaller ones; `qlora-kit plan --fit` lists what fits."
-    raise UserError.of("--budget", human_bytes(planned.budget.n_bytes), rule, remedy)
+    rule = f"is too small for every combination; the smallest, {label_of(smallest)}, {planned.said_of(smallest)}"
+    remedy = "Give more, or search smaller values; `qlora-kit plan --fit` lists what fits."
+    raise UserError.of("budget", human_bytes(planned.budget.n_bytes), rule, remedy)

@@ -1,4 +1,4 @@
-"""What a search found, in words: a table, JSON, and the settings to train with."""
+"""The result of a search as a table, as JSON, and as settings to train with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlora_kit.system.progress import human_bytes
 from qlora_kit.training.run import OF_HELD_OUT
 
 RESULTS_FILE, BEST_FILE = "results.json", "best.yaml"
-SAID = ("model", "data")  # stand in the file even where they are the default
+SAID = ("model", "data")  # written to the file even if they have their default
 
 
 def table(result: SearchResult) -> Table:
@@ -50,14 +50,16 @@ def _note(one: Tried, result: SearchResult) -> str:
 
 
 def closing(result: SearchResult) -> list[str]:
-    """The choice in a sentence, what is still open, and how to train with it."""
+    """The choice, what is still open, and how to train with it, a line each."""
     best, chosen = result.best, result.chosen
     lines = [
         f"best: {best.label}: {result.metric} {best.mean:.4f} ± {best.standard_error:.4f}",
         f"chosen: {chosen.label}: the smallest rank within one standard error of the best ({chosen.mean:.4f})",
     ]
     if result.n_open:
-        lines.append(f"{result.n_open} combinations are still open in other processes: the last to end chooses anew")
+        lines.append(
+            f"{result.n_open} combinations are still open in other processes: the last one to finish chooses again"
+        )
     lines.append(f"train with it: qlora-kit train --config {result.folder / BEST_FILE}")
     return lines
 
@@ -86,9 +88,9 @@ def _tried_as_json(one: Tried) -> dict[str, Any]:
 
 
 def best_yaml(result: SearchResult) -> str:
-    """The settings that are chosen and those that are not their default, as `train --config` reads them.
+    """The chosen settings and those that differ from their default, as `train --config` reads them.
 
-    Settings that need held-out data are left out where a run would have none: in the search the folds were that.
+    Settings that need held-out data are left out if a run would have none: in the search the folds were held out.
     """
     chosen = result.chosen
     lines = [

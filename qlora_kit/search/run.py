@@ -1,4 +1,4 @@
-"""The workflow of a search, from what is asked to the combination that is chosen."""
+"""The workflow of a search, from the request to the chosen combination."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import GROUPS, PER_CALL, RunConfig, SearchConfig
-from qlora_kit.errors import Fault, Faults, UserError
+from qlora_kit.errors import Fault, Faults, UserError, as_field, named, rendered
 from qlora_kit.model import device, hub
 from qlora_kit.model.source import hash_base, model_source
 from qlora_kit.runs import messages
@@ -39,9 +38,9 @@ FREE = (
     "device",
     "preflight",
     "report_to",
-)  # settings that may be others when a search goes on
+)  # settings that may change when a search goes on
 FREE_OF_SEARCH = ("trials", "keep_runs")
-OF_EVERY_RUN = ("eval_loss", "exact_match")  # beside the metrics of its task
+OF_EVERY_RUN = ("eval_loss", "exact_match")  # besides the metrics of its task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class _Search:
 def search(space: Space, settings: SearchConfig, console: Console) -> SearchResult | None:
     """Try the combinations of `space` that are not tried yet, and choose among all; progress goes to `console`.
 
-    Other processes may do the same in the same folder. None where nothing is finished, as they still work. A search
+    Other processes may do the same in the same folder. None if nothing is finished while others still work. A search
     that was stopped or killed goes on where it was, with the same settings. Raises `UserError`.
     """
     quiet.quiet_libraries()
@@ -98,27 +97,31 @@ def search(space: Space, settings: SearchConfig, console: Console) -> SearchResu
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Where the search is: as told, or by the name of the model."""
+    """The folder of the search: as set, or named after the model."""
     return Path("search") / Path(config.base.model.rstrip("/")).name if config.out is None else Path(config.out)
 
 
 def _check(space: Space, settings: SearchConfig, folder: Path, device_type: str) -> None:
-    """What can be said before the data is read. Raises one `UserError` with every fault."""
-    faults = Faults()
-    faults.collect(lambda: _check_request(space.config))
-    faults.collect(lambda: read_budget(settings.budget, device_type))
-    faults.collect(lambda: check_place(folder))
-    faults.raise_if_any()
+    """The checks that need no data. Raises one `UserError` with every fault."""
+    with Faults() as faults:
+        with faults.collecting():
+            _check_request(space.config)
+        with faults.collecting():
+            read_budget(settings.budget, device_type)
+        with faults.collecting():
+            check_place(folder)
 
 
 def _check_request(config: RunConfig) -> None:
     faults = []
     if config.resume is not None:
-        faults.append(Fault("--resume", config.resume, "is not for a search", "Drop it: the same command goes on."))
+        remedy = "Drop it: the same command continues a search."
+        faults.append(Fault("resume", config.resume, "does not apply to a search", remedy))
     stops = config.evaluation.early_stopping
     if stops is not None:
-        rule = "would stop each run where the very fold that scores it is best"
-        faults.append(Fault("--early-stopping", stops, rule, "Drop it; search --epochs or --max-steps instead."))
+        rule = "would stop each run where the fold that scores it is best"
+        remedy = f"Drop it; search {named('epochs')} or {named('max_steps')} instead."
+        faults.append(Fault("early_stopping", stops, rule, remedy))
     if faults:
         raise UserError(faults)
 
@@ -126,7 +129,7 @@ def _check_request(config: RunConfig) -> None:
 def _resolved(space: Space, settings: SearchConfig, console: Console) -> tuple[Space, SearchConfig, list[Any]]:
     """The space and the settings with what the data decides, and the examples to divide. Raises `UserError`.
 
-    A metric of the task is the one that the runs follow, too.
+    The runs follow the same metric, if it is one of the task's.
     """
     material = read_material(space.config)
     for line in messages.unread_lines(material.unread):
@@ -135,8 +138,9 @@ def _resolved(space: Space, settings: SearchConfig, console: Console) -> tuple[S
     config = material.config
     counts = config.evaluation.exact_match is not None
     if metric == "exact_match" and metric not in material.task.judge.metrics and not counts:
-        rule = "is not counted by these runs"
-        raise UserError.of("--metric", metric, rule, "Add --exact-match 100: so many held-out prompts are answered.")
+        rule = "is not measured by these runs"
+        remedy = f"Add for example {named('exact_match', 100)}, so that 100 held-out prompts are answered."
+        raise UserError.of("metric", metric, rule, remedy)
     if metric in material.task.judge.metrics or metric not in OF_EVERY_RUN:
         registry.metric_of(material.task, metric)
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, metric=metric))
@@ -144,7 +148,7 @@ def _resolved(space: Space, settings: SearchConfig, console: Console) -> tuple[S
 
 
 def _described(space: Space, settings: SearchConfig, examples: Sequence[Any]) -> dict[str, Any]:
-    """What must be the same when the search goes on, by the name of the setting."""
+    """What must be unchanged when the search goes on, by the name of the setting."""
     nested = space.config.to_dict()
     flat = {name: value for group in GROUPS for name, value in nested.pop(group).items()} | nested
     flat |= {name: list(values) for name, values in space.values.items()}
@@ -163,17 +167,17 @@ def _identity(config: RunConfig) -> str:
 
 @contextmanager
 def _kept_or_discarded(folder: Path, say: Console) -> Iterator[None]:
-    """When the search stops early, keep it where a fold is finished, and say how it goes on."""
+    """When the search stops early, keep it if a fold is finished, and say how to continue."""
     try:
         yield
     except BaseException:
         if exists(folder) and not discard_if_empty(folder):
-            say_line(say, f"stopped; what is finished is in {folder}, and the same command goes on")
+            say_line(say, f"stopped; the finished folds are in {folder}, and the same command continues")
         raise
 
 
 def _say_beginning(store: Store, n_examples: int, job: _Search) -> int:
-    """Say what is ruled out and what is to do; returns how many combinations are still to be tried."""
+    """Print what is ruled out and what is left to do; returns the number of combinations still to be tried."""
     with store.locked():
         tried, n_open = store.tried(), store.n_open()
     for one in tried:
@@ -187,7 +191,7 @@ def _say_beginning(store: Store, n_examples: int, job: _Search) -> int:
         f"{settings.metric} decides, {direction} is better",
     )
     if job.space.config.data.eval_data is not None:
-        say_line(job.say, "--eval-data scores no fold: it is for the run with what is chosen")
+        say_line(job.say, "eval_data is not used here: it is for the run with the chosen settings")
     return n_open
 
 
@@ -215,7 +219,7 @@ def _try(store: Store, claim: Claim, job: _Search, tick: Callable[[int], None]) 
 def _run_folds(
     store: Store, claim: Claim, job: _Search, tick: Callable[[int], None], values: list[float]
 ) -> str | None:
-    """Append the metric of each fold to `values`; returns why not all of them were run, or None."""
+    """Append the metric of each fold to `values`; returns why some were not run, or None."""
     for fold in range(1, len(job.folds) + 1):
         try:
             values.append(_value_of(store, claim, fold, job))
@@ -224,7 +228,7 @@ def _run_folds(
         tick(1)
         _say_fold(claim, values, job)
         if store.report(claim, values) and fold < len(job.folds):
-            return f"stopped after {fold} folds, its best mean worse than the median of the others"
+            return f"stopped after {fold} folds: its best mean is worse than the median of the others"
     return None
 
 
@@ -237,7 +241,7 @@ def _say_fold(claim: Claim, values: Sequence[float], job: _Search) -> None:
 def _value_of(store: Store, claim: Claim, fold: int, job: _Search) -> float:
     """The metric of a fold, trained unless it is recorded. Raises `EndedEarlyError`, and `UserError`.
 
-    What is wrong with a value that is searched ends its combination alone.
+    A fault of a searched value ends only its combination.
     """
     results = claim.results(fold)
     if results is None:
@@ -246,9 +250,10 @@ def _value_of(store: Store, claim: Claim, fold: int, job: _Search) -> float:
         try:
             record = run_fold(config, job.folds[fold - 1], folder, job.search.keep_runs)
         except UserError as error:
-            if any(fault.setting not in map(flag, claim.point) for fault in error.faults):
+            if any(fault.setting not in claim.point for fault in error.faults):
                 raise
-            raise EndedEarlyError("; ".join(f"{fault.setting} {fault.rule}" for fault in error.faults)) from None
+            reasons = (f"{fault.setting} {rendered(fault.rule, as_field)}" for fault in error.faults)
+            raise EndedEarlyError("; ".join(reasons)) from None
         results = record["results"]
         value = metric_of(results, job.search.metric)
         assert value is not None, "the metric was checked"
@@ -263,13 +268,14 @@ def _value_of(store: Store, claim: Claim, fold: int, job: _Search) -> float:
 
 def _fault_of(tried: Tried) -> Fault:
     """Why a combination has no figure, and what helps."""
-    remedies = {DIVERGED: "Lower --lr.", OUT_OF_MEMORY: "Give a smaller --batch-size or --seq-len."}
+    smaller = f"Give a smaller {named('batch_size')} or {named('seq_len')}."
+    remedies = {DIVERGED: f"Lower {named('lr')}.", OUT_OF_MEMORY: smaller}
     remedy = next((own for reason, own in remedies.items() if reason in tried.state), "Search other values.")
-    return Fault("search", tried.label, f"has no figure: {tried.state}", remedy)
+    return Fault("the combination", tried.label, f"has no figure: {tried.state}", remedy)
 
 
 def _result(store: Store, space: Space, settings: SearchConfig) -> SearchResult | None:
-    """What is known now, None where nothing is. Raises `UserError` where all ended without a figure."""
+    """The result so far, or None. Raises `UserError` if every combination ended without a figure."""
     tried = store.tried()
     if not any(one.is_finished for one in tried):
         if any(one.is_open for one in tried):

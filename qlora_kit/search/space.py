@@ -1,4 +1,4 @@
-"""What is searched: the settings that have several values, and the run that they are tried in."""
+"""The space of a search: the settings with several values, and the run in which they are tried."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from qlora_kit.config.rules import convert, flag
+from qlora_kit.config.rules import convert
 from qlora_kit.config.settings import RunConfig, settings
-from qlora_kit.errors import Fault, Faults, UserError
+from qlora_kit.errors import Fault, Faults, UserError, named
 from qlora_kit.memory.fit import with_settings
 
-GROUPS = ("base", "adapter", "optim")  # the numbers in these may be several; others would change what is measured
+GROUPS = ("base", "adapter", "optim")  # whose numbers can be searched; others would change what is measured
 
 Number = int | float
 Point = Mapping[str, Number]  # one combination: a value for each setting that is searched
@@ -36,19 +35,20 @@ class Space:
         """
         kinds = {f.name: kind for group, f, hint in settings() if (kind := _number(hint)) and group in GROUPS}
         lists = {name: parts for name, value in flat.items() if name in kinds and len(parts := _parts(value)) > 1}
-        faults = Faults()
-        read = {name: faults.collect(partial(_values, name, parts, kinds[name])) for name, parts in lists.items()}
-        values = {name: several for name, several in read.items() if several}
         single = {name: value for name, value in flat.items() if name not in lists}
-        first = {name: several[0] for name, several in values.items()}
-        config = faults.collect(partial(RunConfig.from_flat, {**single, **first}))
-        for name, several in values.items():
-            for value in several[1:]:
-                faults.collect(partial(RunConfig.from_flat, {**single, **first, name: value}))
-        if config is not None and not lists:
-            faults.collect(partial(_nothing_to_search, config))
-        faults.raise_if_any()
-        assert config is not None
+        values: dict[str, tuple[Number, ...]] = {}
+        with Faults() as faults:
+            for name, parts in lists.items():
+                with faults.collecting():
+                    values[name] = _values(name, parts, kinds[name])
+            first = {name: several[0] for name, several in values.items()}
+            with faults.collecting():
+                config = RunConfig.from_flat({**single, **first})
+                if not lists:
+                    _nothing_to_search(config)
+            for name, value in ((name, value) for name, several in values.items() for value in several[1:]):
+                with faults.collecting():
+                    RunConfig.from_flat({**single, **first, name: value})
         return cls(config, values)
 
     def points(self) -> list[Point]:
@@ -71,7 +71,7 @@ def folder_name(point: Point) -> str:
 
 
 def _number(hint: Any) -> type | None:
-    """The type of a setting that is a number, or unset; None for any other."""
+    """The type of a setting that is a number (or unset); None for any other."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((kind for kind in options if kind in (int, float)), None)
 
@@ -83,17 +83,17 @@ def _parts(value: object) -> list[object]:
 
 
 def _values(name: str, parts: list[object], kind: type) -> tuple[Number, ...]:
-    """The numbers in `parts`. Raises `UserError` for what is none, and for one that comes twice."""
+    """The numbers in `parts`. Raises `UserError` for what is not a number, and for a number given twice."""
     values: list[Number] = []
     faults: list[Fault] = []
     for part in parts:
         try:
             value = convert(part, kind)
         except ValueError as error:
-            faults.append(Fault(flag(name), part, str(error), f"For example {flag(name)} 4,8,16."))
+            faults.append(Fault(name, part, str(error), f"For example {named(name, '4,8,16')}."))
             continue
         if value in values:
-            faults.append(Fault(flag(name), part, "comes twice", "Drop one of them."))
+            faults.append(Fault(name, part, "is given twice", "Drop one of them."))
         values.append(value)
     if faults:
         raise UserError(faults)
@@ -101,5 +101,6 @@ def _values(name: str, parts: list[object], kind: type) -> tuple[Number, ...]:
 
 
 def _nothing_to_search(config: RunConfig) -> None:
-    rule = "is one value, and every other setting has one, too: there is nothing to choose from"
-    raise UserError.of("--r", config.adapter.r, rule, "For example --r 4,8,16,32 --lr 1e-4,1e-3.")
+    rule = "is a single value, as is every other setting: there is nothing to choose from"
+    remedy = f"For example {named('r', '4,8,16,32')} {named('lr', '1e-4,1e-3')}."
+    raise UserError.of("r", config.adapter.r, rule, remedy)

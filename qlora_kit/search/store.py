@@ -1,11 +1,11 @@
-"""The trials of a search in SQLite: what is asked, who works on what, and what was found.
+"""The trials of a search in SQLite: its settings, which process works on what, and the results.
 
 search/x/search.db      an Optuna study: a trial for each combination, in it the results of each finished fold
 search/x/search.lock    held while the study is read and changed, so that no two processes take the same trial
 search/x/runs/r=8,…/    the finished runs of a combination (fold-1, …), and the lock of the process that works on it
 
-Optuna's own heartbeat takes a trial for dead after a time and begins it anew. A lock dies with its process, so that
-a trial whose process was killed goes on at once, and keeps its finished folds.
+Optuna's own heartbeat takes a trial for dead after a while and starts it again. A lock dies with its process, so that a
+trial whose process was killed goes on at once, and keeps its finished folds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import DEFAULT_TRIALS, SearchConfig
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.search.choice import FINISHED, RULED_OUT, RUNNING, WAITING, Tried, higher_is_better, metric_of
 from qlora_kit.search.folder import DB_FILE, LOCK_FILE, RUNS, discard_if_empty, exists
 from qlora_kit.search.planning import PlannedMemory
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
 STUDY = "search"
 BUSY_S = 60.0  # how long SQLite waits for another process's reading or writing
 PRUNE_AFTER = 3  # finished combinations before any is stopped early
-PRUNE_FROM_FOLD = 2  # one fold says too little
-RANDOM_SHARE = 4  # of the combinations that TPE is to try it draws one in so many at random, before it is led
-DRAWS = 20  # of TPE, before the first combination that it did not try is taken
+PRUNE_FROM_FOLD = 2  # one fold is too few to judge
+RANDOM_SHARE = 4  # TPE draws the first quarter of its combinations at random
+DRAWS = 20  # of TPE, before the first untried combination is taken instead
 
 POINT, REASON, TRAINABLE = "point", "reason", "trainable"  # what a trial has beside Optuna's own
 SETTINGS, DEVICE_BYTES = "settings", "device_bytes"  # what the study has
@@ -69,9 +68,9 @@ class Store:
         self._study = self._load_study()
 
     def begin_or_check(self, settings: Mapping[str, Any], plan: Callable[[], PlannedMemory]) -> None:
-        """Begin the study with `settings`, ruling out what does not fit, or go on with the one that is there.
+        """Begin the study with `settings`, ruling out what does not fit, or continue the existing one.
 
-        Raises `UserError` with every setting that is not as it was.
+        Raises `UserError` with every setting that has changed.
         """
         stored = self._study.user_attrs.get(SETTINGS)
         if stored is not None:
@@ -132,7 +131,7 @@ class Store:
     # ------------------------------------------------------------------------------------------ working on trials
 
     def claim(self) -> Claim | None:
-        """The next trial to work on: one whose process died, else one that waits; None where there is none."""
+        """The next trial to work on: one whose process died, else one that waits; None if there is none."""
         with self.locked():
             return self._claim_orphan() or self._claim_waiting()
 
@@ -166,7 +165,7 @@ class Store:
         return Claim(trial.user_attrs[POINT], trial, lock)
 
     def _enqueue_next(self) -> bool:
-        """Let TPE add a trial, unless there are as many as were asked for, or every combination has one."""
+        """Let TPE add a trial, unless there are enough, or every combination has one."""
         if self._search.sampler != "tpe":
             return False
         trials = self._study.get_trials(deepcopy=False)
@@ -183,7 +182,7 @@ class Store:
         return self._search.trials or DEFAULT_TRIALS
 
     def _suggested(self, trials: list[FrozenTrial], untried: list[Point]) -> Point:
-        """One of `untried` by TPE, from what is finished; the same again for the same history."""
+        """One of `untried`, chosen by TPE from the finished trials; deterministic for the same history."""
         import optuna
 
         sampler = optuna.samplers.TPESampler(
@@ -205,9 +204,9 @@ class Store:
             claim.trial.set_user_attr(_fold_key(fold), dict(results))
 
     def report(self, claim: Claim, values: list[float]) -> bool:
-        """Tell Optuna the mean of the first `values`, one a fold; returns whether to stop here.
+        """Report the mean of `values`, one a fold, to Optuna; returns whether to stop here.
 
-        Of a trial that goes on only the last fold that it was told is judged: Optuna looks at no other.
+        When a trial goes on, only its last reported fold is judged: Optuna looks at no other.
         """
         with self.locked():
             step = len(values) - 1
@@ -217,7 +216,7 @@ class Store:
             return step >= max(known, default=step) and claim.trial.should_prune()
 
     def finish(self, claim: Claim, values: list[float], reason: str | None = None) -> None:
-        """End the trial: with the mean of all folds, or where there is a `reason` without a figure."""
+        """End the trial: with the mean of all folds, or without a figure if there is a `reason`."""
         from optuna.trial import TrialState
 
         with self.locked():
@@ -230,7 +229,7 @@ class Store:
     # ------------------------------------------------------------------------------------------- what was found
 
     def tried(self) -> list[Tried]:
-        """Every combination that was asked for or ruled out, in the order of the space; call it within `locked`."""
+        """Every combination that was enqueued or ruled out, in the order of the space; call it within `locked`."""
         trials = self._study.get_trials(deepcopy=False)
         bytes_of = self._study.user_attrs[DEVICE_BYTES]
         order = {folder_name(point): index for index, point in enumerate(self._space.points())}
@@ -294,13 +293,13 @@ def opened(
     settings: Mapping[str, Any],
     plan: Callable[[], PlannedMemory],
 ) -> Iterator[Store]:
-    """The store of the search in `folder`, begun with what `plan` says where it is not there yet.
+    """The store of the search in `folder`; a new one begins with what `plan` returns.
 
-    Raises `UserError` where it is there with other settings.
+    Raises `UserError` if the search exists with other settings.
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search says itself what it does
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search reports its own progress
     is_new = not exists(folder)
     with locked(folder / LOCK_FILE):
         url = f"sqlite:///{folder.absolute() / DB_FILE}"
@@ -317,7 +316,7 @@ def opened(
 
 @contextmanager
 def _discarded(folder: Path | None) -> Iterator[None]:
-    """Where the search cannot begin, nothing of it stays in its new `folder`."""
+    """Remove the new `folder` of a search that cannot begin."""
     try:
         yield
     except BaseException:
@@ -327,14 +326,14 @@ def _discarded(folder: Path | None) -> Iterator[None]:
 
 
 def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], differing: set[str]) -> None:
-    remedy = "Leave it as it was, give another --out, or begin anew with --overwrite."
+    remedy = f"Leave it as it was, give another {named('out')}, or start again with {named('overwrite', True)}."
     faults = [
-        Fault(flag(name), now.get(name), f"was {stored.get(name)!r} when this search began", remedy)
+        Fault(name, now.get(name), f"was {stored.get(name)!r} when this search began", remedy)
         for name in sorted(differing - {DATA, BASE})
     ]
     if DATA in differing and not faults:
-        faults.append(Fault("--data", now["data"], "has changed since this search began", remedy))
+        faults.append(Fault("data", now["data"], "has changed since this search began", remedy))
     if BASE in differing and not faults:
-        faults.append(Fault("--model", now["model"], "has other weights than when this search began", remedy))
+        faults.append(Fault("model", now["model"], "has changed since this search began", remedy))
     if faults:
         raise UserError(faults)

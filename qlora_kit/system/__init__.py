@@ -1,1 +1,1 @@
-"""What the machine offers: files, locks, memory of the host, and the terminal."""
+"""The machine underneath: files, locks, host memory and the terminal."""

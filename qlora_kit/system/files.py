@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said where the disk will not have them."""
+"""Writes files whole or not at all, and turns disk errors into messages for the user."""
 
 from __future__ import annotations
 
@@ -75,29 +75,29 @@ def empty_folder(folder: Path, keep: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that `folder` can be made where it is to be. Raises `UserError`."""
+    """Check that `folder` can be created. Raises `UserError`."""
     parent = next(p for p in folder.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise unwritable(str(folder), OSError(errno.EACCES, f"{parent} is not a folder that you may write to"))
+        raise unwritable(str(folder), OSError(errno.EACCES, f"{parent} is not a folder that you can write to"))
 
 
 def check_file(file: Path) -> None:
-    """Check that `file` can be written, and is no folder. Raises `UserError`."""
+    """Check that `file` can be written and is not a folder. Raises `UserError`."""
     if file.is_dir():
-        raise UserError.of("--out", str(file), "is a folder", "Give the name of a file.")
+        raise UserError.of("out", str(file), "is a folder", "Give the name of a file.")
     check_writable(file)
 
 
 def unwritable(out: str, error: OSError) -> UserError:
-    """What to tell a user whose output folder cannot be written."""
+    """The error for an output folder that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError.of("--out", out, "the disk is full", "Free some space, or choose another disk.")
-    return UserError.of("--out", out, f"cannot be written ({error.strerror})", "Choose a folder that you may write to.")
+        return UserError.of("out", out, "the disk is full", "Free some space, or choose another disk.")
+    return UserError.of("out", out, f"cannot be written ({error.strerror})", "Choose a folder that you can write to.")
 
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Turn a full or read-only disk, and a place where nothing can be, into a `UserError`."""
+    """Turn the errors of a full or read-only disk, or of an impossible path, into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -111,8 +111,8 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, needed_bytes: int, out: Path | None = None) -> None:
-    """Check that the disk of `folder` has room for `needed_bytes`. Raises `UserError`, in the name of `out`."""
+    """Check that the disk of `folder` has `needed_bytes` free. Raises `UserError`, which shows `out` as the value."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        rule = f"takes {needed_bytes / 2**20:.0f} MiB, and the disk has {free_bytes / 2**20:.0f} MiB free"
-        raise UserError.of("--out", str(out or folder), rule, "Free some space, or choose another disk.")
+        rule = f"needs {needed_bytes / 2**20:.0f} MiB, and the disk has {free_bytes / 2**20:.0f} MiB free"
+        raise UserError.of("out", str(out or folder), rule, "Free some space, or choose another disk.")

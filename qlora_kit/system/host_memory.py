@@ -28,7 +28,7 @@ class Policy:
 
 
 # By default glibc raises the first up to 32 MiB as large blocks are freed, and small blocks then hold open the heaps
-# that had a model's garbage in them: more than a GiB. Once told anything it does not move by itself again.
+# that had a model's garbage in them: more than a GiB. Once set, it no longer adapts by itself.
 BUILDING = Policy(mapped_bytes=1 << 20, kept_bytes=128 << 10)  # the second is glibc's default
 RUNNING = Policy(mapped_bytes=32 << 20, kept_bytes=512 << 20)  # the first is the most that glibc takes
 
@@ -36,7 +36,7 @@ _open_buildings = 0  # as the policy, of the whole process
 
 
 def apply(policy: Policy) -> bool:
-    """Let the C library follow `policy` from now on; returns whether it could be told: glibc can, others cannot."""
+    """Make the C library follow `policy` from now on; returns whether it can: only glibc does."""
     libc = _glibc()
     if libc is None:
         return False
@@ -46,9 +46,9 @@ def apply(policy: Policy) -> bool:
 
 @contextmanager
 def building(device_type: str = "cpu") -> Iterator[None]:
-    """Meanwhile `BUILDING`, and once the outermost has ended `RUNNING`; nothing for a model that is not on a CPU.
+    """Within, the policy is `BUILDING`, and after the outermost `RUNNING`; no effect unless the model is on a CPU.
 
-    What the steps of an earlier model left in the heap goes back first.
+    Memory that an earlier model left in the heap is given back first.
     """
     global _open_buildings
     if device_type != "cpu":
@@ -73,7 +73,7 @@ def _give_back() -> None:
 
 
 def _glibc() -> Any:
-    """The C library of this process where it is glibc, else None."""
+    """The C library of this process if it is glibc, else None."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
@@ -81,12 +81,12 @@ def _glibc() -> Any:
 
 
 def available_bytes() -> int | None:
-    """What a process can still take of the host's memory without swapping; None where the system does not tell.
+    """The host memory that a process can still take without swapping; None if the system does not report it.
 
-    In a container with a limit of its own (cgroup v2) it is no more than that leaves. Source: proc_meminfo(5).
+    In a container with a memory limit (cgroup v2) it is at most what the limit leaves. Source: proc_meminfo(5).
     """
-    told = (_meminfo_bytes(Path("/proc/meminfo")), _container_bytes(Path("/sys/fs/cgroup")))
-    return min((n_bytes for n_bytes in told if n_bytes is not None), default=None)
+    reported = (_meminfo_bytes(Path("/proc/meminfo")), _container_bytes(Path("/sys/fs/cgroup")))
+    return min((n_bytes for n_bytes in reported if n_bytes is not None), default=None)
 
 
 def _meminfo_bytes(file: Path) -> int | None:

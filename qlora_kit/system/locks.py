@@ -1,6 +1,6 @@
 """Locks between processes that die with the process, so that a killed one never blocks the others.
 
-They are flock(2) on files of their own: the kernel lets go of them when the last descriptor is closed.
+They are flock(2) locks on files of their own: the kernel releases them when the last descriptor is closed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Lock:
         self._descriptor: int | None = descriptor
 
     def release(self) -> None:
-        """Let go; again changes nothing."""
+        """Release it; calling it again changes nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 def take(file: Path, wait: bool) -> Lock | None:
-    """The lock of `file`, whose folder is made where it is missing; without `wait` None where another holds it."""
+    """The lock of `file`, whose folder is created if missing; without `wait`, None if another process holds it."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -46,7 +46,7 @@ def take(file: Path, wait: bool) -> Lock | None:
             raise
         if _is_at(file, descriptor):
             return Lock(file, descriptor)
-        os.close(descriptor)  # it was removed by who held it, and another may stand in its place
+        os.close(descriptor)  # its holder removed it, and there may be a new file in its place
 
 
 def _is_at(file: Path, descriptor: int) -> bool:
@@ -59,7 +59,7 @@ def _is_at(file: Path, descriptor: int) -> bool:
 
 
 def is_held(file: Path) -> bool:
-    """Whether another holds the lock of `file`; nothing is made where it is missing."""
+    """Whether another process holds the lock of `file`; a missing file is not created."""
     lock = take(file, wait=False) if file.is_file() else None
     if lock is not None:
         lock.release()

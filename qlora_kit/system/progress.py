@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a bar with loss, tokens/s and peak memory, or plain lines in a pipe."""
+"""The progress display of a run: a bar with loss, tokens/s and peak memory, or plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qlora_kit.system import host_memory
 if TYPE_CHECKING:
     import torch
 
-LINE_EVERY_S = 10.0  # how often a plain line is printed where there is no terminal
+LINE_EVERY_S = 10.0  # how often a plain line is printed without a terminal
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -53,8 +53,8 @@ PHASES = {  # of a run, in words
 class PhasePeaks:
     """The highest memory of each phase of a run, in bytes; `peaks` has it by the phase's name.
 
-    On CUDA the allocator's peak is begun anew with every phase (so what it says after the run is of its last one). The
-    peak of a process on the host cannot be: there a phase has one only where it went above all before it.
+    On CUDA the allocator's peak is reset with every phase (so after the run it is that of the last phase). The peak of
+    a process on the host cannot be reset: there a phase has one only if it went above all earlier phases.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,21 +63,21 @@ class PhasePeaks:
         self._phase = OTHER
         self.note()
         if device.type == "cuda":
-            self.peaks.clear()  # that was somebody else's
+            self.peaks.clear()  # of what ran before
 
     @property
     def highest_bytes(self) -> int:
-        """The highest so far, of whatever phase."""
+        """The highest peak so far, of any phase."""
         return max([peak_bytes(self.device), *self.peaks.values()])
 
     @property
     def highest_phase(self) -> str:
-        """The phase in which the highest that is noted was."""
+        """The phase of the highest peak."""
         return max(self.peaks, key=lambda name: self.peaks[name])
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """What is done meanwhile belongs to `phase`, and afterwards again to the one before."""
+        """Within, the phase is `phase`; afterwards it is the one before."""
         before = self._phase
         self.note()
         self._phase = phase
@@ -88,7 +88,7 @@ class PhasePeaks:
             self._phase = before
 
     def take(self, phase: str, n_bytes: int) -> None:
-        """Note what somebody else has seen in `phase`, who began the allocator's peaks anew."""
+        """Note a peak of `phase` that was measured elsewhere, where the allocator's peak was reset."""
         self.peaks[phase] = max(n_bytes, self.peaks.get(phase, 0))
 
     def note(self) -> None:
@@ -104,9 +104,9 @@ class PhasePeaks:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is there for new tensors: free on a GPU or held empty by torch, available on the host.
+    """The memory for new tensors: free on a GPU or held empty by torch, available on the host.
 
-    The least that any host has, a GiB, where that cannot be found out.
+    1 GiB, which any host has, if that cannot be found out.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Silences, one by one and by name, what the libraries underneath say and a user can do nothing about.
+"""Silences messages of the libraries underneath that a user can do nothing about, each by name.
 
-What matters of it, the run says in its own words: the optimizer on a CPU, the dtype of 8-bit products, the cache.
+The run itself reports what matters: the optimizer on a CPU, the dtype of 8-bit products, the cache.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def quiet_libraries() -> None:
 
 
 def quiet_progress_bars() -> None:
-    """Turn off the libraries' own progress bars: the run draws one of its own."""
+    """Turn off the libraries' own progress bars: the run shows its own."""
     import datasets
     from transformers.utils import logging as transformers_logging
 

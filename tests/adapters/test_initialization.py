@@ -207,7 +207,7 @@ def test_loftq_brings_the_model_nearer_to_the_original(folders):
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_loftq_needs_a_quantized_base(folders, bits):
-    with pytest.raises(UserError, match=r"--init = 'loftq': makes up for .*\n.*--bits 4 or 8"):
+    with pytest.raises(UserError, match=r"init = 'loftq': corrects .*\n.*bits=4 or 8"):
         inject(base(folders["llama"], bits), AdapterConfig(init="loftq", adapter_dtype="fp32"))
 
 
@@ -310,7 +310,7 @@ def test_eva_takes_layers_with_one_input_together_and_ranks_of_their_own(folders
 def test_eva_needs_more_tokens_than_directions(folders):
     model = begun(folders["llama"], 4, init="eva", r=32)
     [batch] = batches(1)
-    with pytest.raises(UserError, match="--init = 'eva': needs at least 64 supervised tokens"):
+    with pytest.raises(UserError, match="init = 'eva': needs at least 64 supervised tokens"):
         start_from_data(model, [{name: value[:1] for name, value in batch.items()}])
     assert not any(layer._forward_pre_hooks for layer in lora_layers(model).values())
 
@@ -321,15 +321,15 @@ def test_eva_needs_more_tokens_than_directions(folders):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init": "pissa"}, "--adapter-dtype = 'bf16': would lose the steps of --init pissa"),
+        ({"init": "pissa"}, "adapter_dtype = 'bf16': would round away the steps of the large factors that init=pissa"),
         (
             {"init": "orthogonal", "r": 3, "adapter_dtype": "fp32"},
-            "--r = 3: is odd, and --init orthogonal needs even ranks",
+            "r = 3: is odd, and init=orthogonal needs even ranks",
         ),
-        ({"init": "eva", "variant": "lora-xs"}, "--init = 'eva': is for factors that train"),
-        ({"init": "olora", "dora": True, "adapter_dtype": "fp32"}, "--dora = True: cannot go with --init olora"),
-        ({"variant": "lora-xs", "dora": True}, "--dora = True: cannot go with --variant lora-xs"),
-        ({"init": "svd"}, "--init = 'svd': must be one of default"),
+        ({"init": "eva", "variant": "lora-xs"}, "init = 'eva': sets factors that train"),
+        ({"init": "olora", "dora": True, "adapter_dtype": "fp32"}, "dora = True: cannot be combined with init=olora"),
+        ({"variant": "lora-xs", "dora": True}, "dora = True: cannot be combined with variant=lora-xs"),
+        ({"init": "svd"}, "init = 'svd': must be one of default"),
     ],
 )
 def test_settings_that_cannot_go_together_are_refused(settings, message):
@@ -339,7 +339,7 @@ def test_settings_that_cannot_go_together_are_refused(settings, message):
 
 @pytest.mark.parametrize("method", [{"init": "pissa"}, {"init": "eva"}, {"variant": "lora-xs"}])
 def test_a_rank_beyond_the_layer_is_refused(folders, method):
-    with pytest.raises(UserError, match=r"--r = 65: is more than .* finds in .*, whose smaller side is 64"):
+    with pytest.raises(UserError, match=r"r = 65: is too large for .*: the smaller side of .* is 64"):
         begun(folders["llama"], 4, r=65, **method)
 
 

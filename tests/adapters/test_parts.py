@@ -161,7 +161,7 @@ def test_parts_that_are_not_right_are_found(folders, tmp_path, damage):
     else:
         core = saved.pop(name)
         save_file({**saved, (name if damage == "changed" else "stray"): core + 1}, file)
-    with pytest.raises((RuntimeError, OSError), match=r"is not right|No such file"):
+    with pytest.raises((RuntimeError, OSError), match=r"is wrong|No such file"):
         check_saved(model, tmp_path)
     if damage != "changed":
         with pytest.raises((RuntimeError, OSError), match=r"does not fit|No such file"):

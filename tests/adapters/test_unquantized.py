@@ -76,14 +76,14 @@ def test_a_mixture_is_refused_before_its_weights_are_loaded(tmp_path, kind, bits
     whole = AutoModelForCausalLM.from_pretrained(folder)
     stacked = sum(p.numel() for n, p in whole.named_parameters() if p.ndim == 3)
     monkeypatch.setattr(load, "_load_pretrained", None)
-    with pytest.raises(UserError, match=f"--bits = {bits}: would leave") as caught:
+    with pytest.raises(UserError, match=f"^bits = {bits}: would leave") as caught:
         build_model(settings(folder, bits=bits), CPU)
     found = unquantized.find(whole)
     assert stacked <= found.weights < 1.05 * stacked  # a router, and the biases of experts, are few
     assert found.said in str(caught.value)
     assert found.example.endswith("mlp.experts.gate_up_proj")
     assert "none of them gets factors to train" in str(caught.value)
-    assert "--allow-16-bit-experts" in str(caught.value)
+    assert "allow_16_bit_experts=True" in str(caught.value)
 
 
 def test_what_stays_is_what_the_quantized_model_holds_in_16_bits(mixture):

@@ -141,7 +141,7 @@ def test_the_baselines_name_their_recipe_and_ratio(tiny, capsys):
         ([], 1, ""),
         (["--adversarial", "fgm"], 2, "2 passes over each batch (--adversarial fgm)"),
         (["--adversarial", "pgd", "--adversarial-steps", "4"], 5, "5 passes over each batch (--adversarial pgd)"),
-        (["--rank-penalty", "1e-3"], 1, "two QR decompositions a step"),
+        (["--rank-penalty", "1e-3"], 1, "two QR decompositions of each layer's factors"),
     ],
 )
 def test_it_says_what_a_regularized_step_takes_of_time(tiny, capsys, flags, passes, said):

@@ -6,10 +6,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import fails
 
 from qlora_kit.config.files import read_settings_file
-from qlora_kit.config.rules import convert, default_of, flag
-from qlora_kit.config.settings import GROUPS, AdapterConfig, BaseConfig, DataConfig, RunConfig, settings
+from qlora_kit.config.rules import convert, default_of
+from qlora_kit.config.settings import GROUPS, AdapterConfig, BaseConfig, DataConfig, RunConfig, SearchConfig, settings
 from qlora_kit.errors import UserError
 
 
@@ -57,16 +58,14 @@ def test_all_faults_are_reported_at_once():
     with pytest.raises(UserError) as caught:
         RunConfig.from_flat(flat)
     text = str(caught.value)
-    assert {fault.setting for fault in caught.value.faults} == {flag(name) for name in flat}
-    assert "--bits = 5: must be one of 4, 8, 16, 32" in text
-    assert "--r = 0: must be at least 1" in text
+    assert {fault.setting for fault in caught.value.faults} == set(flat)
+    assert "bits = 5: must be one of 4, 8, 16, 32" in text
+    assert "r = 0: must be at least 1" in text
     assert "must be a number" in text
     assert "must be true or false" in text
 
 
-@pytest.mark.parametrize(
-    ("wrong", "right"), [("bit", "--bits"), ("batchsize", "--batch-size"), ("max_step", "--max-steps")]
-)
+@pytest.mark.parametrize(("wrong", "right"), [("bit", "bits"), ("batchsize", "batch_size"), ("max_step", "max_steps")])
 def test_an_unknown_setting_suggests_the_nearest(wrong, right):
     with pytest.raises(UserError, match=f"Did you mean {right}"):
         RunConfig.from_flat({wrong: 1})
@@ -75,19 +74,42 @@ def test_an_unknown_setting_suggests_the_nearest(wrong, right):
 def test_a_name_that_is_mapped_twice_is_refused():
     with pytest.raises(UserError) as caught:
         RunConfig.from_flat({"columns": "source=a, target=c,source =b,target=c"})
-    assert "--columns = 'source=a, target=c,source =b,target=c': names 'source' and 'target' more than once" in str(
+    assert "columns = 'source=a, target=c,source =b,target=c': names 'source' and 'target' more than once" in str(
         caught.value
     )
     assert len(caught.value.faults) == 1
 
 
 def test_rules_hold_in_the_python_door_too():
-    with pytest.raises(UserError, match="--full"):
+    with pytest.raises(UserError, match="full"):
         BaseConfig(full=True)
-    with pytest.raises(UserError, match="--eval-fraction"):
+    with pytest.raises(UserError, match="eval_fraction"):
         DataConfig(eval_data="x", eval_fraction=0.1)
-    with pytest.raises(UserError, match="--report-to"):
+    with pytest.raises(UserError, match="report_to"):
         RunConfig(report_to=("tensorbord",))
+
+
+def test_a_mistake_names_the_field_in_python_and_the_flag_on_the_command_line(capsys):
+    with pytest.raises(UserError) as caught:
+        BaseConfig(bits=5)
+    assert str(caught.value) == "bits = 5: must be one of 4, 8, 16, 32.\n    For example bits=4."
+    err = fails(capsys, "train", "--bits", "5")
+    assert err == "error: --bits = 5: must be one of 4, 8, 16, 32.\n    For example --bits 4.\n"
+
+
+def test_other_settings_in_a_message_are_named_in_the_same_way(capsys):
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_flat({"full": True})
+    assert str(caught.value) == "full = True: needs unquantized weights, not bits=4.\n    Add bits=16."
+    err = fails(capsys, "train", "--full")
+    assert err == "error: --full = True: needs unquantized weights, not --bits 4.\n    Add --bits 16.\n"
+
+
+@pytest.mark.parametrize("group", [*GROUPS.values(), RunConfig, SearchConfig])
+def test_settings_are_given_by_name(group):
+    first = next(iter(dataclasses.fields(group)))
+    with pytest.raises(TypeError, match="positional"):
+        group(default_of(first))
 
 
 def test_a_configuration_file_in_yaml_may_be_flat_or_grouped(tmp_path):
@@ -107,7 +129,7 @@ def test_repeating_a_run_leaves_out_where_it_was_written(tmp_path):
 def test_a_configuration_file_that_is_no_mapping_is_refused(tmp_path, content):
     file = tmp_path / "bad.yaml"
     file.write_text(content)
-    with pytest.raises(UserError, match="--config"):
+    with pytest.raises(UserError, match="config"):
         read_settings_file(file)
 
 

@@ -13,7 +13,7 @@ def records(*rows, file="f"):
 
 
 def examples(*rows, columns=None):
-    return examples_from(records(*rows), columns or {}, "f", "--data")
+    return examples_from(records(*rows), columns or {}, "f", "data")
 
 
 def faults_of(*rows, columns=None):
@@ -100,7 +100,7 @@ def test_unknown_columns_are_listed_with_the_known_shapes():
     (fault,) = faults_of({"foo": "x", "bar": "y"})
     assert "'foo', 'bar'" in fault.rule
     assert "question/answer" in fault.remedy
-    assert "--columns" in fault.remedy
+    assert "columns" in fault.remedy
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_unknown_columns_are_listed_with_the_known_shapes():
 )
 def test_wrong_mapping(columns, values):
     faults = faults_of({"a": "x"}, columns=columns)
-    assert [(fault.setting, fault.value) for fault in faults] == [("--columns", value) for value in values]
+    assert [(fault.setting, fault.value) for fault in faults] == [("columns", value) for value in values]
 
 
 @pytest.mark.parametrize(
@@ -162,5 +162,5 @@ def test_split_is_a_partition_that_the_seed_decides():
 def test_split_edges():
     assert split_examples(numbered(3), 0.0, seed=0) == (numbered(3), [])
     assert len(split_examples(numbered(3), 0.01, seed=0)[1]) == 1
-    with pytest.raises(UserError, match="--eval-fraction"):
+    with pytest.raises(UserError, match="eval_fraction"):
         split_examples(numbered(1), 0.5, seed=0)

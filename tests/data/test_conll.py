@@ -15,7 +15,7 @@ TWO = "Ann\tB-person\nsings\tO\n\nin\tO\nOslo\tB-place\n"
 
 
 def sentences(text):
-    problems = Problems("--data", "a.conll", "Mend it.")
+    problems = Problems("data", "a.conll", "Mend it.")
     found = [(s.line, s.words, s.tags) for s in read_sentences(text, "a.conll", problems)]
     problems.raise_if_any()
     return found
@@ -76,10 +76,10 @@ def test_what_was_written_is_read(content, has_returns):
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
-        ("word", "a.conll:2.*has 1 columns where the first one with a word, line 1, has 2"),
-        ("a\tb\tO", "has 3 columns where the first one with a word, line 1, has 2"),
+        ("word", "a.conll:2.*has 1 columns, but the first line with a word, line 1, has 2"),
+        ("a\tb\tO", "has 3 columns, but the first line with a word, line 1, has 2"),
         ("\tO", "has no word in its first column"),
-        ("word\t", "has no tag behind 'word'"),
+        ("word\t", "has no tag after 'word'"),
     ],
 )
 def test_a_line_that_is_none_is_named(line, rule):
@@ -88,7 +88,7 @@ def test_a_line_that_is_none_is_named(line, rule):
 
 
 def test_a_comment_does_not_say_how_many_columns_there_are():
-    with pytest.raises(UserError, match=r"a.conll:4.*has 3 columns where the first one with a word, line 3, has 2"):
+    with pytest.raises(UserError, match=r"a.conll:4.*has 3 columns, but the first line with a word, line 3, has 2"):
         sentences("# id 1\n\na O\n# id 2\n")
 
 
@@ -132,7 +132,7 @@ def test_other_files_are_what_they_were(tmp_path):
     ]
     for name, content in (("a.bin", b"\0\1a\tO\n"), ("a.log", b"Ann sings\n")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="is not of a kind that can be read"):
+        with pytest.raises(UserError, match="is not a kind of file that can be read"):
             read_rows(str(tmp_path / name), {})
 
 
@@ -140,7 +140,7 @@ def test_a_folder_of_them(tmp_path):
     (tmp_path / "train.conll").write_text(TWO)
     (tmp_path / "dev.conll").write_text("a\tO\n")
     assert len(read_rows(str(tmp_path), {})) == 2
-    assert len(read_rows(str(tmp_path), {}, "--eval-data")) == 1
+    assert len(read_rows(str(tmp_path), {}, "eval_data")) == 1
 
 
 @pytest.mark.data

@@ -201,7 +201,7 @@ def test_who_asks_is_not_told_that_answers_are_not_read(tmp_path, task, row, col
 def test_a_prompt_is_asked_without_its_answer(tmp_path):
     for row in ({"prompt": "a", "completion": "b"}, {"question": "a", "answer": "b"}, {"prompt": "a"}):
         rows = data.read_rows(save(tmp_path / "a.jsonl", [{**row, "note": 1}]), {})
-        assert data.prompts_from(rows, {}, "a.jsonl", "--data")
+        assert data.prompts_from(rows, {}, "a.jsonl", "data")
         assert data.unread_fields(rows) == {"note": 1}
 
 

@@ -39,13 +39,13 @@ REFUSED = [
     (chat(ASK, {**ANSWER, "content": "", "function_call": CALL[0]}), "a message with 'function_call', which would be"),
     (chat(ASK, ANSWER, tools=TOOLS), "'tools' beside its messages, which would not reach the prompt"),
     (chat(ASK, ANSWER, tools=json.dumps(TOOLS)), "'tools' beside its messages, which would not reach the prompt"),
-    (chat(ASK, {**ANSWER, "weight": 0}, ASK, ANSWER), "an answer whose 'weight' is not 1, and it would be learned"),
-    (chat(ASK, {**ANSWER, "weight": 0.5}), "an answer whose 'weight' is not 1, and it would be learned"),
-    (chat(ASK, {**ANSWER, "train": False}), "an answer whose 'train' is not true, and it would be learned"),
-    (chat(ASK, {**ANSWER, "weight": "0.5"}), "an answer whose 'weight' is not 1, and it would be learned"),
-    (chat({**ASK, "train": "true"}, ANSWER), "a message whose 'train' is true and that is no answer"),
-    (chat({**ASK, "train": True}, ANSWER), "a message whose 'train' is true and that is no answer"),
-    (chat(ASK, {**ANSWER, "training": False}), "an answer whose 'training' is not true, and it would be learned"),
+    (chat(ASK, {**ANSWER, "weight": 0}, ASK, ANSWER), "an answer whose 'weight' is not 1, but it would be learned"),
+    (chat(ASK, {**ANSWER, "weight": 0.5}), "an answer whose 'weight' is not 1, but it would be learned"),
+    (chat(ASK, {**ANSWER, "train": False}), "an answer whose 'train' is not true, but it would be learned"),
+    (chat(ASK, {**ANSWER, "weight": "0.5"}), "an answer whose 'weight' is not 1, but it would be learned"),
+    (chat({**ASK, "train": "true"}, ANSWER), "a message whose 'train' is true, but it is not an answer"),
+    (chat({**ASK, "train": True}, ANSWER), "a message whose 'train' is true, but it is not an answer"),
+    (chat(ASK, {**ANSWER, "training": False}), "an answer whose 'training' is not true, but it would be learned"),
     (chat(ASK, {**ANSWER, "reasoning_content": "look it up"}), "a message with 'reasoning_content', which would be"),
     (chat(ASK, {**ANSWER, "reasoning": "look it up"}), "a message with 'reasoning', which would be left out"),
     (chat(ASK, {**ANSWER, "thinking": "look it up"}), "a message with 'thinking', which would be left out"),
@@ -58,7 +58,7 @@ def test_what_would_train_something_else_is_refused(tmp_path, row, said, layout)
     with pytest.raises(UserError, match=f"has {said}") as caught:
         read(tmp_path, layout(row))
     (fault,) = caught.value.faults
-    assert (fault.setting, fault.value) == ("--data", f"{tmp_path / 'a.jsonl'}:1")
+    assert (fault.setting, fault.value) == ("data", f"{tmp_path / 'a.jsonl'}:1")
     assert "emove" in fault.remedy or "leave these conversations out" in fault.remedy
 
 
@@ -82,7 +82,7 @@ def test_a_history_that_is_the_prompt_is_read(tmp_path):
 
 @pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}])
 def test_where_everything_is_learned_a_question_that_is_not_to_be_is_refused(tmp_path, weight):
-    with pytest.raises(UserError, match=f"a message whose '{next(iter(weight))}' is not .*, and it would be learned"):
+    with pytest.raises(UserError, match=f"a message whose '{next(iter(weight))}' is not .*, but it would be learned"):
         read(tmp_path, chat({**ASK, **weight}, ANSWER), train_on="all")
     assert len(read(tmp_path, chat({**ASK, "train": True}, ANSWER), train_on="all").train) == 1
 
@@ -94,7 +94,7 @@ def test_a_text_called_history_is_a_field_like_others(tmp_path):
 
 def test_a_part_that_is_no_text_is_refused_by_its_type(tmp_path):
     parts = [{"type": "reasoning", "text": "secret"}, {"type": "text", "text": "Hello."}]
-    with pytest.raises(UserError, match="parts of the type reasoning, and only text is read"):
+    with pytest.raises(UserError, match="parts of type reasoning; only text can be read"):
         read(tmp_path, chat(ASK, {**ANSWER, "content": parts}))
     assert len(read(tmp_path, chat(ASK, {**ANSWER, "content": [{"text": "a"}, *parts[1:]]})).train) == 1
 
@@ -132,6 +132,8 @@ def test_a_reason_is_told_once_with_the_first_place_and_how_many_there_are(tmp_p
 
 def test_two_system_texts_are_refused(tmp_path):
     row = chat({"role": "system", "content": "Be brief."}, ASK, ANSWER, system="Be long.")
-    with pytest.raises(UserError, match="has a system text in column 'system', and another one in its first message"):
+    with pytest.raises(
+        UserError, match="has a system text in column 'system' and a different one in its first message"
+    ):
         read(tmp_path, row)
     assert not any(read(tmp_path, {**row, "system": "Be brief."}).unread.values())

@@ -29,7 +29,7 @@ def pairs(examples):
     return [(example.prompt, example.completion) for example in examples]
 
 
-def faults_of(source, columns=None, setting="--data"):
+def faults_of(source, columns=None, setting="data"):
     with pytest.raises(UserError) as caught:
         read_examples(str(source), columns or {}, setting)
     return caught.value.faults
@@ -120,7 +120,7 @@ def test_folder_with_splits_never_trains_on_what_is_held_out(tmp_path):
     for split in ("train", "test", "validation"):
         write(tmp_path / "data" / f"{split}-00000-of-00001.txt", split)
     assert [e.completion for e in read_examples(str(tmp_path), {})] == ["train"]
-    assert [e.completion for e in read_examples(str(tmp_path), {}, "--eval-data")] == ["validation"]
+    assert [e.completion for e in read_examples(str(tmp_path), {}, "eval_data")] == ["validation"]
 
 
 def test_folder_without_train_in_a_name_leaves_the_test_file_out(tmp_path):
@@ -133,14 +133,14 @@ def test_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "train_file", lambda: write_jsonl(tmp_path / "train.jsonl", ROWS[:1]))
     monkeypatch.setattr(demo, "eval_file", lambda: write_jsonl(tmp_path / "eval.jsonl", ROWS[1:]))
     assert pairs(read_examples("demo", {})) == EXPECTED[:1]
-    assert pairs(read_examples("demo", {}, "--eval-data")) == EXPECTED[1:]
+    assert pairs(read_examples("demo", {}, "eval_data")) == EXPECTED[1:]
 
 
 @pytest.mark.data
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"needs the data sets in {SHARED_DATA}")
 def test_real_data_sets():
     assert len(read_examples(str(SHARED_DATA / "gsm8k"), {})) == 7473
-    assert len(read_examples(str(SHARED_DATA / "gsm8k"), {}, "--eval-data")) == 1319
+    assert len(read_examples(str(SHARED_DATA / "gsm8k"), {}, "eval_data")) == 1319
     assert len(read_examples(str(SHARED_DATA / "seed-tasks"), {})) == 175
     assert len(read_examples(str(SHARED_DATA / "sst2" / "dev.tsv"), {})) == 872  # it has no header
 
@@ -150,9 +150,9 @@ def test_real_data_sets():
 
 def test_malformed_lines_are_named_all_at_once_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + "{broken\n" * 7 + '["list"]\n')
-    faults = faults_of(path, setting="--eval-data")
+    faults = faults_of(path, setting="eval_data")
     assert [fault.value for fault in faults] == [*(f"{path}:{line}" for line in range(2, 7)), str(path)]
-    assert all(fault.setting == "--eval-data" for fault in faults)
+    assert all(fault.setting == "eval_data" for fault in faults)
     assert "8 faulty places" in faults[-1].rule
 
 
@@ -187,7 +187,7 @@ def test_unreadable_place_is_named(tmp_path, name, content, place):
 )
 def test_empty_data(tmp_path, name, content):
     (fault,) = faults_of(write(tmp_path / name, content))
-    assert fault.rule == "holds no examples"
+    assert fault.rule == "has no examples"
 
 
 def test_missing_file_suggests_the_near_one(tmp_path):
@@ -245,7 +245,7 @@ def test_hub_data_set_is_read_by_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda repo, config, split: splits[split])
     (example,) = read_examples("owner/name:main", {})
     assert (example.completion, example.origin) == ("train", "owner/name:main: train row 1")
-    assert read_examples("owner/name", {}, "--eval-data")[0].completion == "test"
+    assert read_examples("owner/name", {}, "eval_data")[0].completion == "test"
     del splits["test"]
-    (fault,) = faults_of("owner/name", setting="--eval-data")
-    assert "--eval-fraction" in fault.remedy
+    (fault,) = faults_of("owner/name", setting="eval_data")
+    assert "eval_fraction" in fault.remedy

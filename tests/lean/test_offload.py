@@ -278,7 +278,7 @@ def test_a_long_sequence_takes_what_it_needs():
 
 
 def test_a_host_without_room_is_a_user_error():
-    with pytest.raises(UserError, match=r"--offload-activations.*finds no room"):
+    with pytest.raises(UserError, match=r"offload_activations.*has no room"):
         offload.HostPool(pinned=False).take(1 << 55)
     pool = offload.HostPool(pinned=False)
     pool.give_back(pool.take(1))

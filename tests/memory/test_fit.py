@@ -44,8 +44,8 @@ def test_units_are_what_they_say():
 def test_any_text_is_a_size_or_one_clear_error(text):
     found = size_or_error(text)
     if isinstance(found, UserError):
-        assert found.faults[0].setting == "--fit"
-        assert "--fit" in found.faults[0].remedy
+        assert found.faults[0].setting == "fit"
+        assert "fit=" in str(found)
     else:
         assert found > 0
 

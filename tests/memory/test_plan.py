@@ -517,7 +517,7 @@ def odd_model(folder, model_type, **fields):
 
 def test_a_model_that_does_not_run_on_meta_is_one_error_and_a_run_goes_on_without_a_plan(tmp_path):
     config = run(odd_model(tmp_path, "jamba", **TINY, **JAMBA), allow_16_bit_experts=True)
-    with pytest.raises(CannotPlanError, match=r"--model = .*jamba.json.*cannot be planned") as caught:
+    with pytest.raises(CannotPlanError, match=r"model = .*jamba.json.*cannot be planned") as caught:
         plan(config)
     planned = preflight.plan_run(config, CPU, 64)
     assert (planned.plan, planned.reason) == (None, caught.value.reason)
@@ -526,8 +526,8 @@ def test_a_model_that_does_not_run_on_meta_is_one_error_and_a_run_goes_on_withou
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320}), "--targets.*out_proj.*x_proj"),
-        (("llama", {**TINY, "num_hidden_layers": 0}), "--targets.*no linear layer"),
+        (("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320}), "targets.*out_proj.*x_proj"),
+        (("llama", {**TINY, "num_hidden_layers": 0}), "targets.*no linear layer"),
         (("openai-gpt", {"n_embd": 64, "n_layer": 2, "n_head": 4}), "--no-gradient-checkpointing"),
     ],
     ids=["mamba", "no layers", "openai-gpt"],

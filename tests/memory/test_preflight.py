@@ -146,7 +146,7 @@ def test_a_host_without_room_for_the_checkpoints_is_refused_with_everything_else
     error = refusal(enough, little)
     for part in ("--offload-activations = 'on'", "72 MiB of checkpoints", "36 MiB are available", "--seq-len 256"):
         assert part in str(error)
-    assert [fault.setting for fault in refusal(enough - 1, little).faults] == ["--model", "--offload-activations"]
+    assert [fault.setting for fault in refusal(enough - 1, little).faults] == ["model", "offload_activations"]
 
 
 LONG = decoding.HeldOut(4, 512, None, decoding.Answers(8, 1000, 20))

@@ -163,7 +163,7 @@ def test_unknown_name_says_the_nearest(find):
     with pytest.raises(UserError) as caught:
         find("meta-llama/Llama-3-8B-hf")
     (fault,) = caught.value.faults
-    assert fault.setting == "--model"
+    assert fault.setting == "model"
     assert fault.value == "meta-llama/Llama-3-8B-hf"
     assert "Did you mean llama-3-8b" in fault.remedy
     assert all(name in fault.remedy for name in ARCHITECTURES)
@@ -233,13 +233,13 @@ def test_bad_files_are_the_users_to_mend(text, words, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
         config_from(str(tmp_path))
     (fault,) = caught.value.faults
-    assert (fault.setting, fault.value) == ("--model", str(tmp_path))
+    assert (fault.setting, fault.value) == ("model", str(tmp_path))
     assert fault.remedy
 
 
 @pytest.mark.parametrize("where", ["nowhere.json", "nowhere", "."])
 def test_missing_file(where, tmp_path):
-    with pytest.raises(UserError, match="nor a folder holding one"):
+    with pytest.raises(UserError, match="nor a folder with one"):
         config_from(str(tmp_path / where))
 
 

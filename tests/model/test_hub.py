@@ -13,8 +13,8 @@ from qlora_kit.model import hub
     ("error", "message"),
     [
         (GatedRepoError, "hf auth login"),
-        (RepositoryNotFoundError, "knows no such public model"),
-        (RevisionNotFoundError, "--revision"),
+        (RepositoryNotFoundError, "has no such public model"),
+        (RevisionNotFoundError, "revision"),
     ],
 )
 def test_what_the_hub_answers_becomes_one_message_with_a_remedy(monkeypatch, error, message):
@@ -33,5 +33,5 @@ def test_offline_mode_is_not_reachable(monkeypatch):
 
 
 def test_an_impossible_name_is_told_apart(monkeypatch):
-    with pytest.raises(UserError, match="no name that the hub allows"):
+    with pytest.raises(UserError, match="not a valid name on the hub"):
         hub.fetch_model_file("a/b/c", "config.json", None)

@@ -171,7 +171,7 @@ def test_positions_and_dtype(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_asked_for_and_absent_is_an_error_and_auto_is_the_cpu():
-    with pytest.raises(UserError, match="--device = 'cuda'"):
+    with pytest.raises(UserError, match="device = 'cuda'"):
         resolve_device("cuda")
     assert resolve_device("auto") == CPU
 
@@ -179,13 +179,13 @@ def test_cuda_asked_for_and_absent_is_an_error_and_auto_is_the_cpu():
 def test_a_hub_name_without_a_hub_is_answered_within_ten_seconds(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     start_s = time.monotonic()
-    with pytest.raises(UserError, match="--weights random"):
+    with pytest.raises(UserError, match="weights=random"):
         load_base(BaseConfig(model="nobody/nothing"), CPU)
     assert time.monotonic() - start_s < 10
 
 
 def test_a_model_that_is_no_possible_name_is_an_error():
-    with pytest.raises(UserError, match="--model"):
+    with pytest.raises(UserError, match="model = "):
         load_base(BaseConfig(model="no/such/folder/here"), CPU)
 
 
@@ -222,7 +222,7 @@ def test_damaged_folders_are_one_clear_error(tmp_path, damage):
         config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": "many"}))
     else:
         config.write_text(json.dumps({**json.loads(config.read_text()), "num_attention_heads": 0}))
-    with pytest.raises(UserError, match="--model"):
+    with pytest.raises(UserError, match="model = "):
         load(folder, 4)
 
 
@@ -238,7 +238,7 @@ def test_the_tokenizer_is_the_models_or_the_one_named(tmp_path):
     assert len(load_tokenizer(BaseConfig(model=str(folder)))) == 257
     assert len(load_tokenizer(BaseConfig(model="gpt2", weights="random", tokenizer=str(folder)))) == 257
     assert load_tokenizer(BaseConfig(model="gpt2", weights="random")).get_vocab()  # the demo's
-    with pytest.raises(UserError, match="--tokenizer"):
+    with pytest.raises(UserError, match="tokenizer = "):
         load_tokenizer(BaseConfig(model=str(folder), tokenizer=str(tmp_path)))
 
 

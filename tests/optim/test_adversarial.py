@@ -143,8 +143,11 @@ def test_what_fails_in_a_step_leaves_the_adversary_off_and_all_that_trained_trai
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"adversarial_epsilon": 2.0}, "--adversarial-epsilon = 2.0: is a setting of --adversarial fgm and pgd"),
-        ({"adversarial": "fgm", "adversarial_steps": 5}, "--adversarial-steps = 5: is a setting of --adversarial pgd"),
+        (
+            {"adversarial_epsilon": 2.0},
+            "adversarial_epsilon = 2.0: applies only to adversarial=fgm and adversarial=pgd",
+        ),
+        ({"adversarial": "fgm", "adversarial_steps": 5}, "adversarial_steps = 5: applies only to adversarial=pgd"),
     ],
 )
 def test_settings_of_what_is_off_are_refused(given, words):

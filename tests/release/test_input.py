@@ -62,7 +62,7 @@ def test_what_loftq_made_up_for_is_not_added_to_a_base_that_did_not_lose_it(copy
     record["settings"]["adapter"] |= {"init": "loftq", "adapter_dtype": "fp32"}
     file.write_text(json.dumps(record))
     err = refused(capsys, tmp_path, "--run", str(copy / "run"), "--into", into, "--data", str(copy / "data.jsonl"))
-    assert f"--into = '{into}': has nothing of what the factors" in err
+    assert f"--into = '{into}': lacks the quantization errors that the factors" in err
 
 
 def from_adapter(folder: Path) -> list[str]:
@@ -92,8 +92,8 @@ def changed_tensors(file: Path, change) -> None:
         (["--adapter", "x", "--base", "demo", "--into", "q4", "--dtype", "int8"], ["--into", "trained", "--dtype"]),
         (["--adapter", "x", "--base", "demo", "--bits", "4", "--into", "int8"], ["--into", "held in nf4"]),
         (["--adapter", "x", "--base", "demo", "--bits", "4", "--into", "best"], ["--data", "choose between two bases"]),
-        (["--adapter", "x", "--base", "demo", "--into", "best"], ["--bits", "nothing beside the adapter says"]),
-        (["--adapter", "x", "--base", "demo", "--into", "trained"], ["--bits", "nothing beside the adapter says"]),
+        (["--adapter", "x", "--base", "demo", "--into", "best"], ["--bits", "no record of how its base was held"]),
+        (["--adapter", "x", "--base", "demo", "--into", "trained"], ["--bits", "no record of how its base was held"]),
         (["--adapter", "none", "--base", "nor/this/one/here"], ["none", "adapter_model", "--base"]),
     ],
 )
@@ -197,7 +197,7 @@ def test_a_vocabulary_that_was_resized_is_met_by_a_resized_base(capsys, tmp_path
     shutil.copy(made / "base" / "tokenizer.json", tmp_path / "resized")
     adapter = make_adapter(tmp_path / "resized", tmp_path / "adapter", 16, modules_to_save=["embed_tokens", "lm_head"])
     err = refused(capsys, tmp_path, "--adapter", str(adapter), "--base", str(made / "base"))
-    assert "its vocabulary was resized: it has 322 tokens, and this base has 320" in err
+    assert "the vocabulary was resized: it has 322 tokens, but this base has 320" in err
     assert "architecture" not in err
     check_release(tmp_path / "resized", [(adapter, 1.0)], tmp_path / "out", bits=32)
 
@@ -295,13 +295,13 @@ def integers(tensors):
     [
         (drop_b, "lacks 1 of its tensors: model.layers.0.self_attn.q_proj.lora_B"),
         (drop_layer, "lacks the factors of 1 of the layers that it names: model.layers.0.self_attn.q_proj"),
-        (not_a_number, f"{FIRST}.lora_A.weight holds values that are not finite"),
-        (infinite, f"{FIRST}.lora_A.weight holds values that are not finite"),
+        (not_a_number, f"{FIRST}.lora_A.weight has values that are not finite"),
+        (infinite, f"{FIRST}.lora_A.weight has values that are not finite"),
         (zero, f"{FIRST}.lora_B.weight is all zero"),
-        (foreign, "which is no name that PEFT gives"),
+        (foreign, "which is not a name that PEFT gives"),
         (other_name, "another architecture: this base has no layer model.layers.7.self_attn.q_proj"),
         (other_width, "another architecture: model.layers.0.self_attn.q_proj is 64 → 128 here, and 96 → 128 there"),
-        (resized, "its vocabulary was resized: it has 330 tokens, and this base has 320"),
+        (resized, "the vocabulary was resized: it has 330 tokens, but this base has 320"),
         (packed, "has the dtype torch.uint8"),
         (integers, "has the dtype torch.int32"),
     ],
@@ -328,7 +328,7 @@ def test_adapters_whose_files_are_damaged(capsys, tmp_path, copy, damage):
         message = "was cut off"
     elif damage == "no tensors":
         save_file({}, weights)
-        message = "holds no tensors"
+        message = "has no tensors"
     elif damage == "pickled":
         weights.rename(copy / "adapter" / "adapter_model.bin")
         message = "pickle"
@@ -359,7 +359,7 @@ def test_bases_that_are_damaged(capsys, tmp_path, copy, damage):
         message = "was cut off"
     elif damage == "not safetensors":
         weights.write_text("hello")
-        message = "no safetensors file"
+        message = "not a safetensors file"
     elif damage == "pickled":
         weights.rename(copy / "base" / "pytorch_model.bin")
         message = "pickle"
@@ -371,7 +371,7 @@ def test_bases_that_are_damaged(capsys, tmp_path, copy, damage):
         message = "its files lack 1 of its weights: model.norm.weight"
     elif damage == "shape":
         changed_tensors(weights, lambda t: t.update({"model.norm.weight": torch.ones(3)}))
-        message = "model.norm.weight has the shape (3,), and the model wants (64,)"
+        message = "model.norm.weight has the shape (3,), but the model needs (64,)"
     else:
         config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"bits": 4}}))
         message = "is quantized on disk"
@@ -437,7 +437,7 @@ def test_what_is_there_is_not_touched_without_overwrite(tmp_path, made):
     chosen = [(made / "adapter", 1.0)]
     first = release(made / "base", chosen, tmp_path / "out")
     before = {file.name: file.read_bytes() for file in first.folder.iterdir()}
-    with pytest.raises(UserError, match=r"already exists.*\n.*--overwrite"):
+    with pytest.raises(UserError, match=r"already exists.*\n.*overwrite=True"):
         release(made / "base", chosen, tmp_path / "out", dtype="fp32")
     assert {file.name: file.read_bytes() for file in first.folder.iterdir()} == before
     second = release(made / "base", chosen, tmp_path / "out", dtype="fp32", overwrite=True)
@@ -448,7 +448,7 @@ def test_what_is_there_is_not_touched_without_overwrite(tmp_path, made):
 def test_what_is_no_release_is_never_replaced(tmp_path, made):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("dear")
-    with pytest.raises(UserError, match="is no release, so it is never replaced"):
+    with pytest.raises(UserError, match="is not a release, so it is never replaced"):
         release(made / "base", [(made / "adapter", 1.0)], tmp_path / "mine", overwrite=True)
     (tmp_path / "file").write_text("dear")
     with pytest.raises(UserError, match="never replaced"):
@@ -524,7 +524,7 @@ def test_a_file_that_does_not_keep_what_is_written_is_noticed(capsys, tmp_path, 
         return honest(file, bytes(kept) if len(content) == 128 else content, offset)
 
     monkeypatch.setattr("qlora_kit.release.files.write.os.pwrite", forgetful)
-    assert "does not hold what was written of" in refused(capsys, tmp_path, *from_adapter(made))
+    assert "does not hold what was written for" in refused(capsys, tmp_path, *from_adapter(made))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

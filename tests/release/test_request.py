@@ -73,7 +73,7 @@ def test_an_adapter_that_says_nothing_is_not_rounded_unasked(made, words, expect
 
 def test_adapters_that_saw_their_bases_differently_are_not_mixed(made):
     adapters = ["--adapter", made / "run" / "adapter", "--adapter", made / "run16" / "adapter"]
-    with pytest.raises(UserError, match="saw their bases held in different ways"):
+    with pytest.raises(UserError, match="were trained on bases held in different ways"):
         asked(*adapters, "--base", made / "base", "--out", "x")
 
 
@@ -121,7 +121,7 @@ def test_another_base_than_the_adapter_names_is_warned_of(made, tmp_path):
         said = io.StringIO()
         request = asked("--adapter", made / "foreign", "--base", base, "--out", tmp_path / "out")
         read_inputs(request, Console(file=said, width=1000))
-        assert (f"says that its base is {made / 'base'}" in said.getvalue()) is warned
+        assert (f"names {made / 'base'} as its base" in said.getvalue()) is warned
 
 
 def test_a_run_is_merged_with_its_own_adapter_alone(made):
@@ -144,5 +144,5 @@ def test_a_record_with_impossible_values_is_one_message(made, tmp_path, name, va
     copied = shutil.copytree(made / "run" / "adapter", tmp_path / "mine")
     record = json.loads((copied / RECORD_FILE).read_text())
     (copied / RECORD_FILE).write_text(json.dumps({**record, name: value}))
-    with pytest.raises(UserError, match="not what a run writes there"):
+    with pytest.raises(UserError, match="not as a run writes it"):
         asked("--adapter", copied, "--base", made / "base", "--out", "x")

@@ -91,7 +91,7 @@ def test_what_is_no_run_folder_is_never_replaced(tmp_path, overwrite):
     (tmp_path / "x" / "thesis.txt").write_text("precious")
     (tmp_path / "file").write_text("precious")
     for name in ("x", "file", ".", "..", "/"):
-        with pytest.raises(UserError, match="--out"):
+        with pytest.raises(UserError, match="out = "):
             RunFolder.create(str(tmp_path / name) if name not in "./.." else name, "", overwrite=overwrite)
     assert names(tmp_path) == {"x", "file"}
     assert (tmp_path / "x" / "thesis.txt").read_text() == "precious"
@@ -101,9 +101,9 @@ def test_an_unfinished_run_is_offered_for_resuming_only_if_it_can_be(tmp_path):
     folder = killed(RunFolder.create(str(tmp_path / "x"), "", overwrite=False))
     with pytest.raises(UserError) as caught:
         folder.check_place(overwrite=False)
-    assert "--resume" not in str(caught.value)
+    assert "resume" not in str(caught.value)
     checkpoint(folder, 1)
-    with pytest.raises(UserError, match="--resume"):
+    with pytest.raises(UserError, match="resume"):
         folder.check_place(overwrite=False)
 
 
@@ -131,7 +131,7 @@ def test_metrics_survive_odd_characters_and_a_line_that_was_cut(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out"):
+    with pytest.raises(UserError, match="out = "):
         RunFolder.create(str(tmp_path / "file" / "x"), "", overwrite=False)
 
 
@@ -157,7 +157,7 @@ def test_resuming_finds_the_newest_whole_checkpoint(tmp_path):
     assert (older.step, older.unfinished) == (5, True)
     with pytest.raises(UserError, match="not whole"):
         find_resume_point(str(folder.checkpoints / "checkpoint-200"))
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         find_resume_point(str(tmp_path))
 
 
@@ -231,7 +231,7 @@ def content(folder: Path) -> dict[str, bytes | str]:
 
 
 def test_a_run_is_not_called_as_an_unfinished_one_is(tmp_path):
-    with pytest.raises(UserError, match=r"ends in \.partial, as the folders of unfinished runs do"):
+    with pytest.raises(UserError, match=r"ends in \.partial, which marks the folders of unfinished runs"):
         RunFolder.at(tmp_path / "x.partial").check_place(True)
 
 
@@ -277,7 +277,7 @@ def test_a_link_is_never_replaced(tmp_path, where, leads_to):
 
 def test_a_file_in_the_place_of_the_working_folder_stays(tmp_path):
     (tmp_path / "x.partial").write_text("precious")
-    with pytest.raises(UserError, match="which no run has made"):
+    with pytest.raises(UserError, match="is not a run's"):
         RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
     assert (tmp_path / "x.partial").read_text() == "precious"
 
@@ -292,7 +292,7 @@ def test_a_half_made_run_of_ours_is_replaced_when_asked(tmp_path, left):
     if left.endswith("record"):
         write_json(folder.working / "run.json", RECORD)
         (folder.checkpoints / "old").mkdir()
-    with pytest.raises(UserError, match="an unfinished run is in"):
+    with pytest.raises(UserError, match="there is an unfinished run in"):
         RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
     again = RunFolder.create(str(tmp_path / "x"), "", overwrite=True)
     assert names(again.working) == {".qlora_kit.lock", "checkpoints"}
@@ -315,7 +315,7 @@ def test_a_run_at_work_is_not_disturbed(tmp_path, overwrite):
         lambda: check_place(point, None, overwrite),
         lambda: continue_run(point, None, "", overwrite),
     ):
-        with pytest.raises(UserError, match=r"another run is at work in .*x\.partial"):
+        with pytest.raises(UserError, match=r"another run is working in .*x\.partial"):
             act()
     RunFolder.at(tmp_path / "x").remove_unfinished()
     assert content(tmp_path) == before
@@ -329,7 +329,7 @@ def test_what_came_into_the_final_place_meanwhile_stays(tmp_path, overwrite):
     (run.working / "result").write_text("of the run")
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="was made by somebody else while the run went on, which is whole in"):
+    with pytest.raises(UserError, match="appeared while the run was going on; the complete run is in"):
         run.finish()
     assert (tmp_path / "x" / "thesis.txt").read_text() == "precious"
     assert (tmp_path / "x.partial" / "result").read_text() == "of the run"

@@ -51,7 +51,7 @@ def check_division(examples, folds, n_folds) -> None:
 def test_examples_without_classes_are_divided_evenly(count, n_folds, seed):
     examples = plain(count)
     if count < n_folds:
-        with pytest.raises(UserError, match="--folds"):
+        with pytest.raises(UserError, match="folds = "):
             make_folds(examples, n_folds, seed, "data")
         return
     folds = make_folds(examples, n_folds, seed, "data")
@@ -94,10 +94,10 @@ def test_several_labels_at_once_make_no_classes():
 @pytest.mark.parametrize(
     ("labels", "n_folds", "messages"),
     [
-        (["x"] * 6, 3, ["--data = 'data'", "one class only, 'x'"]),
-        (["x"] * 8 + ["y"], 3, ["--folds = 3", "fold", "one class only, 'x'", "'y', has 1 of"]),
-        (["x", "x", "y", "y"], 3, ["--folds = 3", "at most 2"]),
-        (["x", "y"], 3, ["--folds = 3", "2 examples of data"]),
+        (["x"] * 6, 3, ["data = 'data'", "only one class, 'x'"]),
+        (["x"] * 8 + ["y"], 3, ["folds = 3", "fold", "only one class, 'x'", "'y' (it has 1)"]),
+        (["x", "x", "y", "y"], 3, ["folds = 3", "at most 2"]),
+        (["x", "y"], 3, ["folds = 3", "2 examples in data"]),
     ],
 )
 def test_folds_that_tell_nothing_are_refused(labels, n_folds, messages):

@@ -25,15 +25,15 @@ def test_numbers_may_be_several_and_everything_else_is_as_in_a_run():
 @pytest.mark.parametrize(
     ("flat", "messages"),
     [
-        ({"r": "0,4,-1"}, ["--r = 0", "--r = -1", "at least 1"]),
-        ({"r": "4,x,8", "lr": "1e-4,0"}, ["--r = 'x'", "whole number", "--lr = 0.0"]),
-        ({"r": "4,8,4"}, ["--r = '4'", "comes twice"]),
-        ({"r": "4,"}, ["--r = ''"]),
-        ({"r": "8"}, ["--r = 8", "nothing to choose from"]),
-        ({"r": "4,8", "seed": "1,2"}, ["--seed"]),
-        ({"r": "4,8", "seq_len": "32,64"}, ["--seq-len"]),
-        ({"r": "4,8", "rr": "1"}, ["--rr", "Did you mean --r?"]),
-        ({"bits": "4,16", "full": "true"}, ["--full", "--bits is 4"]),
+        ({"r": "0,4,-1"}, ["r = 0", "r = -1", "at least 1"]),
+        ({"r": "4,x,8", "lr": "1e-4,0"}, ["r = 'x'", "whole number", "lr = 0.0"]),
+        ({"r": "4,8,4"}, ["r = '4'", "is given twice"]),
+        ({"r": "4,"}, ["r = ''"]),
+        ({"r": "8"}, ["r = 8", "nothing to choose from"]),
+        ({"r": "4,8", "seed": "1,2"}, ["seed = "]),
+        ({"r": "4,8", "seq_len": "32,64"}, ["seq_len = "]),
+        ({"r": "4,8", "rr": "1"}, ["rr = ", "Did you mean r?"]),
+        ({"bits": "4,16", "full": "true"}, ["full = ", "bits=4"]),
     ],
 )
 def test_every_fault_of_every_value_is_said_at_once(flat, messages):

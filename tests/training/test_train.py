@@ -253,7 +253,7 @@ def test_a_second_run_into_a_folder_where_one_is_at_work_is_refused_and_does_the
 
     first = train(config, Console(file=Interrupting(), width=200))
     assert len(refusals) == 3
-    assert all(f"another run is at work in {config.out}.partial" in text for text in refusals)
+    assert all(f"another run is working in {config.out}.partial" in text for text in refusals)
     assert same(factors(first.adapter), factors(alone.adapter))
     assert [m.get("loss") for m in metrics(first.folder)] == [m.get("loss") for m in metrics(alone.folder)]
 
@@ -374,21 +374,21 @@ def test_tensorboard_files_are_written_when_asked_for(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": {"seq_len": 4096}}, "--seq-len"),
+        ({"data": {"seq_len": 4096}}, "seq_len = 4096"),
         ({"adapter": {"targets": ("q_porj",)}}, "q_proj"),
-        ({"data": {"data": "no/such/file.jsonl"}}, "--data"),
+        ({"data": {"data": "no/such/file.jsonl"}}, "data = "),
         ({"data": {"eval_data": None}}, "needs held-out data"),
         ({"base": {"full": True, "bits": 16}, "optim": {"lora_plus": 4.0}}, "--lora-plus = 4.0: is for adapters"),
         ({"base": {"full": True, "bits": 16}, "optim": {"rank_penalty": 0.1}}, "--rank-penalty = 0.1: is for adapters"),
         ({"adapter": {"variant": "lora-xs"}, "optim": {"lora_plus": 4.0}}, "--lora-plus = 4.0: needs both factors"),
-        ({"adapter": {"init": "loftq", "adapter_dtype": "fp32"}, "base": {"bits": 16}}, "--init = 'loftq'"),
+        ({"adapter": {"init": "loftq", "adapter_dtype": "fp32"}, "base": {"bits": 16}}, "init = 'loftq'"),
         ({"adapter": {"init": "eva", "r": 64}}, "needs at least 128 supervised tokens"),
-        ({"adapter": {"layers": "7"}}, "--layers = '7': names blocks that the model has not"),
-        ({"adapter": {"rank_pattern": {"q_porj": 2}}}, "--rank-pattern = 'q_porj=2': matches no layer"),
-        ({"resume": "no/such/run"}, "--resume"),
+        ({"adapter": {"layers": "7"}}, "layers = '7': names blocks that the model does not have"),
+        ({"adapter": {"rank_pattern": {"q_porj": 2}}}, "rank_pattern = 'q_porj=2': matches no layer"),
+        ({"resume": "no/such/run"}, "resume = "),
         ({"evaluation": {"save_steps": 3, "keep_best": True}}, "multiple"),
         ({"evaluation": {"early_stopping": 2}}, "--no-keep-best"),
-        ({"out": "/proc/nowhere/x"}, "--out"),
+        ({"out": "/proc/nowhere/x"}, "out = "),
     ],
 )
 def test_a_mistake_is_one_message_and_leaves_nothing(config, settings, message):
@@ -410,7 +410,7 @@ def test_resuming_with_other_settings_names_each_that_differs(config):
     )
     with pytest.raises(UserError) as caught:
         train(dataclasses.replace(other, out=config.out + "2"), QUIET)
-    assert {f.setting for f in caught.value.faults} == {"--r", "--adapter-dtype", "--optim", "--lr", "--seed"}
+    assert {f.setting for f in caught.value.faults} == {"r", "adapter_dtype", "optim", "lr", "seed"}
     assert not Path(config.out + "2.partial").exists()
 
 
@@ -440,7 +440,7 @@ def test_a_base_that_lacks_weights_is_refused(tmp_path, config, bits):
     save_file(
         {k: v for k, v in weights.items() if "layers.1." not in k}, folder / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(UserError, match="its files lack"):
+    with pytest.raises(UserError, match="are missing from its files"):
         train(changed(config, base={"model": str(folder), "bits": bits}), QUIET)
 
 
@@ -456,7 +456,7 @@ def test_mistakes_in_model_data_and_length_come_in_one_message(config):
     config = changed(config, data={"data": "none.jsonl", "seq_len": 4096, "eval_data": "nor-this.jsonl"})
     with pytest.raises(UserError) as caught:
         train(config, QUIET)
-    assert {f.setting for f in caught.value.faults} == {"--data", "--eval-data", "--seq-len"}
+    assert {f.setting for f in caught.value.faults} == {"data", "eval_data", "seq_len"}
 
 
 def test_a_write_protected_or_full_place_during_the_run_is_one_message(config, monkeypatch):

@@ -1,4 +1,4 @@
-"""Where a release is written: beside its final place, and renamed when it is whole.
+"""The place of a release: written beside its final place, and renamed when complete.
 
 release/x.merging/   while it is made; a killed merge leaves it, and the next one to the same place removes it
 release/x/           complete, or not there
@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.system import files, locks
 from qlora_kit.system.locks import LOCK_FILE
 
 MERGING = ".merging"
 REPORT_FILE = "merge_report.json"
-SETTING = "--out"
+SETTING = "out"
 OTHER_FOLDER = "Choose another folder."
 GONE = (errno.EIO, errno.ENOENT, errno.ESTALE)  # the disk, or the folder that is written to, went away
 IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -38,10 +38,10 @@ class Place:
 
     @classmethod
     def at(cls, out: str) -> Place:
-        """The place of the release `out`. Raises `UserError` for no name of its own."""
+        """The place of the release `out`. Raises `UserError` for paths such as `..`."""
         final = Path(out)
         if final.name in ("", ".."):
-            raise UserError.of(SETTING, out, "names no folder of its own", "For example --out release/x.")
+            raise UserError.of(SETTING, out, "does not name a folder", f"For example {named(SETTING, 'release/x')}.")
         return cls(final, final.with_name(final.name + MERGING))
 
     def check(self, overwrite: bool) -> None:
@@ -50,13 +50,13 @@ class Place:
         if not os.path.lexists(self.final):
             return
         if self.final.is_symlink():
-            remedy = f"Give the folder that it leads to, {self.final.resolve()}, or choose another."
+            remedy = f"Give the folder that it points to, {self.final.resolve()}, or choose another."
             raise UserError.of(SETTING, str(self.final), "is a symbolic link, which is never replaced", remedy)
         if not _may_be_replaced(self.final):
-            rule = "already exists and is no release, so it is never replaced"
+            rule = "already exists and is not a release, so it is never replaced"
             raise UserError.of(SETTING, str(self.final), rule, OTHER_FOLDER)
         if not overwrite:
-            remedy = "Choose another folder, or add --overwrite."
+            remedy = f"Choose another folder, or add {named('overwrite', True)}."
             raise UserError.of(SETTING, str(self.final), "already exists", remedy)
 
     def require_space(self, needed_bytes: int) -> None:
@@ -65,9 +65,9 @@ class Place:
 
     @contextmanager
     def made(self) -> Iterator[Path]:
-        """The folder to work in, new and empty; it vanishes at the end, whatever happened.
+        """The folder to work in, new and empty; it is removed at the end, whatever happened.
 
-        Raises `UserError` where it cannot be written, another merge is writing there, or it is somebody else's.
+        Raises `UserError` if it cannot be written, if another merge writes there, or if no merge made it.
         """
         new_parents = [folder for folder in self.working.absolute().parents if not folder.exists()]
         with self._disk_errors():
@@ -85,7 +85,7 @@ class Place:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Turn what a disk says that is full, read-only or gone into a `UserError`."""
+        """Turn the errors of a disk that is full, read-only or gone into a `UserError`."""
         try:
             with files.disk_errors(self.final):
                 yield
@@ -107,14 +107,14 @@ class Place:
         return lock
 
     def _check_own(self) -> None:
-        """Check that a working folder that is there already was made by a merge. Raises `UserError`."""
+        """Check that an existing working folder was made by a merge. Raises `UserError`."""
         if not os.path.lexists(self.working):
             return
         is_folder = self.working.is_dir() and not self.working.is_symlink()
         names = {file.name for file in self.working.iterdir()} if is_folder else set()
         if not is_folder or (names and LOCK_FILE not in names):
-            rule = f"is made in {self.working}, which exists and which no merge has made"
-            raise UserError.of(SETTING, str(self.final), rule, "Move that away, or choose another --out.")
+            rule = f"needs {self.working}, which exists and was not made by a merge"
+            raise UserError.of(SETTING, str(self.final), rule, f"Move that away, or choose another {named(SETTING)}.")
 
     def _busy(self) -> UserError:
         rule = f"another merge is writing {self.working}"
@@ -123,7 +123,7 @@ class Place:
     def put(self, whole: Path, overwrite: bool) -> None:
         """Put the finished folder `whole` in the final place; what it replaces is removed only then.
 
-        Looks again at what is there, for much may have happened meanwhile. Raises `UserError` as `check` does.
+        The place is checked again, since much may have happened meanwhile. Raises `UserError` as `check` does.
         """
         _sync(whole)
         self.check(overwrite)
@@ -139,7 +139,7 @@ class Place:
                     old.rename(self.final) if any(old.iterdir()) else old.rmdir()
             if error.errno not in IN_THE_WAY:
                 raise
-            rule = "was made by somebody else while the release was finished"
+            rule = "appeared while the release was being finished"
             raise UserError.of(SETTING, str(self.final), rule, OTHER_FOLDER) from None
         _sync(self.final.parent)
         for left in self.final.parent.glob(f"{glob.escape(set_aside)}*"):  # also of a merge that was killed just here

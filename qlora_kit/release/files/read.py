@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SINGLE_FILE, INDEX_FILE = source.WEIGHT_FILES
 SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md", *source.LICENCE_PATTERNS)
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
-READ_BYTES = 1 << 28  # at most so many in one system call
+READ_BYTES = 1 << 28  # the most in one system call
 # the names of dtypes in a header, as torch calls them
 DTYPES = {
     "F64": "float64",
@@ -42,7 +42,7 @@ FETCH_REMEDY = "Fetch or convert the model again."
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where a tensor lies: `n_bytes` from `start` (counted from the beginning of the file)."""
+    """Where a tensor is stored: `n_bytes` from `start` (counted from the beginning of the file)."""
 
     file: Path
     dtype: str  # a key of `DTYPES`
@@ -129,19 +129,19 @@ def _fill(view: memoryview, entry: TensorEntry, offset: int) -> None:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Where each tensor of a safetensors file lies. Raises `BadFileError` for a file that is damaged or cut off."""
+    """The place of each tensor in a safetensors file. Raises `BadFileError` if the file is damaged or cut off."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise BadFileError(f"{file.name} is no safetensors file, or was cut off in its header")
+            raise BadFileError(f"{file.name} is not a safetensors file, or was cut off in its header")
         text = stream.read(length)
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
-        raise BadFileError(f"{file.name} is no safetensors file: its header is not JSON") from None
+        raise BadFileError(f"{file.name} is not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
-        raise BadFileError(f"{file.name} is no safetensors file: its header is no mapping")
+        raise BadFileError(f"{file.name} is not a safetensors file: its header is not a mapping")
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, fields, 8 + length) for name, fields in header.items()}
     _check_extent(file, entries, 8 + length, size)
@@ -150,7 +150,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     if not isinstance(fields, dict):
-        raise BadFileError(f"{file.name}: the header says nothing of use about {name}")
+        raise BadFileError(f"{file.name}: the header entry of {name} is malformed")
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if dtype not in DTYPES:
         raise BadFileError(f"{file.name}: {name} has the dtype {dtype!r}, which cannot be merged")
@@ -160,7 +160,7 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         file=file, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], n_bytes=offsets[1] - offsets[0]
     )
     if entry.n_bytes != entry.numel * entry.torch_dtype.itemsize:
-        raise BadFileError(f"{file.name}: {name} has another size than its shape says")
+        raise BadFileError(f"{file.name}: the size of {name} does not fit its shape")
     return entry
 
 
@@ -176,18 +176,18 @@ def _check_extent(file: Path, entries: Mapping[str, TensorEntry], data_start: in
             raise BadFileError(f"{file.name}: {name} does not begin where the tensor before it ends")
         end += entry.n_bytes
     if end > size:
-        raise BadFileError(f"{file.name} was cut off: it has {size:,} bytes, and its header speaks of {end:,}")
+        raise BadFileError(f"{file.name} was cut off: it has {size:,} bytes, but its header describes {end:,}")
     if end < size:
-        raise BadFileError(f"{file.name} has {size - end:,} bytes more than its header speaks of")
+        raise BadFileError(f"{file.name} has {size - end:,} bytes more than its header describes")
 
 
-def open_base(config: BaseConfig, setting: str = "--base") -> tuple[Path, Checkpoint]:
-    """The local folder of the base, and its tensors; a hub model is downloaded where it is not yet here.
+def open_base(config: BaseConfig, setting: str = "base") -> tuple[Path, Checkpoint]:
+    """The local folder of the base, and its tensors; a hub model is downloaded if need be.
 
     Raises `UserError` for a model that is random, quantized on disk, pickled, incomplete or damaged.
     """
     if config.weights == "random":
-        rule = "has random weights, which were never written to a file"
+        rule = "has random weights, which are not in any file"
         raise UserError.of(setting, config.model, rule, "Train on a published model to release one.")
     folder = Path(source.model_source(config))
     if not folder.exists():
@@ -225,7 +225,7 @@ def _indexed_files(folder: Path) -> list[Path]:
     try:
         places = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise BadFileError(f"{INDEX_FILE} is no index of tensors") from None
+        raise BadFileError(f"{INDEX_FILE} is not an index of tensors") from None
     check_index(places)
     files = [folder / name for name in sorted(set(places.values()))]
     missing = [file.name for file in files if not file.is_file()]
@@ -241,10 +241,10 @@ def _indexed_files(folder: Path) -> list[Path]:
 def check_index(places: Any) -> None:
     """Check that an index maps names of tensors to names of files, never to paths. Raises `BadFileError`."""
     if not isinstance(places, dict) or not places:
-        raise BadFileError(f"{INDEX_FILE} is no index of tensors")
+        raise BadFileError(f"{INDEX_FILE} is not an index of tensors")
     for name in places.values():
         if not isinstance(name, str) or not _is_plain_name(name):
-            raise BadFileError(f"the index names {name!r}, which is no safetensors file of its own folder")
+            raise BadFileError(f"the index names {name!r}, which is not a safetensors file in its folder")
 
 
 def _is_plain_name(name: str) -> bool:
@@ -256,20 +256,20 @@ def _check_unquantized(config: BaseConfig, folder: Path, setting: str) -> None:
     """Check that the weights on disk are the original ones. Raises `UserError`."""
     content = read_json(folder / "config.json", setting, config.model)
     if "quantization_config" in content:
-        rule = "is quantized on disk, and its original weights cannot be had from it"
+        rule = "is quantized on disk, and its original weights cannot be recovered"
         raise UserError.of(setting, config.model, rule, "Give the 16-bit model that it was made from.")
 
 
 def read_json(file: Path, setting: str, value: object) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises `UserError` in the name of `setting`."""
+    """The mapping in a JSON file. Raises `UserError` for `setting`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError.of(setting, value, f"has no {file.name}", "Give a complete folder.") from None
     except RecursionError:
-        raise UserError.of(setting, value, f"its {file.name} is nested without end", FETCH_REMEDY) from None
+        raise UserError.of(setting, value, f"its {file.name} is nested too deeply", FETCH_REMEDY) from None
     except (OSError, ValueError) as error:
         raise UserError.of(setting, value, f"its {file.name} cannot be read ({error})", FETCH_REMEDY) from None
     if not isinstance(content, dict):
-        raise UserError([Fault(setting, value, f"its {file.name} is no mapping", FETCH_REMEDY)])
+        raise UserError([Fault(setting, value, f"its {file.name} is not a mapping", FETCH_REMEDY)])
     return content

@@ -1,4 +1,4 @@
-"""What a release holds beside its weights: configuration, tokenizer, generation settings, licence."""
+"""The files of a release besides its weights: configuration, tokenizer, generation settings, licence."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_config(
     Code of the base's own is named in it only where it comes along (`with_code`). The modules `heads` are never
     quantized.
     """
-    config = read_json(base / CONFIG_FILE, "--base", str(base))
+    config = read_json(base / CONFIG_FILE, "base", str(base))
     config.pop("torch_dtype", None)  # its name before transformers 5
     config["dtype"] = dtype
     if not with_code:
@@ -82,8 +82,8 @@ def _quantization_config(dtype: str, pack: Quantization, heads: Sequence[str]) -
 def find_tokenizer(config: BaseConfig, adapters: Iterable[Path], base: Path) -> Path | None:
     """The folder of the tokenizer that belongs to a release; None where there is none.
 
-    It is the one that was asked for (`config.tokenizer`), else that of the first adapter that has one, else the base's.
-    Raises `UserError` where the one that was asked for is not to be had.
+    It is the one that `config.tokenizer` names, else that of the first adapter that has one, else the base's.
+    Raises `UserError` if that one cannot be found.
     """
     if config.tokenizer is not None:
         return _named_tokenizer(config, config.tokenizer)
@@ -96,11 +96,11 @@ def _named_tokenizer(config: BaseConfig, name: str) -> Path:
         return demo.base_folder()
     if Path(name).is_dir():
         if not has_tokenizer(Path(name)):
-            raise UserError.of("--tokenizer", name, "the folder has no tokenizer.json", "Give a folder that has one.")
+            raise UserError.of("tokenizer", name, "the folder has no tokenizer.json", "Give a folder that has one.")
         return Path(name)
     revision = config.revision if name == config.model else None
     probe = "tokenizer_config.json"
-    return hub.fetch_model_folder(name, revision, TOKENIZER_PATTERNS, "--tokenizer", probe)
+    return hub.fetch_model_folder(name, revision, TOKENIZER_PATTERNS, "tokenizer", probe)
 
 
 def copy_side_files(base: Path, tokenizer: Path | None, folder: Path, with_code: bool) -> None:

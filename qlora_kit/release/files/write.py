@@ -129,7 +129,7 @@ class ShardWriter:
             content, offset = content[written:], offset + written
 
     def entry(self, name: str) -> TensorEntry:
-        """Where the tensor `name` lies, to read it back."""
+        """The place of the tensor `name`, to read it back."""
         shard = self.shard_of[name]
         plan, place = shard.tensors[name]
         return TensorEntry(

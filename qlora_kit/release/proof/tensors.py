@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.release.files.read import BadFileError, Checkpoint, TensorEntry, read_bytes
 from qlora_kit.release.files.write import Shard
 
 if TYPE_CHECKING:
     import torch
 
-SETTING = "--out"
+SETTING = "out"
 CHECKED_BYTES = 1 << 20  # read back at once
-REMEDY = "Merge again; if it happens again, the disk or its memory is faulty, or this is a bug worth reporting."
+REMEDY = "Merge again; if it happens again, the disk or the memory is faulty, or this is a bug: please report it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,31 +69,31 @@ class TensorCheck:
         self.changed = self.changed or not torch.equal(cast, seen.to(self.dtype))
 
     def look_at_copy(self, own: torch.Tensor) -> None:
-        """Look at a piece that is copied as it is. Raises `UserError` where it holds what is no number."""
+        """Check a piece that is copied as it is. Raises `UserError` if it has values that are not finite."""
         if own.is_floating_point() and not bool(own.isfinite().all()):
             raise self._wrong(own, own)
         self.elements += own.numel()
 
     def _wrong(self, merged: torch.Tensor, cast: torch.Tensor) -> UserError:
         if not bool(merged.isfinite().all()):
-            rule = f"holds values that are not finite in {self.name}"
-            return UserError.of("--base", "", rule, "Fetch or convert the model again.")
+            rule = f"has values that are not finite in {self.name}"
+            return UserError.of("base", "", rule, "Fetch or convert the model again.")
         if not bool(cast.isfinite().all()):
             return self._does_not_fit(merged)
         return broken(f"{self.name} is not what was computed, rounded to {self.dtype}")
 
     def _does_not_fit(self, merged: torch.Tensor) -> UserError:
         rule = f"cannot hold {self.name}, which has weights up to {float(merged.abs().max()):g}"
-        return UserError.of("--dtype", short_name(self.dtype), rule, "Use --dtype bf16 or fp32.")
+        return UserError.of("dtype", short_name(self.dtype), rule, f"Use {named('dtype', 'bf16')} or fp32.")
 
     def result(self) -> TensorProof:
-        """What was found. Raises `UserError` where an adapter changed nothing, or nothing that is left."""
+        """The proof. Raises `UserError` if an adapter changed nothing, or nothing that survives rounding."""
         assert self.elements == self.numel, f"{self.name}: {self.elements} of {self.numel} elements"
         if self.must_change and not self.delta_squares:
             raise broken(f"the adapter changes nothing in {self.name}")
         if self.must_change and not self.changed:
-            rule = f"rounds away all that the adapter changed in {self.name}"
-            raise UserError.of("--dtype", short_name(self.dtype), rule, "Use --dtype fp32.")
+            rule = f"rounds away everything that the adapter changed in {self.name}"
+            raise UserError.of("dtype", short_name(self.dtype), rule, f"Use {named('dtype', 'fp32')}.")
         return TensorProof(
             name=self.name,
             elements=self.elements,
@@ -104,7 +104,7 @@ class TensorCheck:
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """A dtype as `--dtype` calls it."""
+    """The name of a dtype in the setting `dtype`."""
     name = str(dtype).removeprefix("torch.")
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
 
@@ -126,7 +126,7 @@ def smallest(dtype: torch.dtype) -> float:
 def check_files(folder: Path, shards: Sequence[Shard], checksums: Mapping[str, int]) -> None:
     """Check that the finished files hold every planned tensor in its shape and dtype, and nothing else.
 
-    They are opened anew, by this package and by the safetensors library, and read again from the disk: every tensor
+    They are opened again, by this package and by the safetensors library, and read again from the disk: every tensor
     must have its CRC-32 in `checksums`. Raises `UserError`.
     """
     from safetensors import SafetensorError, safe_open
@@ -139,7 +139,9 @@ def check_files(folder: Path, shards: Sequence[Shard], checksums: Mapping[str, i
     wrong = planned.keys() ^ found.keys()
     wrong |= {n for n in planned.keys() & found.keys() if (planned[n].dtype, planned[n].shape) != _kind(found[n])}
     if wrong:
-        raise broken(f"these tensors are missing, unasked for or of another kind: {', '.join(sorted(wrong)[:3])}")
+        raise broken(
+            f"these tensors are missing, unexpected or of another shape or dtype: {', '.join(sorted(wrong)[:3])}"
+        )
     for shard in shards:
         try:
             with safe_open(folder / shard.name, framework="pt") as file:
@@ -150,11 +152,11 @@ def check_files(folder: Path, shards: Sequence[Shard], checksums: Mapping[str, i
         _forget_cached(folder / shard.name)
     for name, entry in found.items():
         if _checksum(entry) != checksums[name]:
-            raise broken(f"{entry.file.name} does not hold what was written of {name}")
+            raise broken(f"{entry.file.name} does not hold what was written for {name}")
 
 
 def _forget_cached(file: Path) -> None:
-    """Let the system read `file` from the disk again, where it can be told to; it must be on the disk already."""
+    """Make the system read `file` from the disk again, if it can; the file must be on the disk already."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(file, os.O_RDONLY)
@@ -181,7 +183,7 @@ def _kind(entry: TensorEntry) -> tuple[str, tuple[int, ...]]:
 
 
 def broken(what: str) -> UserError:
-    """The error of a release that is not right."""
+    """The error of a release that fails its proof."""
     return UserError.of(SETTING, "", f"the release failed its proof: {what}", REMEDY)
 
 

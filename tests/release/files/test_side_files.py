@@ -30,7 +30,7 @@ def test_the_tokenizer_is_the_one_asked_for_or_the_adapters_or_the_bases(tmp_pat
     assert find_tokenizer(unset, [bare], base) == base
     assert find_tokenizer(BaseConfig(model=str(base), tokenizer=str(own)), [adapter], base) == own
     assert find_tokenizer(BaseConfig(model=str(base), tokenizer="demo"), [adapter], base) == demo.base_folder()
-    with pytest.raises(UserError, match="--tokenizer"):
+    with pytest.raises(UserError, match="tokenizer = "):
         find_tokenizer(BaseConfig(model=str(base), tokenizer=str(bare)), [adapter], base)
 
 

@@ -181,7 +181,7 @@ def test_a_byte_that_the_disk_changes_is_found(finished, tmp_path, in_this_proce
             stream_.write(bytes([last[0] ^ 1]))
 
     monkeypatch.setattr(ShardWriter, "finish", finish)
-    with pytest.raises(UserError, match="does not hold what was written of"):
+    with pytest.raises(UserError, match="does not hold what was written for"):
         merge.merge(request_of(finished, tmp_path / "out"), QUIET)
 
 
@@ -216,7 +216,7 @@ def test_a_release_that_overflows_when_it_is_served_is_refused(tmp_path, in_this
         dtype="fp16",
         into="original",
     )
-    with pytest.raises(UserError, match="--dtype = 'fp16': gives logits that are not finite"):
+    with pytest.raises(UserError, match="dtype = 'fp16': gives logits that are not finite"):
         merge.merge(request, QUIET)
 
 

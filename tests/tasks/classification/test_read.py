@@ -64,9 +64,9 @@ def test_texts_pairs_and_columns_mapped_by_hand():
         ([{"text": "a", "labl": "x"}], None, "has no column of labels among 'labl', 'text'"),
         ([{"txt": "a", "label": "x"}], None, "has no column of texts"),
         ([{"txt": "a", "label": "x"}], {"text": "body"}, "names a column that a.jsonl does not have"),
-        ([{"txt": "a", "label": "x"}], {"prompt": "txt"}, "maps 'prompt', which is none of text, pair"),
+        ([{"txt": "a", "label": "x"}], {"prompt": "txt"}, "maps 'prompt', which is not one of text, pair"),
         ([{"text": "\ud800", "label": "x"}], None, "half a surrogate pair"),
-        ([{"text": "a", "label": "\ud800"}], None, "a.jsonl:1.*column 'label' holds half a surrogate pair"),
+        ([{"text": "a", "label": "\ud800"}], None, "a.jsonl:1.*column 'label' has half a surrogate pair"),
     ],
 )
 def test_what_is_no_labelled_text(rows, columns, words):

@@ -70,7 +70,7 @@ def test_columns_by_hand(tmp_path):
     assert examples(tmp_path, rows, columns)[0].answers == (Answer("cat", 4),)
     with pytest.raises(UserError, match="names a column that"):
         examples(tmp_path, rows, {**columns, "answers": "b"})
-    with pytest.raises(UserError, match="maps 'label', which is none of question, context, answers, id"):
+    with pytest.raises(UserError, match="maps 'label', which is not one of question, context, answers, id"):
         examples(tmp_path, rows, {"label": "a"})
     with pytest.raises(UserError, match=r"has no column 'question' or 'context' or 'answers' among 'a', 'c', 'q'"):
         examples(tmp_path, rows)
@@ -98,7 +98,7 @@ def test_without_labels_answers_are_not_looked_at(tmp_path):
         ({"text": ["cat"], "answer_start": [4]}, {"is_impossible": True}, "is_impossible is true, and there is"),
         ([], {"is_impossible": False}, "is_impossible is false, and there is no answer"),
         ([], {"context": None}, "column 'context' must be text, not null"),
-        ([], {"id": "\ud800"}, "column 'id' holds half a surrogate pair"),
+        ([], {"id": "\ud800"}, "column 'id' has half a surrogate pair"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, answers, others, said):

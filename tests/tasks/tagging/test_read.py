@@ -74,13 +74,13 @@ def test_names_numbers_and_columns_mapped_by_hand():
         (
             [{"tokens": ["a"], "tags": ["B-\ud800"]}],
             None,
-            "a.jsonl:1.*a tag in column 'tags' holds half a surrogate pair",
+            "a.jsonl:1.*a tag in column 'tags' has half a surrogate pair",
         ),
         ([{"tokens": ["a"], "ner_tags": [3]}], None, "has numbers: name them in their order with --labels"),
         ([{"tokens": ["a"], "tag": ["O"]}], None, "has no column of tags among 'tag', 'tokens'"),
         ([{"text": "a"}], None, "has no column of words among 'text'"),
         ([{"w": ["a"], "tags": ["O"]}], {"tokens": "x"}, "names a column that a.jsonl does not have"),
-        ([{"w": ["a"], "tags": ["O"]}], {"prompt": "w"}, "maps 'prompt', which is none of tokens, tags, text"),
+        ([{"w": ["a"], "tags": ["O"]}], {"prompt": "w"}, "maps 'prompt', which is not one of tokens, tags, text"),
     ],
 )
 def test_what_is_no_tagged_sentence(rows, columns, words):
