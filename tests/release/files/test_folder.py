@@ -53,7 +53,7 @@ def test_what_appears_meanwhile_is_not_touched(tmp_path, overwrite):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("dear")
 
-    with pytest.raises(UserError, match="is no release"):
+    with pytest.raises(UserError, match="is not a release"):
         put(tmp_path / "out", overwrite, write_thesis)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "dear"
     assert names(tmp_path) == ["out"]
