@@ -18,7 +18,6 @@ from typing import Any
 from qlora_kit.config.rules import Checked, Rule, above, at_least, convert, fields_of, flag, fraction, one_of, setting
 from qlora_kit.errors import Fault, UserError
 
-Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
 Tasks = (
     "text-generation",
     "text-classification",
@@ -210,9 +209,7 @@ class DataConfig(Checked):
 class OptimConfig(Checked):
     """How the factors are trained."""
 
-    optim: str | None = setting(
-        None, " | ".join(Optim) + "; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw", one_of(*Optim)
-    )
+    optim: str | None = setting(None, "optimizer; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw")
     lr: float = setting(2e-4, "peak learning rate", above(0))
     lora_plus: float | None = setting(
         None,

@@ -23,7 +23,7 @@ from qlora_kit import build
 from qlora_kit.adapters import inject
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.lean import linear, mlp
-from qlora_kit.lean.unread import is_output_unread
+from qlora_kit.lean.piece import is_output_unread
 from qlora_kit.memory.kernels import stand_ins
 from qlora_kit.memory.track import MemoryTracker, overall_peak
 
