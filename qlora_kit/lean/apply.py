@@ -1,48 +1,49 @@
 """Puts the pieces of the lean step on a model, and says what it did.
 
-A piece is a file with one function `put_on(model) -> Outcome`, and one line in `PIECES`. With no more than that it is
-on wherever `--lean` is. One that shall be switched by itself also has a field in `LeanConfig`, named in its line.
+A piece is a file in this folder with one function `put_on(model) -> Outcome`, and one line in `PIECES`. With no more
+than that it is on wherever `--lean` is. One that shall be switched by itself also has a field in `LeanConfig`, named in
+its line.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.config.settings import LeanConfig
-from qlora_kit.lean import attention, embedding, flat, gelu, half_blocks, linear, loss, mask, mlp, norm, offload, varlen
 from qlora_kit.lean.piece import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A piece of the lean step: its name in the table, what puts it on a model, and the setting that switches it.
+    """A piece of the lean step: its name in the table, its file, and the setting that switches it.
 
     Without a `setting` it is on with the whole. One that `parts_rates` is also told the ratio of LoRA+, by which
-    factors have learning rates of their own.
+    factors have learning rates of their own. Instead of a file it may be the function itself.
     """
 
     name: str
-    put_on: Callable[..., Outcome]
+    put_on: str | Callable[..., Outcome]
     setting: str | None = None
     parts_rates: bool = False
 
 
 PIECES: tuple[Piece, ...] = (
-    Piece(name="factors first", put_on=linear.put_on, setting="lora_first"),
-    Piece(name="gelu in one operation", put_on=gelu.put_on, setting="tanh_gelu"),
-    Piece(name="norms that keep their input", put_on=norm.put_on, setting="rms_norm"),
-    Piece(name="MLP in tiles", put_on=mlp.put_on, setting="tiled_mlp"),
-    Piece(name="checkpoints on the host", put_on=offload.put_on, setting="offload_activations"),
-    Piece(name="half-block checkpoints", put_on=half_blocks.put_on, setting="half_blocks"),
-    Piece(name="embedding on the host", put_on=embedding.put_on, setting="offload_embedding"),
-    Piece(name="loss in chunks", put_on=loss.put_on, setting="chunked_loss"),
-    Piece(name="padding without a mask", put_on=mask.put_on, setting="maskless_padding"),
-    Piece(name="attention row by row", put_on=attention.put_on, setting="attention_by_row"),
-    Piece(name="packed rows by example", put_on=varlen.put_on, setting="varlen"),
+    Piece(name="factors first", put_on="linear", setting="lora_first"),
+    Piece(name="gelu in one operation", put_on="gelu", setting="tanh_gelu"),
+    Piece(name="norms that keep their input", put_on="norm", setting="rms_norm"),
+    Piece(name="MLP in tiles", put_on="mlp", setting="tiled_mlp"),
+    Piece(name="checkpoints on the host", put_on="offload", setting="offload_activations"),
+    Piece(name="half-block checkpoints", put_on="half_blocks", setting="half_blocks"),
+    Piece(name="embedding on the host", put_on="embedding", setting="offload_embedding"),
+    Piece(name="loss in chunks", put_on="loss", setting="chunked_loss"),
+    Piece(name="padding without a mask", put_on="mask", setting="maskless_padding"),
+    Piece(name="attention row by row", put_on="attention", setting="attention_by_row"),
+    Piece(name="packed rows by example", put_on="varlen", setting="varlen"),
     # the last, for it lays out what the others leave: a new piece goes above it
-    Piece(name="one buffer of factors", put_on=flat.put_on, setting="flat_buffer", parts_rates=True),
+    Piece(name="one buffer of factors", put_on="flat", setting="flat_buffer", parts_rates=True),
 )
 
 
@@ -73,4 +74,8 @@ def _put_on(piece: Piece, model: Any, settings: LeanConfig, lora_plus: float | N
     assert wanted != "auto", "resolve the settings first"
     if wanted in (False, "off"):
         return Outcome(left="switched off")
-    return piece.put_on(model, lora_plus) if piece.parts_rates else piece.put_on(model)
+    put_on = piece.put_on
+    if isinstance(put_on, str):
+        put_on = importlib.import_module(f"qlora_kit.lean.{put_on}").put_on
+    outcome: Outcome = put_on(model, lora_plus) if piece.parts_rates else put_on(model)
+    return outcome
