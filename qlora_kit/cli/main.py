@@ -19,6 +19,7 @@ from qlora_kit.config.files import read_settings_file
 from qlora_kit.config.rules import default_of, fields_of, flag
 from qlora_kit.config.settings import DEFAULT_ASKED, DEFAULT_NEW_TOKENS, RunConfig, SearchConfig, settings
 from qlora_kit.errors import Fault, Faults, UserError, as_flag
+from qlora_kit.optim.optimizers import OPTIMIZERS
 from qlora_kit.system import quiet
 
 
@@ -47,6 +48,12 @@ class Command:
     settings: Mapping[str, str] | None = None
     lists: bool = False
     helps: Mapping[str, str] = field(default_factory=dict)
+
+
+def _help_of(f: Field[Any]) -> str:
+    """The help of a setting; the names that `optim` may have stand in the table of optimizers."""
+    names = " | ".join(OPTIMIZERS) + "; " if f.name == "optim" else ""
+    return names + str(f.metadata["help"])
 
 
 def _default_text(f: Field[Any]) -> str:
@@ -326,7 +333,7 @@ def _parse(name: str, command: Command, args: list[str]) -> dict[str, Any]:
             continue
         default = default_of(setting)
         shown = "" if default in (None, {}, ()) or command.settings is not None else f"(default: {default})"
-        text = (command.settings or command.helps).get(setting.name) or setting.metadata["help"]
+        text = (command.settings or command.helps).get(setting.name) or _help_of(setting)
         fields[setting.name] = _flag(bool if hint is bool else str, text, shown)
     once = [key for key in fields if key not in own or own[key].kind is not list]
     several = {name for name in once if command.lists and name not in own}

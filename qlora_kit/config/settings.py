@@ -209,7 +209,7 @@ class DataConfig(Checked):
 class OptimConfig(Checked):
     """How the factors are trained."""
 
-    optim: str | None = setting(None, "optimizer; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw")
+    optim: str | None = setting(None, "unset: paged_adamw_8bit at 4 bits on CUDA, else adamw")
     lr: float = setting(2e-4, "peak learning rate", above(0))
     lora_plus: float | None = setting(
         None,

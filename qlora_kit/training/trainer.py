@@ -65,6 +65,7 @@ def training_arguments(prepared: Prepared, folder: RunFolder) -> TrainingArgumen
         **_when(evaluation, evaluates),
     )
     arguments._n_gpu = 1  # one GPU even where there are more: DataParallel cannot copy quantized layers
+    arguments.optim = prepared.optim  # for reports alone: the optimizer is made by our own table
     return arguments
 
 

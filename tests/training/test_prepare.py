@@ -61,7 +61,7 @@ def test_what_a_model_cannot_be_fed_is_refused_before_anything_is_written(tmp_pa
     rows = save_rows(tmp_path / "rows.jsonl", [{"text": "many words of a text " * 3}] * 8)
     flat = {"model": str(base), "data": str(rows), "pack": True, "seq_len": 64, "device": "cpu", "preflight": False}
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match="window"):
+    with pytest.raises(UserError, match="on a model whose attention sees 16"):
         prepare(RunConfig.from_flat({**flat, "lean": "off", "out": str(tmp_path / "run")}), QUIET)
     assert sorted(tmp_path.iterdir()) == before
 
