@@ -83,25 +83,24 @@ def prepare(config: RunConfig, say: Console, examples: Examples | None = None, *
     """
     read = _read(config, examples)
     _say_opening(read, say, measures)
-    if measures:
-        read = dataclasses.replace(read, inputs=longest_only(read.inputs))
-    planned = _plan(read, say, always=measures)
+    inputs = longest_only(read.inputs) if measures else read.inputs
+    planned = _plan(inputs, read.device, say, always=measures)
     config = read.config if planned is None else dataclasses.replace(read.config, lean=planned.lean)
     peaks = PhasePeaks(read.device)
     with say.status(f"loading {config.base.model}"), peaks.during(LOADING):
         built = build_model(config, read.device)
     _say_model(built, config, say, measures)
-    check_vocabulary(read.inputs.tokenizer, built.model)
-    weigh_labels(built.model, read.inputs)
+    check_vocabulary(inputs.tokenizer, built.model)
+    weigh_labels(built.model, read.inputs)  # by all of the data, whatever is measured of it
     return Prepared(
         config=config,
         device=read.device,
         optim=resolve_optim(config, read.device),
         point=read.point,
-        inputs=read.inputs,
+        inputs=inputs,
         planned=planned,
         built=built,
-        collate=make_collator(config, built.model, read.inputs),
+        collate=make_collator(config, built.model, inputs),
         peaks=peaks,
     )
 
@@ -149,19 +148,14 @@ def longest_only(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, train=train, evaluation=None, held_out=[])
 
 
-def _plan(read: _Read, say: Console, always: bool) -> preflight.Preflight | None:
+def _plan(inputs: Inputs, device: torch.device, say: Console, always: bool) -> preflight.Preflight | None:
     """The plan of the run, and on CUDA its refusal, where the settings ask for it; `always`: a plan in any case."""
-    config, inputs = read.config, read.inputs
+    config = inputs.config
     if not (config.preflight or always):
         return None
     with say.status("planning the memory"):
-        return preflight.plan_run(
-            config,
-            read.device,
-            inputs.longest_row,
-            checks=config.preflight,
-            held_out=held_out.lengths(config, inputs),
-        )
+        lengths = held_out.lengths(config, inputs)
+        return preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight, held_out=lengths)
 
 
 def _say_opening(read: _Read, say: Console, measures: bool) -> None:
