@@ -182,7 +182,7 @@ def take_our_start(model: Any, config: Any, labels: Sequence[str]) -> None:
     from qlora_kit.tasks.inputs import read_inputs
 
     resolved = read_inputs(config).config
-    ours = dict(build_model(resolved, model.device).named_parameters())
+    ours = dict(build_model(resolved, model.device).model.named_parameters())
     order = [resolved.base.labels.index(label) for label in labels]
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -354,13 +354,14 @@ class Lean(Contender):
         """The model of a run."""
         from qlora_kit.build import build_model
 
-        return build_model(self.config, self.device)
+        self.built = build_model(self.config, self.device)
+        return self.built.model
 
     def make_optimizer(self) -> Any:
         """The optimizer of a run."""
-        from qlora_kit.optim.optimizers import make_optimizer, resolve_optim
+        from qlora_kit.optim.optimizers import resolve_optim
 
-        return make_optimizer(self.model, self.config, resolve_optim(self.config, self.device))
+        return self.built.make_optimizer(self.config.optim, resolve_optim(self.config, self.device))
 
     def take_step(self, batch: dict[str, Any]) -> Any:
         """The step that the planner simulates, and the Trainer takes."""
@@ -370,7 +371,7 @@ class Lean(Contender):
         losses: list[Any] = []
         handle = self.model.register_forward_hook(lambda _, __, output: losses.append(output["loss"].detach()))
         try:
-            run_step(MemoryTracker(self.device.type), self.model, self.optimizer, [batch], self.job.clip)
+            run_step(MemoryTracker(self.device.type), self.built, self.optimizer, [batch], self.job.clip)
         finally:
             handle.remove()
         return losses[0]

@@ -117,20 +117,20 @@ def measure_cuda(case: Case, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:
     from qlora_kit import build
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
-    from qlora_kit.optim.optimizers import make_optimizer
 
     device, config = torch.device("cuda:0"), case.config
     before_bytes = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    model = build.build_model(config, device).train()
-    optimizer = make_optimizer(model, config, config.optim.optim or "adamw")
+    built = build.build_model(config, device)
+    model = built.model.train()
+    optimizer = built.make_optimizer(config.optim, config.optim.optim or "adamw")
     load_peak_bytes = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     unused, autocast = MemoryTracker("cuda"), cuda_autocast if METHODS[case.method].autocast else None
 
     def step() -> None:
         batch = full_batch(config, model.config.vocab_size, device)
-        run_step(unused, model, optimizer, [batch], config.optim.clip, autocast)
+        run_step(unused, built, optimizer, [batch], config.optim.clip, autocast)
 
     step(), step()
     measured = {
@@ -171,13 +171,13 @@ def measure_cpu(case: Case) -> dict[str, Any]:
     from qlora_kit.memory.profile.profiler import Profiler
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
-    from qlora_kit.optim.optimizers import make_optimizer
 
     optim = {"optim": case.config.optim.optim.removeprefix("paged_")}  # type: ignore[union-attr]
     config = dataclasses.replace(case.config, optim=dataclasses.replace(case.config.optim, **optim))
     device = torch.device("cpu")
-    model = build.build_model(config, device).train()
-    optimizer = make_optimizer(model, config, optim["optim"])
+    built = build.build_model(config, device)
+    model = built.model.train()
+    optimizer = built.make_optimizer(config.optim, optim["optim"])
     unused, step_s = MemoryTracker("cpu"), 0.0
     with Profiler(config, device, steps=2) as profiler:
         profiler.begin(model, optimizer)
@@ -185,7 +185,7 @@ def measure_cpu(case: Case) -> dict[str, Any]:
             batch = full_batch(config, model.config.vocab_size, device)
             profiler.begin_step()
             start_s = time.monotonic()
-            run_step(unused, model, optimizer, [batch], config.optim.clip)
+            run_step(unused, built, optimizer, [batch], config.optim.clip)
             step_s = time.monotonic() - start_s
             profiler.end_step()
     profile = profiler.profile

@@ -33,9 +33,9 @@ def measure(model_name: str, method: str, r: int) -> dict[str, Any]:
     import torch
 
     from qlora_kit.adapters.inject import inject, trainable
+    from qlora_kit.build import Built
     from qlora_kit.model.load import load_base
     from qlora_kit.model.quantize import count_parameters
-    from qlora_kit.optim.optimizers import make_optimizer
 
     base_settings, adapter_dtype, recipe = METHODS[method]
     config = BaseConfig(model=model_name, weights="random", **base_settings)
@@ -45,7 +45,7 @@ def measure(model_name: str, method: str, r: int) -> dict[str, Any]:
     parameters = [p for _, p in trainable(model)]
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    optimizer = make_optimizer(model, RunConfig(), "adamw")
+    optimizer = Built(model=model).make_optimizer(RunConfig().optim, "adamw")
     optimizer.step()
     states = [t for state in optimizer.state.values() for t in state.values()]
     return {

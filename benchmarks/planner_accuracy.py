@@ -96,20 +96,20 @@ def run_overhead() -> None:
     from qlora_kit.memory.profile.profiler import Profiler
     from qlora_kit.memory.simulate import run_step
     from qlora_kit.memory.track import MemoryTracker
-    from qlora_kit.optim.optimizers import make_optimizer
     from qlora_kit.system.quiet import quiet_libraries
 
     quiet_libraries()
     device, config = torch.device("cuda:0"), OVERHEAD_CASE.config
-    model = build.build_model(config, device).train()
-    optimizer = make_optimizer(model, config, config.optim.optim or "adamw")
+    built = build.build_model(config, device)
+    model = built.model.train()
+    optimizer = built.make_optimizer(config.optim, config.optim.optim or "adamw")
     unused = MemoryTracker("cuda")
 
     def step_s() -> float:
         batch = full_batch(config, model.config.vocab_size, device)
         torch.cuda.synchronize(device)
         start_s = time.monotonic()
-        run_step(unused, model, optimizer, [batch], config.optim.clip)
+        run_step(unused, built, optimizer, [batch], config.optim.clip)
         torch.cuda.synchronize(device)
         return time.monotonic() - start_s
 
@@ -160,7 +160,7 @@ def on_cpu() -> list[dict[str, Any]]:
     rows = []
     for family, way in pairs:
         config = settings(**way)
-        shapes = [[BatchShape(BATCH, TOKENS)] * config.optim.grad_accum] * 2
+        shapes = [[BatchShape(rows=BATCH, tokens=TOKENS)] * config.optim.grad_accum] * 2
         predicted = overall_peak(predict(config, small_config(family), shapes)).n_bytes
         recorded = record(config, small_config(family))
         row = {

@@ -138,6 +138,7 @@ def build_stock(config: RunConfig, device: Any, architecture: Any = None) -> Any
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     from qlora_kit.adapters import targets
+    from qlora_kit.build import Built
     from qlora_kit.model import load
 
     model: Any = prepare_model_for_kbit_training(load.load_base(config.base, device, config.seed, architecture))
@@ -148,7 +149,7 @@ def build_stock(config: RunConfig, device: Any, architecture: Any = None) -> Any
         task_type="CAUSAL_LM",
     )
     with device:
-        return get_peft_model(model, settings)
+        return Built(model=get_peft_model(model, settings))
 
 
 # --------------------------------------------------------------------------- contenders in processes of their own
@@ -304,15 +305,15 @@ def simulate_cuda(name: str, case: Case, config: RunConfig) -> Row:
     """The predicted peak of `torch.cuda.max_memory_allocated`: ours is planned, the stock step simulated likewise."""
     from qlora_kit.memory import rules
     from qlora_kit.memory.plan import plan, resolve_architecture
-    from qlora_kit.memory.simulate import Recipe, simulate
+    from qlora_kit.memory.simulate import Simulation, simulate
     from qlora_kit.memory.track import overall_peak
 
     if name != "stock":
         planned = plan(config)
         return {"peak_bytes": planned.peak_bytes, "phase": planned.phase, "components": planned.components}
-    recipe = Recipe(case.tokens, "adamw")
-    peak = overall_peak(simulate(config, recipe, resolve_architecture(config), build=build_stock).events)
-    library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
+    simulation = Simulation(seq_len=case.tokens, optim="adamw")
+    peak = overall_peak(simulate(config, simulation, resolve_architecture(config), build=build_stock).events)
+    library_bytes = 2 * rules.cublas_workspace_bytes(simulation.capability)
     return {"peak_bytes": peak.n_bytes + library_bytes, "phase": peak.region.phase, "components": peak.components}
 
 

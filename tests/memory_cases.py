@@ -19,7 +19,7 @@ from qlora_kit.memory import kernels
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import Event, MemoryTracker, overall_peak
 from qlora_kit.memory.watch import watch
-from qlora_kit.optim.optimizers import trains_split
+from qlora_kit.optim.adamw import trains_split
 from qlora_kit.optim.split_adamw import SplitAdamW
 
 CPU = torch.device("cpu")
@@ -80,18 +80,20 @@ def _tokens(length: int) -> dict[str, list[int]]:
     return {"input_ids": [7] * length, "labels": [-100] * (length // 4) + [7] * (length - length // 4)}
 
 
-def cpu_optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
+def cpu_optimizer(built: build.Built, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer that the Trainer would make on a CPU."""
     import bitsandbytes as bnb
 
-    groups = flat.parameter_groups(model, config.optim.weight_decay, 1e-3)
+    model, factors = built.model, built.factors
+    groups = flat.parameter_groups(model, factors, config.optim.weight_decay, 1e-3, built.lora_plus)
     optim = config.optim.optim
     if optim == "adamw":
         adamw = SplitAdamW(groups, lr=1e-3) if trains_split(model) else torch.optim.AdamW(groups, lr=1e-3, fused=True)
-        return flat.connect(model, adamw)
+        return flat.connect(adamw, factors)
     kind = bnb.optim.Lion if optim.startswith("lion") else bnb.optim.AdamW
     bits = 8 if "8bit" in optim else 32
-    return flat.connect(model, kind(groups, lr=1e-3, optim_bits=bits, is_paged=optim.startswith("paged")))
+    made = kind(groups, lr=1e-3, optim_bits=bits, is_paged=optim.startswith("paged"))
+    return flat.connect(made, factors)
 
 
 def cpu_autocast(recomputes: bool) -> Any:
@@ -116,8 +118,9 @@ class Recorded:
 def record(config: RunConfig, architecture: Any, autocast: bool = False, block_bytes: int = 1) -> Recorded:
     """Two real steps under the profiler and the tracker at once."""
     torch.manual_seed(0)
-    model = build.build_model(config, CPU, architecture).train()
-    optimizer = cpu_optimizer(model, config)
+    built = build.build_model(config, CPU, architecture)
+    model = built.model.train()
+    optimizer = cpu_optimizer(built, config)
     tracker = MemoryTracker("cpu", block_bytes, kernels.open_kernels())
     batches = [real_batch(config, architecture.vocab_size) for _ in range(config.optim.grad_accum)]
     with watch(tracker, model, optimizer):
@@ -129,7 +132,7 @@ def record(config: RunConfig, architecture: Any, autocast: bool = False, block_b
         with nothing_collected(), profile, tracker:
             for _ in range(2):
                 tracker.begin_step()
-                run_step(tracker, model, optimizer, batches, 1.0, cpu_autocast if autocast else None)
+                run_step(tracker, built, optimizer, batches, 1.0, cpu_autocast if autocast else None)
     tracker.stop()
     profiled_bytes = static_bytes + profiled_peak(profile)
     return Recorded(overall_peak(tracker.events).n_bytes, profiled_bytes, tracker.events, static_bytes)

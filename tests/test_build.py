@@ -18,7 +18,7 @@ IDS = torch.arange(40).reshape(2, 20)
 def test_neftune_adds_noise_within_its_bound_in_training_only(tmp_path, full):
     """NEFTune (arXiv 2310.05914): uniform between ±α/√(tokens · features)."""
     flat = {"model": str(save_tiny(tmp_path, "llama")), "bits": 16, "full": full, "neftune": 5.0, "device": "cpu"}
-    model = build_model(RunConfig.from_flat(flat), torch.device("cpu"))
+    model = build_model(RunConfig.from_flat(flat), torch.device("cpu")).model
     embedding = model.get_input_embeddings()
     plain = embedding.weight[IDS].detach()
     bound = 5 / math.sqrt(20 * HIDDEN)

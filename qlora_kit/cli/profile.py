@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_kit.cli.flags import Command
 from qlora_kit.config.rules import Checked, at_least, setting
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 
     from qlora_kit.memory.profile.result import MemoryProfile
     from qlora_kit.runs.folder import RunFolder
-    from qlora_kit.system.progress import PhasePeaks
-    from qlora_kit.tasks.inputs import Inputs
+    from qlora_kit.training.prepare import Prepared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,6 @@ class ProfileFlags(Checked):
 
 
 SHOWN_TENSORS = 8
-PICTURE_FILE = "profile.png"
 SNAPSHOT_FILE = "snapshot.pickle"
 
 
@@ -40,57 +37,25 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     """
     from rich.console import Console
 
-    from qlora_kit import build
-    from qlora_kit.adapters import unquantized
-    from qlora_kit.memory import preflight
-    from qlora_kit.memory.profile.picture import draw_profile
-    from qlora_kit.memory.profile.profiler import save_profile
-    from qlora_kit.model.device import resolve_device
-    from qlora_kit.optim.optimizers import resolve_optim
-    from qlora_kit.runs import messages
-    from qlora_kit.runs.folder import RUN_FILE, RunFolder
-    from qlora_kit.system import files, quiet
-    from qlora_kit.system.progress import LOADING, PhasePeaks, say_line
-    from qlora_kit.tasks.decoding import NOTHING_HELD_OUT
-    from qlora_kit.tasks.inputs import check_vocabulary, read_inputs
-    from qlora_kit.training.run import _kept_or_discarded, _record, check_settings
+    from qlora_kit.runs.folder import RUN_FILE
+    from qlora_kit.system import files
+    from qlora_kit.system.progress import say_line
+    from qlora_kit.training.prepare import prepare, run_folder
+    from qlora_kit.training.record import run_record
 
     console = Console(highlight=False)
-    config = _settings(config, steps)
-    check_settings(config)
-    device = resolve_device(config.base.device)
-    if config.out is not None:
-        RunFolder.at(Path(config.out)).check_place(config.overwrite)
-    quiet.quiet_progress_bars()
-    inputs = read_inputs(config)
-    asked, config = config, inputs.config  # its task and labels, where the data say them
-    for line in [*messages.task_lines(asked.base, config.base), *messages.unread_lines(inputs.unread)]:
-        say_line(console, line)
-    inputs = dataclasses.replace(inputs, train=_longest(inputs.train, _rows(config)), evaluation=None, held_out=[])
-    planned = preflight.plan_run(config, device, inputs.longest_row, checks=config.preflight, held_out=NOTHING_HELD_OUT)
-    config = dataclasses.replace(config, lean=planned.lean)
-    peaks = PhasePeaks(device)
-    with peaks.during(LOADING):
-        model = build.build_model(config, device)
-    for line in messages.unquantized_lines(unquantized.of_run(config, model), config.base.bits):
-        say_line(console, line)
-    check_vocabulary(inputs.tokenizer, model)
-    name = Path(config.base.model.rstrip("/")).name
-    folder = RunFolder.create(config.out, f"{name}-profile", config.overwrite)
-    with _kept_or_discarded(folder, console), files.disk_errors(folder.final):
-        record = _record(config, device, model, inputs, resolve_optim(config, device))
-        files.write_json(folder.working / RUN_FILE, record)
-        profile = _profile(config, folder, model, inputs, peaks, snapshot)
-        save_profile(profile, folder.working)
-        draw_profile(profile, folder.working / PICTURE_FILE)
-        folder.checkpoints.rmdir()
-        folder.finish()
+    prepared = prepare(_settings(config, steps), console, measures=True)
+    with run_folder(prepared, console, "-profile") as folder:
+        files.write_json(folder.working / RUN_FILE, run_record(prepared))
+        profile = _measure(prepared, folder, snapshot)
+        picture = _write(profile, folder)
     for part in tables(profile):
         console.print(part, soft_wrap=isinstance(part, str))
-    if snapshot and device.type != "cuda":
+    if snapshot and prepared.device.type != "cuda":
         console.print("no snapshot: PyTorch's memory viewer reads the record of CUDA's allocator, and this is a CPU")
-    console.print(f"profile.json and {PICTURE_FILE} are in {folder.final}", soft_wrap=True)
-    say_line(console, planned.closing_line(None, profile))
+    console.print(f"profile.json and {picture} are in {folder.final}", soft_wrap=True)
+    assert prepared.planned is not None, "a profile is always planned"
+    say_line(console, prepared.planned.closing_line(None, profile))
     return profile
 
 
@@ -103,60 +68,43 @@ def _settings(config: RunConfig, steps: int) -> RunConfig:
     return dataclasses.replace(config, optim=optim, evaluation=evaluation, report_to=(), resume=None)
 
 
-def _rows(config: RunConfig) -> int:
-    assert config.optim.max_steps is not None, "a profile has a number of steps"
-    return config.optim.batch_size * config.optim.grad_accum * config.optim.max_steps
-
-
-def _longest(rows: Any, count: int) -> Any:
-    """The `count` longest rows, over again where there are fewer: the most that a step of this run can take."""
-    from qlora_kit import data
-
-    by_length: list[Any]
-    if isinstance(rows, data.PackedSet):
-        by_length = sorted(rows.rows, key=lambda row: -sum(len(example.input_ids) for example in row))
-    else:
-        by_length = sorted(rows.rows, key=lambda row: -len(row.input_ids) - len(getattr(row, "labels", None) or ()))
-    repeats = -(-count // len(by_length))
-    return dataclasses.replace(rows, rows=(by_length * repeats)[:count])
-
-
-def _profile(
-    config: RunConfig, folder: RunFolder, model: Any, inputs: Inputs, peaks: PhasePeaks, snapshot: bool
-) -> MemoryProfile:
+def _measure(prepared: Prepared, folder: RunFolder, snapshot: bool) -> MemoryProfile:
+    """The steps themselves; nothing is saved of them."""
     from rich.console import Console
     from transformers.trainer_utils import SaveStrategy
 
     from qlora_kit.memory.profile.profiler import Profiler
     from qlora_kit.system.progress import LOADING, TrainingProgress
-    from qlora_kit.tasks.inputs import make_collator
     from qlora_kit.training.trainer import build_trainer
 
-    progress = TrainingProgress(model.device, Console(stderr=True), peaks)
-    trainer, _ = build_trainer(
-        config,
-        folder,
-        model.device,
-        model,
-        dataclasses.replace(inputs, evaluation=None),
-        make_collator(config, model, inputs),
-        progress,
-        None,
-        None,
-    )
+    progress = TrainingProgress(prepared.device, Console(stderr=True), prepared.peaks)
+    trainer, _ = build_trainer(prepared, folder, progress, None)
     trainer.args.save_strategy = SaveStrategy.NO
-    file = folder.working / SNAPSHOT_FILE if snapshot else None
+    profiler = Profiler(
+        prepared.config,
+        prepared.device,
+        prepared.config.optim.max_steps or 1,
+        folder.working / SNAPSHOT_FILE if snapshot else None,
+        load_peak_bytes=prepared.peaks.peaks.get(LOADING, 0),
+    )
     try:
-        load_peak_bytes = peaks.peaks.get(LOADING, 0)
-        with Profiler(
-            config, model.device, config.optim.max_steps or 1, file, load_peak_bytes=load_peak_bytes
-        ) as profiler:
+        with profiler:
             trainer.add_callback(profiler)
             trainer.train()
     finally:
         progress.stop()
     assert profiler.profile is not None, "a run has at least one step"
     return profiler.profile
+
+
+def _write(profile: MemoryProfile, folder: RunFolder) -> str:
+    """Write the profile and put `folder` in its place; gives the name of the picture."""
+    from qlora_kit.training.finish import write_profile
+
+    picture = write_profile(profile, folder)
+    folder.checkpoints.rmdir()
+    folder.finish()
+    return picture.name
 
 
 def tables(profile: MemoryProfile) -> list[Table | str]:

@@ -29,7 +29,6 @@ from qlora_kit.config.rules import (
 )
 from qlora_kit.errors import Fault, Faults, UserError, named
 
-Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
 Tasks = (
     "text-generation",
     "text-classification",
@@ -225,7 +224,9 @@ class OptimConfig(Checked):
     """How the factors are trained."""
 
     optim: str | None = setting(
-        None, "optimizer; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw", one_of(*Optim)
+        None,
+        "optimizer; unset: paged_adamw_8bit at 4 bits on CUDA, else adamw",
+        choices="qlora_kit.optim.optimizers:OPTIMIZERS",
     )
     lr: float = setting(2e-4, "peak learning rate", above(0))
     lora_plus: float | None = setting(

@@ -14,23 +14,23 @@ The factors stay the parameters of their layers, with their names and shapes, so
 Their gradients arrive one by one during the backward pass, as before, and are gathered in a buffer when it is over:
 kept in one from the start, they would add their full size to the peak, which is at the beginning of the backward pass.
 
-    optimizer = connect(model, torch.optim.AdamW(parameter_groups(model, weight_decay, lr)))
+    factors = put_on(model).made
+    optimizer = connect(torch.optim.AdamW(parameter_groups(model, factors, weight_decay)), factors)
     loss.backward()
-    clip_gradients(model, 1.0)  # gathers
-    optimizer.step()            # gathers where nobody has clipped; no gradient is left after it
+    clip_gradients(model, factors, 1.0)  # gathers
+    optimizer.step()                     # gathers where nobody has clipped; no gradient is left after it
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
-from transformers import Trainer
 
 from qlora_kit.adapters import inject
 from qlora_kit.lean.piece import Outcome
@@ -173,25 +173,28 @@ class FlatFactors:
         return norm
 
 
-def flat_factors(model: Any) -> FlatFactors | None:
-    """What `put_on` made for `model`; None where this piece is not on."""
-    return getattr(model, "flat_factors", None)
+def put_on(model: Any, lora_plus: float | None = None) -> Outcome:
+    """Lay all factors of `model` side by side, as `FlatFactors`; after that no factor may be moved or cast.
 
-
-def put_on(model: Any) -> Outcome:
-    """Lay all factors of `model` side by side; after that no factor may be moved or cast."""
+    Under LoRA+, where `lora_plus` is a ratio, A and B lie in buffers of their own.
+    """
     named = inject.trainable(model)
     if not named:
         return Outcome(left="nothing trains")
-    decaying, fast = decaying_names(model), fast_names(model)
+    decaying, fast = decaying_names(model), fast_names(model, lora_plus)
     kinds: dict[tuple[torch.dtype, bool, bool, bool], list[nn.Parameter]] = {}
     for name, factor in named:
         kind = (factor.dtype, name in decaying, name in fast, factor.numel() < SMALL_ELEMENTS)
         kinds.setdefault(kind, []).append(factor)
     buffers = [buffer for (_, *how), factors in kinds.items() for buffer in _lay_out(factors, *how)]
-    model.flat_factors = flat = FlatFactors(buffers)
+    flat = FlatFactors(buffers)
     count = "one buffer" if len(buffers) == 1 else f"{len(buffers)} buffers"
-    return Outcome(done=f"{len(named)} factors in {count} of {flat.n_bytes / 2**20:.1f} MiB")
+    return Outcome(done=f"{len(named)} factors in {count} of {flat.n_bytes / 2**20:.1f} MiB", made=flat)
+
+
+def flat_factors(outcomes: Mapping[str, Outcome]) -> FlatFactors | None:
+    """What `put_on` made, among the outcomes of `make_lean`; None where this piece is not on."""
+    return next((outcome.made for outcome in outcomes.values() if isinstance(outcome.made, FlatFactors)), None)
 
 
 def _lay_out(factors: Sequence[nn.Parameter], decays: bool, is_fast: bool, small: bool) -> Iterator[FlatBuffer]:
@@ -204,14 +207,20 @@ def _lay_out(factors: Sequence[nn.Parameter], decays: bool, is_fast: bool, small
         yield buffer
 
 
+NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+"""Of which parameters do not decay. Source: transformers 5.13 to 5.23, `Trainer.get_decay_parameter_names`."""
+
+
 def decaying_names(model: Any) -> set[str]:
     """The parameters to which transformers' Trainer applies weight decay: by name, all but norms and biases."""
-    return set(Trainer.get_decay_parameter_names(None, model))  # it uses nothing of the Trainer
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    return set(get_parameter_names(model, [nn.LayerNorm], list(NO_DECAY)))
 
 
-def fast_names(model: Any) -> set[str]:
-    """The parameters that learn faster under LoRA+: every B, where `model.lora_plus` has a ratio; else none."""
-    if getattr(model, "lora_plus", None) is None:
+def fast_names(model: Any, lora_plus: float | None) -> set[str]:
+    """The parameters that learn faster under LoRA+: every B, where `lora_plus` is a ratio; else none."""
+    if lora_plus is None:
         return set()
     return {name for name, _ in inject.trainable(model) if ".lora_B." in name}
 
@@ -223,42 +232,46 @@ def _keep_fp32_states(parameter: nn.Parameter) -> None:
     weakref.finalize(parameter, manager.pid2config.pop, id(parameter), None)
 
 
-def parameter_groups(model: Any, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
-    """What an optimizer of `model` updates: the buffers, or every trained parameter where this piece is not on.
+def parameter_groups(
+    model: Any,
+    factors: FlatFactors | None,
+    weight_decay: float,
+    lr: float | None = None,
+    lora_plus: float | None = None,
+) -> list[dict[str, Any]]:
+    """What an optimizer of `model` updates: the buffers of `factors`, or without them every trained parameter.
 
     Those that decay and those that do not are a group each, as in transformers' Trainer. Under LoRA+ (arXiv
-    2402.12354), which is on where `model.lora_plus` is a ratio, the factors B are groups of their own, after the
-    others, with that many times the learning rate `lr`.
+    2402.12354), where `lora_plus` is a ratio, the factors B are groups of their own, after the others, with that many
+    times the learning rate `lr`.
     """
-    flat = flat_factors(model)
-    if flat is None:
-        decaying, fast = decaying_names(model), fast_names(model)
+    if factors is None:
+        decaying, fast = decaying_names(model), fast_names(model, lora_plus)
         trained = [(p, name in decaying, name in fast) for name, p in inject.trainable(model)]
     else:
-        trained = [(buffer.parameter, buffer.decays, buffer.is_fast) for buffer in flat.buffers]
+        trained = [(buffer.parameter, buffer.decays, buffer.is_fast) for buffer in factors.buffers]
     groups = []
     for decays, is_fast in ((True, False), (False, False), (True, True), (False, True)):
         group: dict[str, Any] = {"params": [p for p, *how in trained if how == [decays, is_fast]]}
         group["weight_decay"] = weight_decay if decays else 0.0
         if is_fast and group["params"]:
             assert lr is not None, "LoRA+ multiplies a learning rate"
-            group["lr"] = lr * model.lora_plus
+            assert lora_plus is not None, "or no factor is fast"
+            group["lr"] = lr * lora_plus
         groups.append(group)
     return [group for group in groups if group["params"]]
 
 
-def connect(model: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Let `optimizer`, which updates `parameter_groups(model, ...)`, gather before each step and release after it."""
-    flat = flat_factors(model)
-    if flat is not None:
-        optimizer.register_step_pre_hook(lambda *_: flat.gather())
-        optimizer.register_step_post_hook(lambda *_: flat.release())
+def connect(optimizer: torch.optim.Optimizer, factors: FlatFactors | None) -> torch.optim.Optimizer:
+    """Let `optimizer`, which updates the buffers of `factors`, gather before each step and release after it."""
+    if factors is not None:
+        optimizer.register_step_pre_hook(lambda *_: factors.gather())
+        optimizer.register_step_post_hook(lambda *_: factors.release())
     return optimizer
 
 
-def clip_gradients(model: Any, max_norm: float) -> torch.Tensor:
+def clip_gradients(model: Any, factors: FlatFactors | None, max_norm: float) -> torch.Tensor:
     """Scale the gradients of `model` down to the norm `max_norm` together, in the buffers where there are some."""
-    flat = flat_factors(model)
-    if flat is None:
+    if factors is None:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return flat.clip(max_norm)
+    return factors.clip(max_norm)

@@ -42,7 +42,7 @@ def put_on(model: Any) -> Outcome:
         block.gradient_checkpointing = False  # transformers would put a checkpoint around the two
     others = sorted({type(block).__name__ for block in blocks} - {type(block).__name__ for block in known})
     done = f"{len(known)} blocks: attention and MLP apart" if known else ""
-    return Outcome(done, f"{', '.join(others)}: whole blocks" if others else "")
+    return Outcome(done=done, left=f"{', '.join(others)}: whole blocks" if others else "")
 
 
 def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:

@@ -32,8 +32,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.lean.piece import Outcome
-from qlora_kit.lean.unread import is_output_unread
+from qlora_kit.lean.piece import Outcome, is_output_unread
 from qlora_kit.model.quantize import dense_weight
 
 
@@ -177,7 +176,7 @@ def put_on(model: Any) -> Outcome:
             layer.__class__ = LORA_FIRST[type(layer)]
             n_done += 1
     done = f"{n_done} linear layers" if n_done else ""
-    return Outcome(done, "; ".join(f"{why}: PEFT's own forward on {n}" for why, n in left.items()))
+    return Outcome(done=done, left="; ".join(f"{why}: PEFT's own forward on {n}" for why, n in left.items()))
 
 
 def why_left(layer: Any) -> str:

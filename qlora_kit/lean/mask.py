@@ -35,7 +35,7 @@ def put_on(model: Any) -> Outcome:
     if heads.is_over_tokens(model):
         return Outcome(left="the answer is chosen among the tokens that the mask shows")
     model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
-    return Outcome("padded rows attend causally, without a mask")
+    return Outcome(done="padded rows attend causally, without a mask")
 
 
 def is_on(model: Any) -> bool:

@@ -32,8 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.lean.gated import Gated, known_activation
-from qlora_kit.lean.piece import Outcome
-from qlora_kit.lean.unread import output_unread
+from qlora_kit.lean.piece import Outcome, output_unread
 
 WIDEST_BYTES = 64 << 20
 """The widest activation of a tile takes at most so many bytes (but for the next)."""

@@ -39,7 +39,7 @@ def put_on(model: Any) -> Outcome:
     done = f"{len(lean)} norms" if lean else ""
     if not rms_norms:
         return Outcome(left="no RMS norms in this model")
-    return Outcome(done, f"{', '.join(others)}: of another formula" if others else "")
+    return Outcome(done=done, left=f"{', '.join(others)}: of another formula" if others else "")
 
 
 def _is_transformers(norm: nn.Module) -> bool:

@@ -17,7 +17,7 @@ input kept last of all is still there when the backward pass begins, and does no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +44,14 @@ def put_on(model: Any) -> Outcome:
     for module in model.modules():
         if "_gradient_checkpointing_func" in vars(module):
             module._gradient_checkpointing_func = keeper.checkpoint
-    model.host_pool = keeper.transport.pool
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return Outcome(done=f"what {len(blocks)} blocks keep for the recomputation")
+    return Outcome(done=f"what {len(blocks)} blocks keep for the recomputation", made=keeper.transport.pool)
 
 
-def host_bytes(model: Any) -> int:
-    """What the checkpoints of `model` have had allotted of the host's memory; on `meta`, what they would have."""
-    pool: HostPool | None = getattr(model, "host_pool", None)
-    return 0 if pool is None else pool.allotted_bytes
+def host_bytes(outcomes: Mapping[str, Outcome]) -> int:
+    """What checkpoints have had allotted of the host's memory, by the outcomes of `make_lean`; on `meta` would have."""
+    pools = (outcome.made for outcome in outcomes.values() if isinstance(outcome.made, HostPool))
+    return sum(pool.allotted_bytes for pool in pools)
 
 
 class HostPool:

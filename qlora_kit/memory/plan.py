@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qlora_kit.adapters import unquantized
 from qlora_kit.config.settings import DEFAULT_SEQ_LEN, RunConfig
 from qlora_kit.errors import Fault, UserError
@@ -17,13 +19,14 @@ from qlora_kit.memory import rules, stages
 from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
 from qlora_kit.memory.loading import loading_components
 from qlora_kit.memory.shortcut import MetaResults
-from qlora_kit.memory.simulate import STEPS, Recipe, Record, resolve_cuda_optim, simulate
+from qlora_kit.memory.simulate import STEPS, Simulated, Simulation, simulate
 from qlora_kit.memory.stages import AnswerBatch, Occasion, Stage
 from qlora_kit.memory.track import CATEGORIES, Peak, peaks_by_region
 from qlora_kit.model import architectures, source
 from qlora_kit.model.blocks import find_blocks
 from qlora_kit.model.task_models import task_of
 from qlora_kit.optim.adversarial import passes_of
+from qlora_kit.optim.optimizers import resolve_optim
 from qlora_kit.system.progress import LOADING, STEP
 from qlora_kit.tasks.decoding import NOTHING_HELD_OUT, HeldOut
 
@@ -140,22 +143,26 @@ def plan(
     Raises `UserError`, in particular `CannotPlanError` for a model that does not run on `meta`.
     """
     architecture = resolve_architecture(config)
-    recipe = Recipe(
-        resolve_tokens(config, architecture),
-        resolve_cuda_optim(config),
-        autocast,
-        rules.DEFAULT_CAPABILITY if gpu is None else gpu.capability,
+    simulation = Simulation(
+        seq_len=resolve_tokens(config, architecture),
+        optim=resolve_optim(config, torch.device("cuda")),
+        autocast=autocast,
+        capability=rules.DEFAULT_CAPABILITY if gpu is None else gpu.capability,
     )
     if held_out is None:
-        held_out = stages.assumed(config, recipe.seq_len) if config.data.holds_out else NOTHING_HELD_OUT
+        held_out = stages.assumed(config, simulation.seq_len) if config.data.holds_out else NOTHING_HELD_OUT
     task, positions = task_of(config.base.task, architecture), source.max_positions(architecture)
-    occasions = stages.occasions(config, held_out, recipe.seq_len, task, positions)
+    occasions = stages.occasions(config, held_out, simulation.seq_len, task, positions)
     with failures_named(config):
         try:
-            found, unplanned = _run(config, recipe, architecture, exact, occasions), ""
+            found, unplanned = _run(config, simulation, architecture, exact, occasions), ""
         except MODEL_FAILURES as error:  # the step itself may run
-            found, occasions, unplanned = _run(config, recipe, architecture, exact, ()), (), source.first_line(error)
-    return _plan_of(config, recipe, architecture, *found, gpu, occasions, unplanned, room_bytes)
+            found, occasions, unplanned = (
+                _run(config, simulation, architecture, exact, ()),
+                (),
+                source.first_line(error),
+            )
+    return _plan_of(config, simulation, architecture, *found, gpu, occasions, unplanned, room_bytes)
 
 
 @contextmanager
@@ -215,8 +222,12 @@ def _period(architecture: PretrainedConfig, whole: Any) -> int | None:
 
 
 def _run(
-    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, exact: bool, occasions: tuple[Occasion, ...]
-) -> tuple[Record, list[Peak], bool]:
+    config: RunConfig,
+    simulation: Simulation,
+    architecture: PretrainedConfig,
+    exact: bool,
+    occasions: tuple[Occasion, ...],
+) -> tuple[Simulated, list[Peak], bool]:
     """The record and the peaks of the run, and whether every layer was simulated."""
     own_blocks = config.adapter.differs_by_block and not config.base.full
     period = None
@@ -226,28 +237,32 @@ def _run(
         unquantized.check(config, whole)  # here it has all its layers
     if period is not None:
         try:
-            return *_run_shallow(config, recipe, architecture, period, occasions), False
+            return *_run_shallow(config, simulation, architecture, period, occasions), False
         except NotEvenError:
             pass
-    return *_run_whole(config, recipe, architecture, occasions), True
+    return *_run_whole(config, simulation, architecture, occasions), True
 
 
 def _run_whole(
-    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, occasions: tuple[Occasion, ...]
-) -> tuple[Record, list[Peak]]:
-    record = simulate(config, recipe, copy.deepcopy(architecture), afterwards=[each.run for each in occasions])
+    config: RunConfig, simulation: Simulation, architecture: PretrainedConfig, occasions: tuple[Occasion, ...]
+) -> tuple[Simulated, list[Peak]]:
+    record = simulate(config, simulation, copy.deepcopy(architecture), afterwards=[each.run for each in occasions])
     return record, list(peaks_by_region(record.events).values())
 
 
 def _run_shallow(
-    config: RunConfig, recipe: Recipe, architecture: PretrainedConfig, period: int, occasions: tuple[Occasion, ...]
-) -> tuple[Record, list[Peak]]:
+    config: RunConfig,
+    simulation: Simulation,
+    architecture: PretrainedConfig,
+    period: int,
+    occasions: tuple[Occasion, ...],
+) -> tuple[Simulated, list[Peak]]:
     """The peaks at full depth from two shallow runs; likewise the numbers of the record, whose events stay shallow."""
     results, layers = MetaResults(), architecture.num_hidden_layers
     shallow, deep = (
         simulate(
             config,
-            dataclasses.replace(recipe, depth=layers / (n * period)),
+            dataclasses.replace(simulation, depth=layers / (n * period)),
             with_layers(architecture, n * period),
             first_step=False,
             results=results,
@@ -266,9 +281,9 @@ def _run_shallow(
 
 def _plan_of(
     config: RunConfig,
-    recipe: Recipe,
+    simulation: Simulation,
     architecture: PretrainedConfig,
-    record: Record,
+    record: Simulated,
     peaks: list[Peak],
     exact: bool,
     gpu: rules.Gpu | None,
@@ -276,15 +291,17 @@ def _plan_of(
     unplanned: str,
     room_bytes: int,
 ) -> MemoryPlan:
-    library_bytes = 2 * rules.cublas_workspace_bytes(recipe.capability)
+    library_bytes = 2 * rules.cublas_workspace_bytes(simulation.capability)
     whole = [_point(peak, library_bytes) for peak in peaks]
     points = [point for point in whole if point.step <= STEPS]
     highest = max(points, key=lambda point: point.live_bytes)
-    step = _stage(highest, f"{config.optim.batch_size} x {recipe.seq_len} tokens")
+    step = _stage(highest, f"{config.optim.batch_size} x {simulation.seq_len} tokens")
     occasional = list(_occasional(occasions, whole))
     loading = next(point for point in points if point.phase == "load")
     components = loading_components(loading.components, record.quantizing_bytes, not config.base.full)
-    load = Stage(sum(components.values()), "the base, and factors on it", "", components)
+    load = Stage(
+        peak_bytes=sum(components.values()), what="the base, and factors on it", operation="", components=components
+    )
     beside, answers = stages.besides_step(occasional, max(step.peak_bytes, room_bytes))
     found = {LOADING: load, **beside, STEP: step}
     largest_bytes = max(stage.peak_bytes for stage in found.values())
@@ -294,7 +311,7 @@ def _plan_of(
         block=highest.block,
         operation=highest.operation,
         components=highest.components,
-        extras=rules.extras(largest_bytes, record.paged_bytes, record.host_bytes, recipe.capability),
+        extras=rules.extras(largest_bytes, record.paged_bytes, record.host_bytes, simulation.capability),
         host_bytes=record.host_bytes,
         phases=_by_phase(points),
         series=tuple(point for point in points if point.step == max(p.step for p in points)),
@@ -303,8 +320,8 @@ def _plan_of(
         layers=architecture.num_hidden_layers,
         exact=exact,
         batch_size=config.optim.batch_size,
-        seq_len=recipe.seq_len,
-        optim=recipe.optim,
+        seq_len=simulation.seq_len,
+        optim=simulation.optim,
         attention=record.attention,
         passes=passes_of(config.optim),
         gpu=None if gpu is None else gpu.name,
@@ -324,7 +341,7 @@ def _occasional(occasions: Iterable[Occasion], points: Iterable[MemoryPoint]) ->
 
 
 def _stage(point: MemoryPoint, what: str) -> Stage:
-    return Stage(point.live_bytes, what, point.operation, point.components)
+    return Stage(peak_bytes=point.live_bytes, what=what, operation=point.operation, components=point.components)
 
 
 def _point(peak: Peak, library_bytes: int) -> MemoryPoint:

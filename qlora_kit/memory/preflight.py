@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qlora_kit.config.settings import LeanConfig, RunConfig
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, Faults, UserError, named
 from qlora_kit.system import host_memory
 from qlora_kit.system.progress import EVALUATION, GENERATING, LOADING, STEP, free_bytes, human_bytes
 from qlora_kit.tasks.decoding import ANSWER_BATCH, Answers, HeldOut
@@ -28,7 +28,7 @@ WITHOUT_SETTING = {  # what helps in a phase beside the settings that are tried
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preflight:
     """What was planned; `plan` is None where the architecture cannot be planned, and `reason` says why.
 
@@ -97,15 +97,21 @@ def plan_run(
         possible = ((b.on(gpu).said, possible_plan(config, b, gpu=gpu)) for b in BASELINES if b.default)
         baselines = {said: found for said, found in possible if found is not None}
     except CannotPlanError as error:
-        return Preflight(None, config.lean, reason=error.reason)
-    faults: list[Fault] = []
+        return Preflight(plan=None, lean=config.lean, reason=error.reason)
     if budget is not None:
+        _check_room(config, gpu, budget, planned, held_out)
+    return Preflight(plan=planned, lean=config.lean, baselines=baselines)
+
+
+def _check_room(
+    config: RunConfig, gpu: Gpu | None, budget: Budget, planned: MemoryPlan, held_out: HeldOut | None
+) -> None:
+    """Check that device and host have room for the run. Raises one `UserError`."""
+    with Faults() as faults:
         if planned.device_bytes > budget.n_bytes:
-            faults += _too_large(config, gpu, budget, planned, held_out).faults
-        faults += _host_faults(planned, host_memory.available_bytes())
-    if faults:
-        raise UserError(faults)
-    return Preflight(planned, config.lean, baselines)
+            faults.add(_too_large(config, gpu, budget, planned, held_out))
+        for fault in _host_faults(planned, host_memory.available_bytes()):
+            faults.add(fault)
 
 
 def _host_faults(planned: MemoryPlan, available_bytes: int | None) -> list[Fault]:
@@ -117,8 +123,9 @@ def _host_faults(planned: MemoryPlan, available_bytes: int | None) -> list[Fault
         f"{human_bytes(available_bytes)} are available"
     )
     shorter = planned.seq_len * max(available_bytes, 0) // planned.host_bytes
-    remedy = f"Use --offload-activations off, --seq-len {max(shorter, 2)}, or a smaller --batch-size."
-    return [Fault("--offload-activations", "on", rule, remedy)]
+    off, length = named("offload_activations", "off"), named("seq_len", max(shorter, 2))
+    remedy = f"Use {off}, {length}, or a smaller {named('batch_size')}."
+    return [Fault("offload_activations", "on", rule, remedy)]
 
 
 def prompts_at_once(planned: MemoryPlan, device: torch.device) -> int:
@@ -162,7 +169,7 @@ def _prompts_in_free(planned: MemoryPlan, device: torch.device) -> int:
 
 def _too_large(
     config: RunConfig, gpu: Gpu | None, budget: Budget, planned: MemoryPlan, held_out: HeldOut | None
-) -> UserError:
+) -> Fault:
     """The refusal of a run that does not fit into `budget`, each remedy planned and not guessed."""
     from qlora_kit.memory import fit
     from qlora_kit.memory.report import largest_in_words
@@ -183,5 +190,6 @@ def _too_large(
         f"{human_bytes(budget.n_bytes)} are {budget.source}; it is largest in {largest_in_words(planned)}, where the "
         f"largest part is {largest}, {human_bytes(components[largest])}"
     )
-    see = f"`qlora-kit plan --fit {budget.n_bytes // 2**20}MiB` lists what fits; --no-preflight runs it all the same."
-    return UserError.of("--model", config.base.model, rule, f"{remedy} {see}")
+    without = named("preflight", False)
+    see = f"`qlora-kit plan --fit {budget.n_bytes // 2**20}MiB` lists what fits; {without} runs it all the same."
+    return Fault("model", config.base.model, rule, f"{remedy} {see}")

@@ -20,10 +20,6 @@ FUSED_4BIT_TOKENS = 4
 `backends/cuda/ops.py`; between 5 and 1536 tokens it depends on device and shape, and the plan assumes that it does,
 which is the larger of the two."""
 
-PAGED_MIN_ELEMENTS = 100_000
-"""bitsandbytes' paged optimizers put states of at least this many elements in managed memory, outside torch's
-allocator. Source: bitsandbytes 0.50 `optim/optimizer.py`, `get_state_buffer`."""
-
 
 @dataclass(frozen=True)
 class Gpu:

@@ -10,15 +10,14 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit.build import build_model
+from qlora_kit.build import Built, build_model
 from qlora_kit.config.settings import RunConfig
 from qlora_kit.data.encode import IGNORED
-from qlora_kit.lean import flat, offload
+from qlora_kit.lean import offload
 from qlora_kit.memory import kernels, loading, rules
 from qlora_kit.memory.autocast import MetaAutocast
 from qlora_kit.memory.shortcut import MetaResults
@@ -26,9 +25,8 @@ from qlora_kit.memory.track import Event, MemoryTracker
 from qlora_kit.memory.watch import watch
 from qlora_kit.model import device, quantize
 from qlora_kit.model.task_models import TASK_MODELS, task_of
-from qlora_kit.optim.optimizers import resolve_optim, trains_split
+from qlora_kit.optim.kind import PlannedDevice
 from qlora_kit.optim.rank_penalty import add_gradients
-from qlora_kit.optim.split_adamw import SplitAdamW
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,12 +37,12 @@ LOGITS = ("logits", "start_logits", "end_logits")  # what models call them
 PACKED_EXAMPLE_TOKENS = 256  # of an example in a packed row, in a plan: an assumption
 
 Autocast = Callable[[bool], AbstractContextManager[Any]]
-Build = Callable[[RunConfig, torch.device, Any], Any]
+Build = Callable[[RunConfig, torch.device, Any], Built]
 Afterwards = Callable[[MemoryTracker, Any, RunConfig, "Autocast | None"], None]
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
     """What to simulate beside the run's settings.
 
     `optim` is the resolved optimizer; `autocast`: fp32 weights under autocast, as Trainer's `bf16=True` does (or, on a
@@ -59,8 +57,8 @@ class Recipe:
     depth: float = 1.0
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
     """What a simulation saw: every change of live bytes, states outside torch's allocator, and the model's size.
 
     `host_bytes`: the pinned memory of the host that checkpoints lie in. `quantizing_bytes`: see
@@ -78,14 +76,14 @@ class Record:
 
 def simulate(
     config: RunConfig,
-    recipe: Recipe,
+    simulation: Simulation,
     architecture: PretrainedConfig | None = None,
     *,
     first_step: bool = True,
     results: MetaResults | None = None,
     build: Build = build_model,
     afterwards: Sequence[Afterwards] = (),
-) -> Record:
+) -> Simulated:
     """Build the model of `config` on `meta`, train it for two steps, and return what that did to memory.
 
     Without `first_step` only the optimizer runs in the first one: the states are born, and its forward and backward
@@ -96,38 +94,61 @@ def simulate(
     """
     results = results if results is not None else MetaResults()
     tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins(), run=results.run)
-    has_bf16 = rules.has_bf16(recipe.capability)
-    with nothing_left_behind(), device.planned_for(has_bf16):
-        model = build(config, META, architecture)
-        model.train()
-        paged: list[torch.Tensor] = []
-        optimizer = make_optimizer(model, config, recipe.optim, paged, recipe.depth)
-        count = quantize.count_parameters(model)
-        autocast = _autocast_of(config, recipe)
-        with watch(tracker, model, optimizer), kernels.CudaChoices(recipe.capability), tracker:
-            for step in range(STEPS):
-                tracker.begin_step()
-                if step == 0 and not first_step:
-                    _bear_states(tracker, model, optimizer, config.optim.clip)
-                    continue
-                batches = [make_batch(config, recipe.seq_len, model.config) for _ in range(config.optim.grad_accum)]
-                run_step(tracker, model, optimizer, batches, config.optim.clip, autocast)
-                del batches
+    with nothing_left_behind(), device.planned_for(rules.has_bf16(simulation.capability)):
+        built = build(config, META, architecture)
+        built.model.train()
+        planned = _planned_device(built, simulation)
+        optimizer = built.plan_optimizer(config.optim, simulation.optim, planned)
+        autocast = _autocast_of(config, simulation)
+        with watch(tracker, built.model, optimizer), kernels.CudaChoices(simulation.capability), tracker:
+            _take_steps(tracker, built, optimizer, config, simulation.seq_len, autocast, first_step)
             for act in afterwards:
                 tracker.begin_step()
-                act(tracker, model, config, autocast)
+                act(tracker, built.model, config, autocast)
         tracker.stop()
-        quantizing_bytes = loading.quantizing_bytes(model, results)
-        attention = str(getattr(model.config, "_attn_implementation", ""))
-        host_bytes = offload.host_bytes(model)
-    paged_bytes = sum(t.nbytes for t in paged)
-    sizes = (paged_bytes, host_bytes, count.total, count.trainable)
-    return Record(tracker.events, *sizes, attention, quantizing_bytes)
+        return _seen(tracker, built, planned, results)
+
+
+def _planned_device(built: Built, simulation: Simulation) -> PlannedDevice:
+    """A GPU, where a flat buffer is as much larger as the planned model is deeper."""
+    return PlannedDevice(type="cuda", growth=simulation.depth if built.factors is not None else 1.0)
+
+
+def _take_steps(
+    tracker: MemoryTracker,
+    built: Built,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    seq_len: int,
+    autocast: Autocast | None,
+    first_step: bool,
+) -> None:
+    for step in range(STEPS):
+        tracker.begin_step()
+        if step == 0 and not first_step:
+            _bear_states(tracker, built, optimizer, config.optim.clip)
+            continue
+        batches = [make_batch(config, seq_len, built.model.config) for _ in range(config.optim.grad_accum)]
+        run_step(tracker, built, optimizer, batches, config.optim.clip, autocast)
+        del batches
+
+
+def _seen(tracker: MemoryTracker, built: Built, planned: PlannedDevice, results: MetaResults) -> Simulated:
+    count = quantize.count_parameters(built.model)
+    return Simulated(
+        events=tracker.events,
+        paged_bytes=sum(t.nbytes for t in planned.paged),
+        host_bytes=offload.host_bytes(built.outcomes),
+        n_parameters=count.total,
+        n_trainable=count.trainable,
+        attention=str(getattr(built.model.config, "_attn_implementation", "")),
+        quantizing_bytes=loading.quantizing_bytes(built.model, results),
+    )
 
 
 def run_step(
     tracker: MemoryTracker,
-    model: Any,
+    built: Built,
     optimizer: torch.optim.Optimizer,
     batches: list[dict[str, torch.Tensor]],
     clip: float,
@@ -138,13 +159,12 @@ def run_step(
     `autocast(recomputes)` gives the context of a forward pass, and of a backward pass, which may recompute one.
     """
     n_items = sum((batch["labels"] != IGNORED).sum() for batch in batches)
-    adversary, penalty = getattr(model, "adversary", None), getattr(model, "rank_penalty", None)
     for batch in batches:
-        run = functools.partial(_forward_and_backward, model, batch, n_items, autocast)
-        run() if adversary is None else adversary.step(run)
-    if penalty is not None:
-        add_gradients(model, penalty)
-    _optimize(tracker, model, optimizer, clip)
+        run = functools.partial(_forward_and_backward, built.model, batch, n_items, autocast)
+        run() if built.adversary is None else built.adversary.step(run)
+    if built.rank_penalty is not None:
+        add_gradients(built.model, built.rank_penalty)
+    _optimize(tracker, built, optimizer, clip)
 
 
 def _forward_and_backward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast: Autocast | None) -> None:
@@ -153,20 +173,20 @@ def _forward_and_backward(model: Any, batch: dict[str, torch.Tensor], n_items: A
         kernels.backward(loss)
 
 
-def _bear_states(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer, clip: float) -> None:
+def _bear_states(tracker: MemoryTracker, built: Built, optimizer: torch.optim.Optimizer, clip: float) -> None:
     """The end of a step: gradients are there, and the optimizer runs."""
-    for parameter in model.parameters():
+    for parameter in built.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
             tracker.label(parameter.grad, "gradients")
-    _optimize(tracker, model, optimizer, clip)
+    _optimize(tracker, built, optimizer, clip)
 
 
-def _optimize(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer, clip: float) -> None:
+def _optimize(tracker: MemoryTracker, built: Built, optimizer: torch.optim.Optimizer, clip: float) -> None:
     tracker.enter("clip")
-    flat.clip_gradients(model, clip)
+    built.clip(clip)
     optimizer.step()
-    model.zero_grad(set_to_none=True)
+    built.model.zero_grad(set_to_none=True)
 
 
 def _forward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast: Autocast | None) -> torch.Tensor:
@@ -181,12 +201,12 @@ def _forward(model: Any, batch: dict[str, torch.Tensor], n_items: Any, autocast:
     return outputs.loss  # type: ignore[no-any-return]
 
 
-def _autocast_of(config: RunConfig, recipe: Recipe) -> Autocast | None:
+def _autocast_of(config: RunConfig, simulation: Simulation) -> Autocast | None:
     """The autocast that the Trainer runs the step under; None without."""
     in_fp16 = device.compute_dtype(config.base, META) == torch.float16
-    if not recipe.autocast and not in_fp16:
+    if not simulation.autocast and not in_fp16:
         return None
-    lower = torch.bfloat16 if rules.has_bf16(recipe.capability) else torch.float16
+    lower = torch.bfloat16 if rules.has_bf16(simulation.capability) else torch.float16
     return lambda recomputes: MetaAutocast(not recomputes, lower)
 
 
@@ -228,80 +248,6 @@ def has_token_types(config: RunConfig, model_config: Any) -> bool:
     return has_new_head and (getattr(model_config, "type_vocab_size", None) or 0) > 1
 
 
-def make_optimizer(
-    model: Any, config: RunConfig, optim: str, paged: list[torch.Tensor], depth: float = 1.0
-) -> torch.optim.Optimizer:
-    """The optimizer `optim` as it works on CUDA; its paged states, which torch does not count, go to `paged`.
-
-    What pages is what would at `depth` times the layers of `model`, with which a flat buffer grows.
-    """
-    groups = flat.parameter_groups(model, config.optim.weight_decay, config.optim.lr)
-    if optim == "adamw":
-        adamw = SplitAdamW if trains_split(model) else MetaFusedAdamW
-        return flat.connect(model, adamw(groups, lr=config.optim.lr))
-    if optim == "sgd":
-        return flat.connect(model, torch.optim.SGD(groups, lr=config.optim.lr, foreach=True))  # as torch on CUDA
-    import bitsandbytes as bnb
-
-    kind = bnb.optim.Lion if optim.startswith("lion") else bnb.optim.AdamW
-    optimizer = kind(
-        groups, lr=config.optim.lr, optim_bits=8 if "8bit" in optim else 32, is_paged=optim.startswith("paged")
-    )
-    growth = depth if flat.flat_factors(model) is not None else 1.0
-    page_from = round(rules.PAGED_MIN_ELEMENTS / growth)
-    _without_kernels(optimizer, paged, page_from, _fp32_state_parameters(model, optim))
-    return flat.connect(model, optimizer)
-
-
-class MetaFusedAdamW(torch.optim.AdamW):
-    """torch's fused AdamW as it is to memory: states and no temporaries. torch itself refuses to fuse on `meta`."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Make the states of every parameter that has a gradient and none yet."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if parameter.grad is not None and not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-
-
-def _fp32_state_parameters(model: Any, optim: str) -> set[int]:
-    """The trained embeddings: transformers' Trainer keeps their states in fp32 under 8-bit optimizers."""
-    if "8bit" not in optim:
-        return set()
-    embeddings = (m for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    return {id(m.weight) for m in embeddings if m.weight.requires_grad}
-
-
-def _without_kernels(optimizer: Any, paged: list[torch.Tensor], page_from: int, fp32_states: set[int]) -> None:
-    """Let a bitsandbytes optimizer make its states on `meta` and skip its kernels, which allocate nothing."""
-    get_config = optimizer.get_config
-
-    def config_of(self: Any, gindex: int, pindex: int, group: Any) -> Any:
-        parameter = self.param_groups[gindex]["params"][pindex]
-        return {**get_config(gindex, pindex, group), **({"optim_bits": 32} if id(parameter) in fp32_states else {})}
-
-    def state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        if self.is_paged and p.numel() >= page_from:
-            with torch.utils._python_dispatch._disable_current_modes():
-                buffer: Any = torch.empty(p.shape, dtype=dtype, device=META)
-            buffer.is_paged = True  # as bitsandbytes marks its own
-            paged.append(buffer)
-            return buffer  # type: ignore[no-any-return]
-        return torch.zeros_like(p, dtype=dtype)
-
-    def update_step(self: Any, group: Any, p: torch.Tensor, gindex: int, pindex: int) -> None:
-        p.data, p.grad = p.data.contiguous(), p.grad.contiguous()  # type: ignore[union-attr]
-
-    optimizer.get_config = MethodType(config_of, optimizer)
-    optimizer.get_state_buffer = MethodType(state_buffer, optimizer)
-    optimizer.update_step = MethodType(update_step, optimizer)
-    optimizer.prefetch_state = MethodType(lambda self, p: None, optimizer)
-
-
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """Keep the caller's random state, what bitsandbytes keeps for the whole process, and torch's autocast."""
@@ -337,8 +283,3 @@ def _no_autocast_on_meta() -> Iterator[None]:
         yield
     finally:
         torch.autocast = stock  # type: ignore[misc]
-
-
-def resolve_cuda_optim(config: RunConfig) -> str:
-    """The optimizer that `config` gets on CUDA."""
-    return resolve_optim(config, torch.device("cuda"))

@@ -26,7 +26,7 @@ from qlora_kit.tasks.decoding import ANSWER_BATCH, MAX_ANSWER_TOKENS, SAMPLE_TOK
 from qlora_kit.tasks.text2text.task import next_logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """The highest moment of a phase of the run: loading, evaluation, generation or the step.
 
@@ -39,7 +39,7 @@ class Stage:
     components: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnswerBatch:
     """How many prompts a run answers at once: the most whose answers have room, and at least one.
 
@@ -58,7 +58,7 @@ class AnswerBatch:
         return self.one_bytes - self.each_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Occasion:
     """Rows that are scored at once, of so many tokens, or prompts that get answers of up to `new_tokens`."""
 
@@ -108,7 +108,8 @@ def occasions(
     Answers come last: to one prompt, and to as many at once as there may be.
     """
     rows = min(config.optim.batch_size, held_out.rows)
-    scored = (Occasion(EVALUATION, rows, min(held_out.row_tokens, seq_len)),) if rows else ()
+    tokens = min(held_out.row_tokens, seq_len)
+    scored = (Occasion(name=EVALUATION, rows=rows, tokens=tokens),) if rows else ()
     answers = held_out.sampled if config.evaluation.exact_match is None else held_out.asked
     numbers = {1, min(answers.prompts, ANSWER_BATCH)} if answers is not None else set[int]()
     if TASK_MODELS[task].decodes:  # its answers are scored, in the batches of the evaluation
@@ -119,7 +120,8 @@ def occasions(
     prompt_tokens = max(1, min(answers.prompt_tokens, room - 1))
     taken = 1 if TASK_MODELS[task].decodes else prompt_tokens  # of the positions of the answer
     new_tokens = max(1, min(answers.new_tokens, room - taken))
-    return *scored, *(Occasion(GENERATING, n, prompt_tokens, new_tokens) for n in sorted(numbers))
+    answered = (Occasion(name=GENERATING, rows=n, tokens=prompt_tokens, new_tokens=new_tokens) for n in sorted(numbers))
+    return *scored, *answered
 
 
 def besides_step(
@@ -145,8 +147,10 @@ def besides_step(
         for name, n_bytes in first.components.items()
     }
     what = str(dataclasses.replace(many, rows=prompts))
-    stage = Stage(sum(components.values()), what, last.operation, components)
-    return {**by_name, GENERATING: stage}, AnswerBatch(prompts, first.peak_bytes, each_bytes, many.rows)
+    peak_bytes = sum(components.values())
+    stage = Stage(peak_bytes=peak_bytes, what=what, operation=last.operation, components=components)
+    answered = AnswerBatch(prompts=prompts, one_bytes=first.peak_bytes, each_bytes=each_bytes, most=many.rows)
+    return {**by_name, GENERATING: stage}, answered
 
 
 def prompts_at_once(limit_bytes: int, one_bytes: int, each_bytes: int, most: int) -> int:

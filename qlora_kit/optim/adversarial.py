@@ -22,7 +22,7 @@ import torch
 from qlora_kit.config.settings import OptimConfig
 from qlora_kit.model.task_models import reading_part
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 STRIDE = 2.5  # a step of PGD times their number, in units of ε: enough to reach the border from anywhere (Madry et al.)
 
 
@@ -56,7 +56,7 @@ class Adversary:
         self.seen_BTD = moved_BTD
         return moved_BTD
 
-    def step(self, run: Callable[[], Result]) -> Result:
+    def step(self, run: Callable[[], T]) -> T:
         """Run a batch as it is and as the adversary has it; `run` is its forward and backward pass.
 
         The gradients of both passes add up in the parameters. Returns what the first `run` gave.

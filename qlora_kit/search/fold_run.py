@@ -44,8 +44,8 @@ def run_fold(config: RunConfig, examples: Examples, folder: Path, keep: bool) ->
 def _train(config: RunConfig, examples: Examples, folder: Path) -> None:
     import torch
 
+    from qlora_kit.training.callback import DivergedError
     from qlora_kit.training.run import train
-    from qlora_kit.training.trainer import DivergedError
 
     is_planned = (
         config.preflight and device.resolve_device(config.base.device).type == "cuda"

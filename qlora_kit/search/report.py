@@ -14,7 +14,7 @@ from qlora_kit.search.choice import Tried
 from qlora_kit.search.result import SearchResult
 from qlora_kit.system import files
 from qlora_kit.system.progress import human_bytes
-from qlora_kit.training.run import OF_HELD_OUT
+from qlora_kit.training.check import OF_HELD_OUT
 
 RESULTS_FILE, BEST_FILE = "results.json", "best.yaml"
 SAID = ("model", "data")  # written to the file even if they have their default

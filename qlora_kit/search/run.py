@@ -30,7 +30,7 @@ from qlora_kit.system import files, quiet
 from qlora_kit.system.progress import counted, say_line
 from qlora_kit.tasks import registry
 from qlora_kit.tasks.inputs import Examples, digest_of, read_inputs, read_material
-from qlora_kit.training.run import check_settings
+from qlora_kit.training.check import check_settings
 
 FREE = (
     *PER_CALL,

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.files import read_settings
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import LeanConfig, RunConfig, settings
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.runs import folder
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def _changed(before: RunConfig, now: RunConfig) -> Iterator[Fault]:
             continue
         old, new = (getattr(getattr(config, group) if group else config, field.name) for config in (before, now))
         if old != new:
-            yield Fault(flag(field.name), new, f"was {old!r} in the run to resume", REMEDY)
+            yield Fault(field.name, new, f"was {old!r} in the run to resume", REMEDY)
 
 
 def _other_optimizer(record: Mapping[str, Any], now: RunConfig, device: torch.device) -> Iterator[Fault]:
@@ -71,13 +70,13 @@ def _other_optimizer(record: Mapping[str, Any], now: RunConfig, device: torch.de
 
     old, new = record["resolved"]["optim"], resolve_optim(now, device)
     if old != new:
-        remedy = f"Add --optim {old}, whose states the checkpoint holds, or start a new run."
-        yield Fault("--optim", new, f"was {old!r} in the run to resume", remedy)
+        remedy = f"Add {named('optim', old)}, whose states the checkpoint holds, or start a new run."
+        yield Fault("optim", new, f"was {old!r} in the run to resume", remedy)
 
 
 def _other_length(before: RunConfig, now: RunConfig, point: folder.ResumePoint, rows: int) -> Iterator[Fault]:
     """A run may get longer or shorter where the learning rates of the steps so far, and of the next, stay."""
-    from qlora_kit.training.trainer import planned_steps, share_of_rate
+    from qlora_kit.training.schedule import planned_steps, share_of_rate
 
     names = [name for name in ("max_steps", "epochs") if getattr(before.optim, name) != getattr(now.optim, name)]
     if not names:
@@ -85,21 +84,21 @@ def _other_length(before: RunConfig, now: RunConfig, point: folder.ResumePoint, 
     name, steps = names[0], planned_steps(now, rows)
     value, was = (getattr(config.optim, name) for config in (now, before))
     if name == "epochs" and now.optim.max_steps is not None:
-        rule = f"has no effect, for the run to resume has --max-steps {now.optim.max_steps}"
-        yield Fault(flag(name), value, rule, "Give --max-steps instead.")
+        rule = f"has no effect: the run to resume has {named('max_steps', now.optim.max_steps)}"
+        yield Fault(name, value, rule, f"Give {named('max_steps')} instead.")
         return
     if steps < point.step:
         rule = f"ends at step {steps}, and the checkpoint is of step {point.step}"
-        yield Fault(flag(name), value, rule, "Give more, or resume an older checkpoint.")
+        yield Fault(name, value, rule, "Give more, or resume an older checkpoint.")
         return
     rates = ([share_of_rate(now.optim, total, n) for n in range(point.step + 1)] for total in (point.total, steps))
     if next(rates) != next(rates):
         rule = (
-            f"was {was!r} in the run to resume, and with --schedule {now.optim.schedule} another number of steps "
-            "gives the steps already taken other learning rates"
+            f"was {was!r} in the run to resume, and with {named('schedule', now.optim.schedule)} another number of "
+            "steps gives the steps already taken other learning rates"
         )
-        remedy = f"{REMEDY} One with --schedule constant can be made longer afterwards."
-        yield Fault(flag(name), value, rule, remedy)
+        remedy = f"{REMEDY} One with {named('schedule', 'constant')} can be made longer afterwards."
+        yield Fault(name, value, rule, remedy)
 
 
 def check_held_out(config: RunConfig, point: folder.ResumePoint, digest: str) -> None:
@@ -117,6 +116,6 @@ def check_held_out(config: RunConfig, point: folder.ResumePoint, digest: str) ->
         else before.data.eval_data == config.data.eval_data
     )
     if not same:
-        rule = "holds out other examples than the run to resume, whose best checkpoint was chosen on those"
-        remedy = "Leave it as it was, or add --no-keep-best and no --early-stopping."
-        raise UserError.of("--eval-data", config.data.eval_data, rule, remedy)
+        rule = "gives other held-out examples than those that the best checkpoint so far was chosen on"
+        remedy = f"Leave it as it was, or add {named('keep_best', False)} and no {named('early_stopping')}."
+        raise UserError.of("eval_data", config.data.eval_data, rule, remedy)

@@ -89,7 +89,7 @@ def test_a_mixture_is_refused_before_its_weights_are_loaded(tmp_path, kind, bits
 def test_what_stays_is_what_the_quantized_model_holds_in_16_bits(mixture):
     """Of the real model, with its quantized layers and factors, as much as was foreseen without weights."""
     config = settings(mixture, bits=4, allow_16_bit_experts=True)
-    model = build_model(config, CPU)
+    model = build_model(config, CPU).model
     parameters = [(name, p) for name, p in model.named_parameters() if "layers." in name and "lora_" not in name]
     in_16_bits = sum(p.numel() for _, p in parameters if p.dtype == torch.bfloat16 and p.ndim > 1)
     found = unquantized.of_run(config, model)
@@ -102,7 +102,7 @@ def test_what_stays_is_what_the_quantized_model_holds_in_16_bits(mixture):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_dense_family_is_refused(tmp_path, family, bits):
     config = settings(save_tiny(tmp_path, family), bits=bits)
-    model = build_model(config, META)
+    model = build_model(config, META).model
     assert unquantized.of_run(config, model) is None
     assert unquantized.find(model).weights == 0
 
@@ -110,21 +110,21 @@ def test_no_dense_family_is_refused(tmp_path, family, bits):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("changes", [{"variant": "lora-xs"}, {"init": "pissa", "adapter_dtype": "fp32"}])
 def test_parts_of_factors_are_not_taken_for_weights(tmp_path, family, changes):
-    assert unquantized.find(build_model(settings(save_tiny(tmp_path, family), **changes), META)).weights == 0
+    assert unquantized.find(build_model(settings(save_tiny(tmp_path, family), **changes), META).model).weights == 0
 
 
 @pytest.mark.parametrize("kind", [*classifiers.ENCODERS, *classifiers.BOTH])
 def test_no_classifier_is_refused(tmp_path, kind):
     """T5 keeps a linear layer in fp32 and a table of positions in its blocks."""
     task = {"task": "text-classification", "labels": ("a", "b")}
-    model = build_model(settings(classifiers.save_base(tmp_path, kind), **task), META)
+    model = build_model(settings(classifiers.save_base(tmp_path, kind), **task), META).model
     assert unquantized.find(model).weights == 0
 
 
 @pytest.mark.parametrize("kind", text_pairs.KINDS)
 def test_no_encoder_decoder_is_refused(tmp_path, kind):
     config = settings(text_pairs.save_base(tmp_path, kind), task="text2text-generation")
-    assert unquantized.find(build_model(config, META)).weights == 0
+    assert unquantized.find(build_model(config, META).model).weights == 0
 
 
 def test_convolutions_in_the_blocks_are_too_few_to_be_refused():
@@ -218,10 +218,10 @@ def test_the_share_of_factors_that_are_missing_is_said():
 
 def test_in_16_bits_it_is_said_that_experts_get_no_factors(mixture):
     config = settings(mixture, bits=16)
-    found = unquantized.of_run(config, build_model(config, META))
+    found = unquantized.of_run(config, build_model(config, META).model)
     assert found is not None
     assert found.without_factors == found.weights > 0
-    assert unquantized.of_run(settings(mixture, bits=16, full=True), build_model(config, META)) is None
+    assert unquantized.of_run(settings(mixture, bits=16, full=True), build_model(config, META).model) is None
 
 
 def test_what_stays_is_said_with_its_settings_alone():

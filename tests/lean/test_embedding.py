@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora_kit import build
 from qlora_kit.lean import apply, embedding
-from qlora_kit.memory.simulate import Recipe, simulate
+from qlora_kit.memory.simulate import Simulation, simulate
 from qlora_kit.memory.track import MemoryTracker, overall_peak
 from qlora_kit.memory.watch import label_model
 from qlora_kit.model.quantize import count_parameters
@@ -113,7 +113,7 @@ def on_meta(**changes):
     config = small_config("llama")
     for name, value in {**UNTIED, **changes}.items():
         setattr(config, name, value)
-    return build.build_model(run_settings(bits=4, lean="off"), META, config)
+    return build.build_model(run_settings(bits=4, lean="off"), META, config).model
 
 
 def test_put_on_says_how_much_it_moved():
@@ -160,9 +160,9 @@ def test_a_planned_step_takes_less_by_the_embedding(family, monkeypatch):
     architecture.tie_word_embeddings = False
     config = run_settings(bits=4, offload_embedding="on")
     peaks = []
-    for pieces in ((), (apply.Piece("offload_embedding", "embedding", embedding.put_on),)):
+    for pieces in ((), (apply.Piece(name="embedding", put_on=embedding.put_on, setting="offload_embedding"),)):
         monkeypatch.setattr(apply, "PIECES", pieces)
-        record = simulate(config, Recipe(96, "adamw"), architecture)
+        record = simulate(config, Simulation(seq_len=96, optim="adamw"), architecture)
         peaks.append(overall_peak(record.events).n_bytes)
     assert peaks[0] - peaks[1] == 640 * 128 * 2 - 512
 

@@ -28,6 +28,7 @@ from transformers import Trainer, TrainingArguments
 from qlora_kit import RunConfig, UserError, train
 from qlora_kit.adapters.files import load_factors, save_adapter
 from qlora_kit.adapters.inject import inject, trainable
+from qlora_kit.build import Built
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.lean import flat
 from qlora_kit.lean.flat import (
@@ -37,19 +38,14 @@ from qlora_kit.lean.flat import (
     SMALL_ELEMENTS,
     FlatBuffer,
     FlatFactors,
-    clip_gradients,
-    connect,
     fill,
-    flat_factors,
     layout,
-    parameter_groups,
 )
-from qlora_kit.memory import rules
-from qlora_kit.memory.simulate import Recipe, simulate
+from qlora_kit.memory.simulate import Simulation, simulate
 from qlora_kit.memory.track import Region, peaks_by_region
-from qlora_kit.optim.optimizers import make_optimizer
+from qlora_kit.optim import paged_states
 from qlora_kit.optim.split_adamw import SplitAdamW
-from qlora_kit.training import run
+from qlora_kit.training import prepare
 
 IDS = torch.arange(16).reshape(2, 8)
 SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=30)
@@ -66,8 +62,30 @@ def lora(family="llama", seed=0, **settings):
     return model.train()
 
 
-def put_on(model):
-    return flat.put_on(model)
+MADE: weakref.WeakKeyDictionary[nn.Module, FlatFactors] = weakref.WeakKeyDictionary()  # by the model
+
+
+def put_on(model, lora_plus=None):
+    outcome = flat.put_on(model, lora_plus)
+    if outcome.made is not None:
+        MADE[model] = outcome.made
+    return outcome
+
+
+def flat_factors(model):
+    return MADE.get(model)
+
+
+def parameter_groups(model, weight_decay, lr=None, lora_plus=None):
+    return flat.parameter_groups(model, flat_factors(model), weight_decay, lr, lora_plus)
+
+
+def connect(model, optimizer):
+    return flat.connect(optimizer, flat_factors(model))
+
+
+def clip_gradients(model, max_norm):
+    return flat.clip_gradients(model, flat_factors(model), max_norm)
 
 
 def twins(**settings):
@@ -220,25 +238,23 @@ def test_what_decays_is_what_transformers_lets_decay(tmp_path, settings):
 @pytest.mark.parametrize("settings", [{"r": 4}, {"r": 64, "dora": True, "adapter_dtype": "fp32"}])
 def test_under_lora_plus_every_b_and_nothing_else_learns_faster(settings):
     apart, together = (lora(**settings) for _ in range(2))
-    apart.lora_plus = together.lora_plus = 16.0
-    put_on(together)
-    rates = {id(p): g.get("lr", 0.5) for g in parameter_groups(apart, 0.1, 0.5) for p in g["params"]}
+    put_on(together, 16.0)
+    rates = {id(p): g.get("lr", 0.5) for g in parameter_groups(apart, 0.1, 0.5, 16.0) for p in g["params"]}
     expected = {name: 8.0 if "lora_B" in name else 0.5 for name, _ in trainable(apart)}
     assert {name: rates[id(p)] for name, p in trainable(apart)} == expected
-    groups = {id(p): g.get("lr", 0.5) for g in parameter_groups(together, 0.1, 0.5) for p in g["params"]}
+    groups = {id(p): g.get("lr", 0.5) for g in parameter_groups(together, 0.1, 0.5, 16.0) for p in g["params"]}
     buffers = {id(p): groups[id(b.parameter)] for b in flat_factors(together).buffers for p in b.factors}
     assert {name: buffers[id(p)] for name, p in trainable(together)} == expected
-    assert "lr" not in parameter_groups(together, 0.1, 0.5)[0]  # the first group's is the rate that a run logs
+    assert "lr" not in parameter_groups(together, 0.1, 0.5, 16.0)[0]  # the first group's is the rate that a run logs
 
 
 def test_lora_plus_steps_as_pefts_own_optimizer():
     """PEFT's `create_loraplus_optimizer` with the same torch optimizer, on factors that lie apart."""
     apart, together = (lora(r=4, adapter_dtype="fp32") for _ in range(2))
-    together.lora_plus = 16.0
-    put_on(together)
+    put_on(together, 16.0)
     options = {"lr": 1e-3, "fused": True}
     theirs = create_loraplus_optimizer(apart, torch.optim.AdamW, loraplus_lr_ratio=16.0, **options)
-    ours = connect(together, torch.optim.AdamW(parameter_groups(together, 0.0, 1e-3), **options))
+    ours = connect(together, torch.optim.AdamW(parameter_groups(together, 0.0, 1e-3, 16.0), **options))
     before = [p.detach().clone() for _, p in trainable(apart)]
     for step in range(5):
         for model, optimizer in ((apart, theirs), (together, ours)):
@@ -254,11 +270,9 @@ def test_lora_plus_works_with_every_optimizer(optim):
     """At a rate of zero for A only B moves, and in the buffers as apart."""
     apart, together = (lora(r=51, adapter_dtype="fp32", targets=("q_proj", "down_proj")) for _ in range(2))
     before = {name: p.detach().clone() for name, p in trainable(apart)}
+    put_on(together, 2.0)
     for model in (apart, together):
-        model.lora_plus = 2.0
-    put_on(together)
-    for model in (apart, together):
-        optimizer = connect(model, OPTIMIZERS[optim](parameter_groups(model, 0.0, 1e-3)))
+        optimizer = connect(model, OPTIMIZERS[optim](parameter_groups(model, 0.0, 1e-3, 2.0)))
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if group["lr"] != 2e-3 else group["lr"]
         backward(model)
@@ -541,7 +555,7 @@ def test_a_whole_run_is_the_same_and_the_optimizer_has_one_parameter_a_buffer(tm
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
     assert [len(s["state"]) for s in states] == [1, len(adapters[0])]
     resumed = {**settings, "resume": str(tmp_path / "True"), "out": str(tmp_path / "resumed"), "max_steps": 6}
-    with pytest.raises(UserError, match="--flat-buffer"):
+    with pytest.raises(UserError, match="flat_buffer"):
         train(RunConfig.from_flat({**resumed, "flat_buffer": False}), QUIET)
     monkeypatch.setattr(flat, "MAX_ELEMENTS_CPU", 10_000)  # as on another kind of device
     with pytest.raises(UserError, match="over other tensors"):
@@ -550,9 +564,9 @@ def test_a_whole_run_is_the_same_and_the_optimizer_has_one_parameter_a_buffer(tm
 
 def test_steps_outside_a_run_have_the_runs_optimizer():
     model = lora(r=48)
-    put_on(model)
+    built = Built(model=model, outcomes={"one buffer": put_on(model)})
     config = RunConfig.from_flat({"lr": 1e-3, "weight_decay": 0.1})
-    optimizer = make_optimizer(model, config, "adamw")
+    optimizer = built.make_optimizer(config.optim, "adamw")
     assert [p for group in optimizer.param_groups for p in group["params"]] == [
         buffer.parameter for buffer in flat_factors(model).buffers
     ]
@@ -563,15 +577,15 @@ def test_steps_outside_a_run_have_the_runs_optimizer():
 
 
 def test_a_factor_that_gets_no_gradient_is_still_named(tmp_path, monkeypatch):
-    build = run.build_model
+    build = prepare.build_model
 
     def deaf(*args):
-        model = build(*args)
-        layer = model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj")
+        built = build(*args)
+        layer = built.model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj")
         layer._disable_adapters = True  # its factors still train, and no gradient ever comes
-        return model
+        return built
 
-    monkeypatch.setattr(run, "build_model", deaf)
+    monkeypatch.setattr(prepare, "build_model", deaf)
     with pytest.raises(UserError, match="gets no gradient") as caught:
         train(RunConfig.from_flat(run_settings(tmp_path, max_steps=1)), QUIET)
     assert len(caught.value.faults) == 2
@@ -630,9 +644,11 @@ def test_paged_states_page_as_a_whole(tmp_path):
     config = shapes_of_tiny(tmp_path)
     paged = {}
     for flat_buffer in (True, False):
-        record = simulate(shapes_of_tiny(tmp_path, flat_buffer=flat_buffer), Recipe(64, "paged_adamw_8bit"))
+        record = simulate(
+            shapes_of_tiny(tmp_path, flat_buffer=flat_buffer), Simulation(seq_len=64, optim="paged_adamw_8bit")
+        )
         largest = config.adapter.r * 128
-        assert largest < rules.PAGED_MIN_ELEMENTS < record.n_trainable
+        assert largest < paged_states.MIN_ELEMENTS < record.n_trainable
         states = peaks_by_region(record.events)[Region(step=2, phase="loss")].components["optimizer states"]
         paged[flat_buffer] = (record.paged_bytes, states >= 2 * record.n_trainable)
         assert record.n_trainable == 2 * 384 * (64 + 128)
@@ -643,7 +659,7 @@ def test_the_plan_shows_that_only_clipping_takes_more(tmp_path):
     peaks, optim = [], "adamw_8bit"
     for flat_buffer in (False, True):
         config = shapes_of_tiny(tmp_path, flat_buffer=flat_buffer, optim=optim, targets=None, r=64)
-        record = simulate(config, Recipe(64, optim))
+        record = simulate(config, Simulation(seq_len=64, optim=optim))
         peaks.append(peaks_by_region(record.events))
     apart, together = peaks
     factors = apart[Region(step=2, phase="clip")].components["adapters"]

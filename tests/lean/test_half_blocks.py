@@ -91,7 +91,7 @@ def test_any_shape(rows, tokens, variant):
 
 def test_on_a_quantized_base_in_bf16():
     config = run_settings(bits=4, lean="off", adapter_dtype="bf16", dropout=0.1)
-    model = build.build_model(config, torch.device("cpu"), FAMILIES["llama"]()).train()
+    model = build.build_model(config, torch.device("cpu"), FAMILIES["llama"]()).model.train()
     for _, factor in inject.trainable(model):
         torch.nn.init.normal_(factor, generator=torch.Generator().manual_seed(1))
     whole = gradients(model, padded_batch())

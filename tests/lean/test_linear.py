@@ -32,7 +32,7 @@ from qlora_kit.config.settings import AdapterConfig, BaseConfig, RunConfig
 from qlora_kit.lean import apply
 from qlora_kit.lean.linear import put_on
 from qlora_kit.memory.kernels import open_kernels
-from qlora_kit.memory.simulate import Recipe, simulate
+from qlora_kit.memory.simulate import Simulation, simulate
 from qlora_kit.memory.track import MemoryTracker
 from qlora_kit.model.load import load_base
 
@@ -647,12 +647,14 @@ def simulated(monkeypatch, pieces, bits=4):
     flat = {"model": "llama-3.2-1b", "weights": "random", "batch_size": 2, "bits": bits}
     architecture = FAMILIES["llama"]()
     architecture.hidden_size, architecture.intermediate_size = 512, 2048
-    return simulate(RunConfig.from_flat(flat), Recipe(256, "paged_adamw_8bit"), architecture, first_step=False)
+    return simulate(
+        RunConfig.from_flat(flat), Simulation(seq_len=256, optim="paged_adamw_8bit"), architecture, first_step=False
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_plan_sees_less_in_every_recomputation(monkeypatch, bits):
-    piece = apply.Piece("lora_first", "linear layers", put_on)
+    piece = apply.Piece(name="linear layers", put_on=put_on, setting="lora_first")
     peaks = [recomputation_peak(simulated(monkeypatch, pieces, bits)) for pieces in ((), (piece,))]
     assert peaks[1] < peaks[0]
 
@@ -667,7 +669,7 @@ def recomputation_peak(record):
 
 
 def test_the_plan_sees_the_dequantized_weight_in_both_directions(monkeypatch):
-    record = simulated(monkeypatch, (apply.Piece("lora_first", "linear layers", put_on),))
+    record = simulated(monkeypatch, (apply.Piece(name="linear layers", put_on=put_on, setting="lora_first"),))
     down_bytes = 2 * 512 * 2048
     seen = {
         (e.region.phase, e.region.recomputes, e.storage.category)

@@ -457,7 +457,7 @@ def test_held_out_loss(seven_rows):
 
 def test_a_run_is_the_stock_run(tmp_path, monkeypatch):
     """Three steps of accumulated batches and an evaluation, in bf16."""
-    piece = apply.Piece("chunked_loss", "loss", loss.put_on)
+    piece = apply.Piece(name="loss", put_on=loss.put_on, setting="chunked_loss")
     monkeypatch.setattr(apply, "PIECES", (piece,))
     data = tmp_path / "data.jsonl"
     lines = [json.dumps({"prompt": f"add {i} and {i + 1}", "completion": f"{2 * i + 1}"}) for i in range(12)]

@@ -23,7 +23,7 @@ from qlora_kit import build
 from qlora_kit.adapters import inject
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.lean import linear, mlp
-from qlora_kit.lean.unread import is_output_unread
+from qlora_kit.lean.piece import is_output_unread
 from qlora_kit.memory.kernels import stand_ins
 from qlora_kit.memory.track import MemoryTracker, overall_peak
 
@@ -131,7 +131,7 @@ def test_autocast_is_the_same_in_the_backward_pass():
 def four_bit_step(lean, dtype=torch.bfloat16):
     """A step on real 4-bit weights; all that is computed with them is in `dtype`."""
     architecture = small_config("llama")
-    model = build.build_model(run_settings(bits=4, lean="off"), torch.device("cpu"), architecture).train()
+    model = build.build_model(run_settings(bits=4, lean="off"), torch.device("cpu"), architecture).model.train()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype
@@ -173,7 +173,7 @@ def test_dropout_inside_is_left():
 
 
 def test_eight_bits_with_outliers_are_left():
-    model = build.build_model(run_settings(bits=8, lean="off"), torch.device("meta"), small_config("llama"))
+    model = build.build_model(run_settings(bits=8, lean="off"), torch.device("meta"), small_config("llama")).model
     outcome = mlp.put_on(model)
     assert outcome.done == ""
     assert outcome.left.startswith("2 MLPs: 8 bits")
@@ -246,7 +246,7 @@ def peak_bytes(n_tiles, n_tokens):
     """The most bytes that the forward and the backward pass of a wide 4-bit MLP take on `meta`."""
     architecture = small_config("llama")
     architecture.intermediate_size = 8192
-    model = build.build_model(run_settings(bits=4, r=1, lean="off"), torch.device("meta"), architecture).train()
+    model = build.build_model(run_settings(bits=4, r=1, lean="off"), torch.device("meta"), architecture).model.train()
     x = torch.empty(1, n_tokens, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     tile_bytes = n_tokens // n_tiles * 8192 * 2
     with mock.patch.object(mlp, "WIDEST_BYTES", tile_bytes), MemoryTracker("meta", stand_ins=stand_ins()) as tracker:

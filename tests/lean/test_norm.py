@@ -116,7 +116,7 @@ def test_a_norm_of_another_formula_is_left():
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_only_the_input_is_kept(family):
-    model = build.build_model(run_settings(bits=4, lean="off"), torch.device("meta"), small_config(family))
+    model = build.build_model(run_settings(bits=4, lean="off"), torch.device("meta"), small_config(family)).model
     norm.put_on(model)
     x = torch.empty(64, 1024, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with MemoryTracker("meta") as tracker:

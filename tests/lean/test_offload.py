@@ -22,13 +22,15 @@ from memory_cases import cpu_optimizer, real_batch, small_config
 from memory_cases import settings as run_settings
 
 from qlora_kit import build
+from qlora_kit.build import Built
 from qlora_kit.errors import UserError
 from qlora_kit.lean import half_blocks, offload
 from qlora_kit.memory import kernels
 from qlora_kit.memory.shortcut import MetaResults
-from qlora_kit.memory.simulate import Recipe, make_batch, make_optimizer, run_step, simulate
+from qlora_kit.memory.simulate import Simulation, make_batch, run_step, simulate
 from qlora_kit.memory.track import MemoryTracker, peaks_by_region
 from qlora_kit.memory.watch import watch
+from qlora_kit.optim.kind import PlannedDevice
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -289,7 +291,9 @@ def test_a_host_without_room_is_a_user_error():
 
 def on_meta(layers=2, **changes):
     architecture = small_config("llama", layers=layers)
-    return build.build_model(run_settings(bits=4, lean="off", adapter_dtype="bf16", **changes), META, architecture)
+    return build.build_model(
+        run_settings(bits=4, lean="off", adapter_dtype="bf16", **changes), META, architecture
+    ).model
 
 
 def test_put_on_says_what_it_did():
@@ -321,10 +325,11 @@ def planned(pieces, results):
     for piece in pieces:
         piece.put_on(model)
     tracker = MemoryTracker("meta", stand_ins=kernels.stand_ins(), run=results.run)
-    optimizer = make_optimizer(model, config, "adamw", [])
+    built = Built(model=model)
+    optimizer = built.plan_optimizer(config.optim, "adamw", PlannedDevice(type="cuda"))
     with no_collections(), watch(tracker, model, optimizer), kernels.CudaChoices((8, 0)), tracker:
         tracker.begin_step()
-        run_step(tracker, model, optimizer, [make_batch(config, TOKENS, model.config)], 1.0)
+        run_step(tracker, built, optimizer, [make_batch(config, TOKENS, model.config)], 1.0)
     tracker.stop()
     regions = peaks_by_region(tracker.events)
     return {(r.phase, r.block, r.recomputes): p.n_bytes for r, p in regions.items()}
@@ -356,13 +361,13 @@ def test_the_plan_says_the_hosts_bytes_that_a_step_takes(family, changes, monkey
     pieces = {"offload_activations": "on", "half_blocks": "on", **changes}
     config = run_settings(bits=16, batch_size=BATCH, seq_len=TOKENS, **pieces)
     architecture = small_config(family, layers=7)
-    planned = simulate(config, Recipe(TOKENS, "adamw"), small_config(family, layers=7))
+    planned = simulate(config, Simulation(seq_len=TOKENS, optim="adamw"), small_config(family, layers=7))
 
-    model, transport = build.build_model(config, CPU, architecture).train(), offload.Transport(CPU)
-    offloaded(model, transport)
+    built, transport = build.build_model(config, CPU, architecture), offload.Transport(CPU)
+    offloaded(built.model.train(), transport)
     for _ in range(2):
         batches = [real_batch(config, architecture.vocab_size) for _ in range(config.optim.grad_accum)]
-        run_step(MemoryTracker("cpu"), model, cpu_optimizer(model, config), batches, 1.0)
+        run_step(MemoryTracker("cpu"), built, cpu_optimizer(built, config), batches, 1.0)
     assert planned.host_bytes == transport.pool.allotted_bytes >= 7 * KEPT_BYTES
 
 

@@ -206,13 +206,15 @@ def test_models_that_look_otherwise_are_left(changes, reason):
 
 def recorded(monkeypatch, lean, capability=(8, 0), example_tokens=256):
     """Two steps with packed rows of 1024 tokens on `meta`."""
-    piece = Piece("varlen", "varlen", varlen.put_on)
+    piece = Piece(name="varlen", put_on=varlen.put_on, setting="varlen")
     monkeypatch.setattr(apply, "PIECES", (piece,) if lean else ())
     monkeypatch.setattr(simulate, "PACKED_EXAMPLE_TOKENS", example_tokens)
     config = run_settings(pack=True, batch_size=2, bits=4)
     architecture = small_config("llama")
     architecture.max_position_embeddings = 1024
-    return simulate.simulate(config, simulate.Recipe(1024, "adamw", capability=capability), architecture)
+    return simulate.simulate(
+        config, simulate.Simulation(seq_len=1024, optim="adamw", capability=capability), architecture
+    )
 
 
 def test_a_plan_has_no_mask_and_the_kernels_buffers(monkeypatch):

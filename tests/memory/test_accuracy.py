@@ -68,7 +68,7 @@ def test_the_prediction_is_that_of_the_profilers_own_record(case):
     family, way, dropout, _ = case
     config, architecture = settings(**way), small_config(family, dropout=dropout)
     architecture.max_position_embeddings = config.data.seq_len
-    shapes = [[BatchShape(BATCH, config.data.seq_len)]] * 2
+    shapes = [[BatchShape(rows=BATCH, tokens=config.data.seq_len)]] * 2
     predicted = overall_peak(predict(config, architecture, shapes)).n_bytes
     assert predicted == pytest.approx(record(config, architecture).profiled_bytes, rel=0.005)
 

@@ -24,7 +24,7 @@ from qlora_kit.memory import simulate as simulation
 from qlora_kit.memory.baselines import BASELINES, baseline_plan, possible_plan
 from qlora_kit.memory.extrapolate import NotEvenError, extrapolate
 from qlora_kit.memory.plan import CannotPlanError, plan, resolve_tokens, with_layers
-from qlora_kit.memory.simulate import Recipe, run_step, simulate
+from qlora_kit.memory.simulate import Simulation, run_step, simulate
 from qlora_kit.memory.track import MemoryTracker, Region, overall_peak, peaks_by_region
 from qlora_kit.model import load, quantize, source
 from qlora_kit.model.device import planned_for
@@ -72,7 +72,7 @@ def test_blocks_with_factors_of_their_own_are_all_simulated(tmp_path, changes):
     """Three or four blocks, extrapolated, would have other factors than seven."""
     config = run(config_file(tmp_path, "llama", 7), **changes)
     planned = plan(config)
-    model = build.build_model(config, META)
+    model = build.build_model(config, META).model
     assert planned.exact
     assert planned.n_trainable == quantize.count_parameters(model).trainable > 0
 
@@ -133,7 +133,9 @@ def test_an_adversary_takes_its_step_and_the_gradient_of_the_embeddings(tmp_path
     """Beside two accumulated batches: δ, the embeddings it moves, and their gradient."""
     file = config_file(tmp_path, "llama", 2)
     peaks = [
-        overall_peak(simulate(run(file, offload_activations="off", **changes), Recipe(64, "adamw")).events).n_bytes
+        overall_peak(
+            simulate(run(file, offload_activations="off", **changes), Simulation(seq_len=64, optim="adamw")).events
+        ).n_bytes
         for changes in ({"grad_accum": 2}, {"adversarial": "fgm"})
     ]
     embeddings_bytes = 2 * 64 * 64 * 2  # bf16
@@ -180,13 +182,13 @@ def test_components_sum_to_the_peak_in_every_part(tmp_path, changes):
 def test_the_warm_up_without_passes_changes_no_peak_of_the_second_step(tmp_path):
     config = run(config_file(tmp_path, "llama", 3))
     architecture = source.load_model_config(config.base)
-    recipe = Recipe(64, "adamw_8bit")
+    simulation = Simulation(seq_len=64, optim="adamw_8bit")
     both, second = (
-        peaks_by_region(simulate(config, recipe, with_layers(architecture, 3), first_step=first).events)
+        peaks_by_region(simulate(config, simulation, with_layers(architecture, 3), first_step=first).events)
         for first in (True, False)
     )
     assert {r: p for r, p in both.items() if r.step == 2} == {r: p for r, p in second.items() if r.step == 2}
-    assert overall_peak(simulate(config, recipe, with_layers(architecture, 3)).events).region.step == 2
+    assert overall_peak(simulate(config, simulation, with_layers(architecture, 3)).events).region.step == 2
 
 
 def test_quantized_layers_on_meta_are_real_ones(tmp_path):
@@ -206,12 +208,13 @@ def test_quantized_layers_on_meta_are_real_ones(tmp_path):
 
 def trained(config, architecture):
     torch.manual_seed(3)
-    model = build.build_model(config, CPU, architecture).train()
-    optimizer = cpu_optimizer(model, config)
+    built = build.build_model(config, CPU, architecture)
+    model = built.model.train()
+    optimizer = cpu_optimizer(built, config)
     batch = real_batch(config, architecture.vocab_size)
     tracker = MemoryTracker("cpu")
     for _ in range(2):
-        run_step(tracker, model, optimizer, [batch], 1.0)
+        run_step(tracker, built, optimizer, [batch], 1.0)
     return [p.detach().clone() for p in model.parameters()]
 
 
@@ -259,7 +262,7 @@ def test_values_that_meta_has_not_are_answered():
 def operations(tmp_path_factory):
     """The operators that made something, in a plan's second step with dropout and grouped queries."""
     config = run(config_file(tmp_path_factory.mktemp("model"), "gpt2", 2, dropout=0.1), gradient_checkpointing=False)
-    record = simulate(config, Recipe(64, "paged_adamw_8bit"))
+    record = simulate(config, Simulation(seq_len=64, optim="paged_adamw_8bit"))
     return record, {event.storage.operation for event in record.events}
 
 
@@ -281,7 +284,7 @@ def test_dropout_takes_the_fused_way(operations):
 def test_without_the_choices_of_cuda_neither_is_fused(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels.CudaChoices, "__torch_function__", lambda self, f, t, a=(), k=None: f(*a, **(k or {})))
     config = run(config_file(tmp_path, "gpt2", 2, dropout=0.1), gradient_checkpointing=False)
-    made = {e.storage.operation for e in simulate(config, Recipe(64, "adamw")).events}
+    made = {e.storage.operation for e in simulate(config, Simulation(seq_len=64, optim="adamw")).events}
     assert "aten.native_dropout.default" not in made
     assert not any("flash" in name for name in made)
 
@@ -306,15 +309,15 @@ def test_two_steps_because_the_states_are_born_in_the_first(operations):
 def test_every_step_has_its_loss(tmp_path, family, lean):
     """OPT's head reads its decoder's decoder: a hook on what transformers calls the base model is never met."""
     config = run(config_file(tmp_path, family, 2), lean=lean)
-    peaks = peaks_by_region(simulate(config, Recipe(64, "adamw")).events)
+    peaks = peaks_by_region(simulate(config, Simulation(seq_len=64, optim="adamw")).events)
     assert peaks[Region(step=2, phase="loss")].components["loss"] > 0
     assert not any("loss" in peak.components for region, peak in peaks.items() if region.phase == "forward")
 
 
 def test_a_masked_or_unfused_attention_takes_the_memory_efficient_way(tmp_path):
     config = run(config_file(tmp_path, "llama", 2), pack=True, varlen=False)
-    t4 = Recipe(64, "adamw", capability=(7, 5))
-    for record in (simulate(config, Recipe(64, "adamw")), simulate(run(config.base.model), t4)):
+    t4 = Simulation(seq_len=64, optim="adamw", capability=(7, 5))
+    for record in (simulate(config, Simulation(seq_len=64, optim="adamw")), simulate(run(config.base.model), t4)):
         made = {event.storage.operation for event in record.events}
         assert "aten._scaled_dot_product_efficient_attention.default" in made
         assert not any("flash" in name for name in made)
@@ -322,7 +325,7 @@ def test_a_masked_or_unfused_attention_takes_the_memory_efficient_way(tmp_path):
 
 def test_the_dequantized_weight_is_there_in_both_directions(tmp_path):
     config = run(config_file(tmp_path, "llama", 2))
-    born = [e for e in simulate(config, Recipe(64, "adamw")).events if e.change_bytes > 0]
+    born = [e for e in simulate(config, Simulation(seq_len=64, optim="adamw")).events if e.change_bytes > 0]
     weight_bytes = 2 * 128 * 384  # bf16, of a feed-forward layer
     for region in (
         Region(step=2, phase="forward", block=1),
@@ -340,7 +343,7 @@ def test_the_dequantized_weight_is_there_in_both_directions(tmp_path):
 def test_states_follow_each_optimizers_own_rules(tmp_path, optim, state_bytes):
     settings = {"optim": optim, "r": 64, "targets": "gate_proj", "flat_buffer": False}  # 24 576 and 8 192 elements
     config = run(config_file(tmp_path, "llama", 2), **settings)
-    record = simulate(config, Recipe(64, optim))
+    record = simulate(config, Simulation(seq_len=64, optim=optim))
     states = peaks_by_region(record.events)[Region(step=2, phase="loss")].components.get("optimizer states", 0)
     scales = (
         {"adamw": 1, "adamw_8bit": 2, "lion_8bit": 1}.get(optim, 0) * 4 * 512
@@ -352,22 +355,24 @@ def test_states_follow_each_optimizers_own_rules(tmp_path, optim, state_bytes):
 
 def test_small_states_stay_in_fp32_and_large_ones_are_paged(tmp_path):
     small = run(config_file(tmp_path, "llama", 2), optim="adamw_8bit", r=8)
-    record = simulate(small, Recipe(64, "adamw_8bit"))
+    record = simulate(small, Simulation(seq_len=64, optim="adamw_8bit"))
     states = peaks_by_region(record.events)[Region(step=2, phase="loss")].components["optimizer states"]
     assert states >= record.n_trainable * 8  # every factor is below 4096 elements
     large = run(config_file(tmp_path, "llama", 2), bits=16, full=True, optim="paged_adamw_32bit")
-    paged = simulate(large, Recipe(64, "paged_adamw_32bit"))
+    paged = simulate(large, Simulation(seq_len=64, optim="paged_adamw_32bit"))
     assert paged.paged_bytes == 0  # 81 920 elements at most
     wider = json.loads(Path(config_file(tmp_path, "llama", 2)).read_text())
     (tmp_path / "wide.json").write_text(json.dumps({**wider, "intermediate_size": 1024}))
     wide = run(str(tmp_path / "wide.json"), bits=16, full=True, optim="paged_adamw_32bit")
-    assert simulate(wide, Recipe(64, "paged_adamw_32bit")).paged_bytes == 2 * 3 * 128 * 1024 * 8
+    assert simulate(wide, Simulation(seq_len=64, optim="paged_adamw_32bit")).paged_bytes == 2 * 3 * 128 * 1024 * 8
 
 
 def test_autocast_keeps_a_bf16_copy_of_every_weight_through_the_forward_pass(tmp_path):
     config = run(config_file(tmp_path, "llama", 3), bits=32, full=True, optim="adamw")
     peaks = [
-        peaks_by_region(simulate(config, Recipe(64, "adamw", autocast)).events)[Region(step=2, phase="loss")]
+        peaks_by_region(simulate(config, Simulation(seq_len=64, optim="adamw", autocast=autocast)).events)[
+            Region(step=2, phase="loss")
+        ]
         for autocast in (False, True)
     ]
     linear = 3 * (128 * (4 * 32 + 2 * 32 + 2 * 32 + 4 * 32) + 3 * 128 * 384) + 640 * 128
@@ -596,10 +601,10 @@ def test_a_gpu_without_bf16_runs_in_fp16_as_the_trainer_does_there(tmp_path):
     """Factors in fp32, the step under fp16 autocast; no full fine-tuning of 16-bit weights."""
     config, t4 = run(config_file(tmp_path, "llama", 2), r=64), rules.find_gpu("t4")
     with planned_for(has_bf16=False):
-        model = build.build_model(config, META)
+        model = build.build_model(config, META).model
         adapters = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
         assert (dtypes_of(model), adapters) == ({torch.float16, torch.float32}, {torch.float32})
-    assert dtypes_of(build.build_model(config, META)) == {torch.bfloat16}
+    assert dtypes_of(build.build_model(config, META).model) == {torch.bfloat16}
     a100, here = (plan(config, gpu=gpu).phases["clip"].components for gpu in (None, t4))
     assert here["adapters"] == 2 * a100["adapters"]
     with pytest.raises(UserError, match="without bf16"):
@@ -612,7 +617,7 @@ def test_a_gpu_without_bf16_runs_in_fp16_as_the_trainer_does_there(tmp_path):
 def test_a_gpu_without_bf16_is_compared_with_what_it_can_run(tmp_path):
     config, t4 = run(config_file(tmp_path, "llama", 2)), rules.find_gpu("t4")
     assert [possible_plan(config, b, gpu=t4) is None for b in BASELINES] == [False, False, True]
-    on_t4, on_a100 = (simulate(config, Recipe(64, "adamw", capability=c)) for c in ((7, 5), (8, 0)))
+    on_t4, on_a100 = (simulate(config, Simulation(seq_len=64, optim="adamw", capability=c)) for c in ((7, 5), (8, 0)))
     attended = "aten._scaled_dot_product_efficient_attention.default"
     seen = {e.storage.n_bytes for e in on_t4.events if e.storage.operation == attended}
     assert attended not in {e.storage.operation for e in on_a100.events}

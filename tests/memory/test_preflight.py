@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy_that_does(monkeypatch):
     with pytest.raises(UserError) as caught:
         preflight.plan_run(config, torch.device("cuda"), 512)
     text = str(caught.value)
-    for part in ("free on a test", "largest part is", "With --", "--no-preflight", "not yet validated on hardware"):
+    for part in ("free on a test", "largest part is", "With --", "preflight=False", "not yet validated on hardware"):
         assert part in text
     monkeypatch.setattr("qlora_kit.memory.fit.present_device", lambda: (gpu, Budget(needed, "free on a test")))
     assert preflight.plan_run(config, torch.device("cuda"), 512).plan is not None
@@ -144,7 +144,7 @@ def test_a_host_without_room_for_the_checkpoints_is_refused_with_everything_else
     assert refusal(enough, planned.host_bytes) is None
     assert refusal(enough, None) is None, "a system that does not tell"
     error = refusal(enough, little)
-    for part in ("--offload-activations = 'on'", "72 MiB of checkpoints", "36 MiB are available", "--seq-len 256"):
+    for part in ("offload_activations = 'on'", "72 MiB of checkpoints", "36 MiB are available", "seq_len=256"):
         assert part in str(error)
     assert [fault.setting for fault in refusal(enough - 1, little).faults] == ["model", "offload_activations"]
 

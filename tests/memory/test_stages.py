@@ -118,7 +118,7 @@ def measured_and_planned(family, prompts, new_tokens, monkeypatch):
     """The peak of real greedy answers on a CPU, and the same simulated as a CPU runs them; weights included."""
     architecture = small_config(family)
     config = run("none", bits=32, adapter_dtype="fp32", lean="off", gradient_checkpointing=False)
-    model, tokenizer = build.build_model(config, CPU, architecture), prepare_tokenizer(tiny_tokenizer())
+    model, tokenizer = build.build_model(config, CPU, architecture).model, prepare_tokenizer(tiny_tokenizer())
     monkeypatch.setattr(decoding, "stop_ids", lambda *_: [638])  # never said, so that no answer ends early
     tracker = MemoryTracker("cpu", 1, kernels.open_kernels())
     label_model(tracker, model)
@@ -127,9 +127,9 @@ def measured_and_planned(family, prompts, new_tokens, monkeypatch):
     assert out.shape[1] == max(map(len, prompts)) + new_tokens
     results = MetaResults()
     simulated = MemoryTracker("meta", 1, cpu._stand_ins(), results.run)
-    occasion = Occasion(GENERATING, len(prompts), max(map(len, prompts)), new_tokens)
+    occasion = Occasion(name=GENERATING, rows=len(prompts), tokens=max(map(len, prompts)), new_tokens=new_tokens)
     with nothing_left_behind():
-        model = build.build_model(config, META, small_config(family))
+        model = build.build_model(config, META, small_config(family)).model
         with watch(simulated, model), cpu._CpuChoices(), simulated:
             occasion.run(simulated, model, config, None)
     return overall_peak(tracker.events).n_bytes, overall_peak(simulated.events).n_bytes
@@ -234,7 +234,7 @@ def test_phases_that_do_not_run_on_meta_are_left_out_and_that_is_said(tmp_path, 
     assert list(planned.stages) == ["loading", "step"]
     assert planned.unplanned == "this needs values"
     assert (
-        Preflight(planned, LeanConfig())
+        Preflight(plan=planned, lean=LeanConfig())
         .closing_line(None)
         .endswith("evaluation and answers were not planned (this needs values)")
     )

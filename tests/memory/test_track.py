@@ -125,13 +125,14 @@ def test_blocks_are_told_apart_forwards_and_backwards(qlora_record):
 def test_each_category_holds_what_it_says():
     config = settings(bits=4, optim="adamw")
     architecture = small_config("llama")
-    model = build.build_model(config, CPU, architecture).train()
-    optimizer = cpu_optimizer(model, config)
+    built = build.build_model(config, CPU, architecture)
+    model = built.model.train()
+    optimizer = cpu_optimizer(built, config)
     tracker = MemoryTracker("cpu", 1, kernels.open_kernels())
     with watch(tracker, model, optimizer), tracker:
         tracker.begin_step()
         batch = real_batch(config, architecture.vocab_size)
-        run_step(tracker, model, optimizer, [batch], 1.0)
+        run_step(tracker, built, optimizer, [batch], 1.0)
     peaks = peaks_by_region(tracker.events)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     after = peaks[Region(step=1, phase="optimizer")].components
@@ -154,7 +155,7 @@ def test_each_category_holds_what_it_says():
 
 def test_the_hooks_leave_nothing_on_the_model():
     config = settings()
-    model = build.build_model(config, META, small_config("gpt2")).train()
+    model = build.build_model(config, META, small_config("gpt2")).model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     before = _hooks(model)
     with watch(MemoryTracker("meta"), model, optimizer):
@@ -170,7 +171,7 @@ def _hooks(model):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_states_of_quantized_weights_are_told_from_the_weights(bits):
-    model = build.build_model(settings(bits=bits), META, small_config("gpt2"))
+    model = build.build_model(settings(bits=bits), META, small_config("gpt2")).model
     tracker = MemoryTracker("meta", 1)
     label_model(tracker, model)
     components = overall_peak(tracker.events).components
@@ -204,7 +205,8 @@ def _parts(config, family, device):
     architecture._attn_implementation = "eager"
     if family == "gemma2":
         architecture.layer_types = ["full_attention", "full_attention"]
-    model = build.build_model(config, device, architecture).train()
+    built = build.build_model(config, device, architecture)
+    model = built.model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, 0.9, foreach=False)
     tracker = MemoryTracker(device.type, 1, kernels.stand_ins() if device.type == "meta" else None)
     batch = {name: tensor.to(device) for name, tensor in real_batch(config, 640).items()}
@@ -213,6 +215,6 @@ def _parts(config, family, device):
             tracker.label(tensor, "inputs")
         for _ in range(2):
             tracker.begin_step()
-            run_step(tracker, model, optimizer, [batch], 1.0)
+            run_step(tracker, built, optimizer, [batch], 1.0)
     tracker.stop()
     return {region: peak.n_bytes for region, peak in peaks_by_region(tracker.events).items()}

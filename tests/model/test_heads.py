@@ -133,7 +133,7 @@ def test_only_the_head_may_be_missing(bases, tmp_path):
 @pytest.mark.parametrize(("bits", "lean"), [(4, "on"), (4, "off"), (32, "off")])
 def test_the_head_trains_and_all_else_but_factors_is_frozen(bases, kind, bits, lean, tmp_path):
     config = run_settings(bases(kind), bits, lean=LeanConfig(lean=lean))
-    model = build.build_model(config, CPU).train()
+    model = build.build_model(config, CPU).model.train()
     names = {name for name, _ in trainable(model)}
     assert all("lora_" in name or ".modules_to_save." in name for name in names)
     assert any(".modules_to_save." in name for name in names)
@@ -164,7 +164,7 @@ def test_the_head_trains_and_all_else_but_factors_is_frozen(bases, kind, bits, l
 
 
 def test_stock_peft_loads_the_adapter_with_its_head(bases, tmp_path):
-    model = build.build_model(run_settings(bases("bert"), 32), CPU)
+    model = build.build_model(run_settings(bases("bert"), 32), CPU).model
     with torch.no_grad():
         for _, parameter in trainable(model):
             parameter += 0.05
@@ -215,7 +215,7 @@ def test_the_loss_is_the_naive_one(several, weighted):
 @pytest.mark.parametrize("lean", ["on", "off"])
 def test_parts_of_a_batch_add_up_to_the_whole(bases, kind, lean):
     """What the Trainer does in gradient accumulation: every part is divided by the items of all parts."""
-    model = build.build_model(run_settings(bases(kind), 32, lean=LeanConfig(lean=lean)), CPU).train()
+    model = build.build_model(run_settings(bases(kind), 32, lean=LeanConfig(lean=lean)), CPU).model.train()
     set_weights(model, torch.tensor([0.5, 1.5, 1.0]))
     batch, labels = batch_of(kind), torch.tensor([0, 1, 2])
     whole = model(**batch, labels=labels, num_items_in_batch=3)
@@ -282,7 +282,7 @@ def test_the_lean_step_computes_what_the_stock_step_does(bases, kind):
     for lean in ("on", "off"):
         config = run_settings(bases(kind), 32, lean=LeanConfig(lean=lean))
         config = dataclasses.replace(config, adapter=AdapterConfig(r=4, adapter_dtype="fp32"))
-        model = build.build_model(config, CPU).train()
+        model = build.build_model(config, CPU).model.train()
         with torch.no_grad():
             for number, (name, parameter) in enumerate(trainable(model)):
                 draw = torch.Generator().manual_seed(number)

@@ -12,7 +12,7 @@ from qlora_kit import build
 from qlora_kit.lean import varlen
 from qlora_kit.memory import kernels
 from qlora_kit.memory.autocast import MetaAutocast
-from qlora_kit.memory.simulate import Recipe, simulate
+from qlora_kit.memory.simulate import Simulation, simulate
 from qlora_kit.memory.track import MemoryTracker
 from qlora_kit.model import load, sdpa
 from qlora_kit.model.device import planned_for
@@ -140,9 +140,9 @@ def llama3_shape():
 def test_a_plan_without_flash_has_what_the_runs_attention_makes_and_no_scores(capability, bits, lean, pack):
     """A packed row without `varlen` has a mask, with which transformers repeats the keys itself."""
     config = settings(bits=bits, batch_size=ROWS, seq_len=TOKENS, pack=pack, lean=lean)
-    recipe = Recipe(TOKENS, "adamw", capability=capability)
+    simulation = Simulation(seq_len=TOKENS, optim="adamw", capability=capability)
     with planned_for(has_bf16=capability != T4):
-        record = simulate(config, recipe, llama3_shape())
+        record = simulate(config, simulation, llama3_shape())
     dtype = FP16 if capability == T4 else FP32
     made = [(e.storage.operation, e.storage.n_bytes) for e in record.events if e.change_bytes > 0]
     activations = [n for operation, n in made if "mm" in operation or "softmax" in operation]
@@ -185,7 +185,7 @@ def test_a_whole_model_computes_what_it_did():
 
 
 def test_packed_rows_of_such_a_model_attend_example_by_example():
-    model = build.build_model(settings(bits=32, pack=True, lean="on"), META, llama3_shape())
+    model = build.build_model(settings(bits=32, pack=True, lean="on"), META, llama3_shape()).model
     assert model.config._attn_implementation == varlen.NAMES[sdpa.NAME]
 
 

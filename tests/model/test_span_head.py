@@ -153,7 +153,7 @@ def test_padding_gets_no_probability():
 @pytest.mark.parametrize("lean", ["on", "off"])
 def test_parts_of_a_batch_add_up_to_the_whole(bases, kind, lean):
     """What the Trainer does in gradient accumulation, with less padding in one part than in the other."""
-    model = build.build_model(run_settings(bases(kind), lean=lean), CPU).train()
+    model = build.build_model(run_settings(bases(kind), lean=lean), CPU).model.train()
     assert not mask.is_on(model)
     batch = batch_of(kind)
     whole = model(**batch, labels=LABELS, num_items_in_batch=6)
@@ -173,7 +173,7 @@ def test_the_lean_step_computes_what_the_stock_step_does(bases, kind):
     """Loss and gradients in fp32, of padded rows: what differs is the order of the same operations."""
     found = {}
     for lean in ("on", "off"):
-        model = build.build_model(run_settings(bases(kind), lean=lean), CPU).train()
+        model = build.build_model(run_settings(bases(kind), lean=lean), CPU).model.train()
         with torch.no_grad():
             for number, (name, parameter) in enumerate(trainable(model)):
                 draw = torch.Generator().manual_seed(number)
@@ -193,7 +193,7 @@ def test_the_lean_step_computes_what_the_stock_step_does(bases, kind):
 
 def test_token_types_reach_the_base_through_peft(bases, tmp_path):
     """PEFT's own forward for this task drops them, in training and when an adapter is loaded."""
-    model = build.build_model(run_settings(bases("bert")), CPU).eval()
+    model = build.build_model(run_settings(bases("bert")), CPU).model.eval()
     batch = {**batch_of("bert"), "token_type_ids": (torch.arange(12) > 5).long().expand(3, 12)}
     plain = model.get_base_model()
     with torch.no_grad():

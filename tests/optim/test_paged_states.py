@@ -10,7 +10,6 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qlora_kit.memory import rules
 from qlora_kit.optim import paged_states
 
 LARGE, SMALL = (300, 400), (90, 100)
@@ -64,7 +63,6 @@ def blocks(monkeypatch):
 
 
 def test_what_pages_is_what_bitsandbytes_pages_on_a_gpu():
-    assert paged_states.MIN_ELEMENTS == rules.PAGED_MIN_ELEMENTS
     assert not paged_states.pages(torch.empty(LARGE))
     assert not paged_states.pages(torch.empty(LARGE, device="meta"))
     for options, kind in (({"is_paged": True}, paged_states.PagedAdamW), ({}, bnb.optim.AdamW)):

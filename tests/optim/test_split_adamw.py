@@ -12,8 +12,9 @@ from torch import nn
 
 from qlora_kit import RunConfig
 from qlora_kit.adapters.inject import inject, trainable
+from qlora_kit.build import Built
 from qlora_kit.config.settings import AdapterConfig
-from qlora_kit.optim.optimizers import make_optimizer, trains_split
+from qlora_kit.optim.adamw import trains_split
 from qlora_kit.optim.split_adamw import PIECE, SplitAdamW, join, split
 
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
@@ -163,7 +164,7 @@ def test_states_of_another_optimizer_are_refused():
 @pytest.mark.parametrize(("adapter_dtype", "kind"), [("bf16", SplitAdamW), ("fp32", torch.optim.AdamW)])
 def test_adamw_trains_bf16_factors_split(adapter_dtype, kind):
     model = inject(tiny_model("llama").requires_grad_(False), AdapterConfig(r=2, adapter_dtype=adapter_dtype))
-    assert type(make_optimizer(model, RunConfig(), "adamw")) is kind
+    assert type(Built(model=model).make_optimizer(RunConfig().optim, "adamw")) is kind
     assert trainable(model)
 
 

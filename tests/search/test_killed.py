@@ -17,7 +17,7 @@ from qlora_kit.runs.folder import RunFolder
 from qlora_kit.search import run
 from qlora_kit.search.space import Space
 from qlora_kit.search.store import Store, opened
-from qlora_kit.training import trainer
+from qlora_kit.training import callback
 
 __all__ = ["light_collections"]  # a fixture of every test here
 pytestmark = [
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python 3.12
 ]
 MOMENTS = [  # what a search does, and the how manyth time of it
-    pytest.param(trainer, "append_metrics", 1, id="in the first fold"),
+    pytest.param(callback, "append_metrics", 1, id="in the first fold"),
     pytest.param(RunFolder, "finish", 2, id="before a fold's run is in its place"),
     pytest.param(Store, "record", 3, id="before a finished fold is recorded"),
     pytest.param(Store, "report", 2, id="before Optuna hears of it"),
@@ -94,7 +94,7 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_half_written(tiny_runs
     folder = tmp_path / "x"
     flat = settings_of(tiny_runs, folder)
     with monkeypatch.context() as patched:
-        kill_before(trainer, "append_metrics", 1, patched, signal.SIGINT)
+        kill_before(callback, "append_metrics", 1, patched, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             search_of(flat)
     assert not list(tmp_path.iterdir())  # nothing was finished

@@ -46,7 +46,8 @@ import contextlib, resource, sys
 import torch
 from transformers import LlamaConfig
 from memory_cases import cpu_optimizer, real_batch, settings
-from qlora_kit import assembly, host_memory
+from qlora_kit import build
+from qlora_kit.system import host_memory
 from qlora_kit.memory.simulate import run_step
 from qlora_kit.memory.track import MemoryTracker
 shape = LlamaConfig(vocab_size=640, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
@@ -54,14 +55,15 @@ for lean in ("on", "off"):
     config = settings(bits=4, adapter_dtype="bf16", lean=lean, batch_size=8, seq_len=512)
     with host_memory.building() if sys.argv[1] == "still building" else contextlib.nullcontext():
         torch.manual_seed(0)
-        model = assembly.build_model(config, torch.device("cpu"), shape).train()
-        optimizer = cpu_optimizer(model, config)
+        built = build.build_model(config, torch.device("cpu"), shape)
+        model = built.model.train()
+        optimizer = cpu_optimizer(built, config)
         batches = [real_batch(config, 640)]
         losses = []
         model.register_forward_hook(lambda module, args, output: losses.append(output["loss"].item()))
         for _ in range(3):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            run_step(MemoryTracker("cpu"), model, optimizer, batches, 1.0)
+            run_step(MemoryTracker("cpu"), built, optimizer, batches, 1.0)
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     print(faults, *[loss.hex() for loss in losses])
 """

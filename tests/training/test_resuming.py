@@ -20,7 +20,7 @@ from qlora_kit.config.rules import default_of
 from qlora_kit.config.settings import RunConfig, settings
 from qlora_kit.runs.folder import find_resume_point
 from qlora_kit.training import resuming
-from qlora_kit.training.trainer import share_of_rate
+from qlora_kit.training.schedule import share_of_rate
 
 QUIET = Console(file=io.StringIO())
 CPU = torch.device("cpu")
@@ -159,10 +159,9 @@ def test_every_setting_is_told_what_it_is_when_a_run_goes_on():
 @pytest.mark.parametrize("name", OTHER)
 def test_what_the_steps_so_far_depend_on_is_refused_in_words(config, run, name):
     said = refused(config, run, **NEEDED.get(name, {}), **{name: OTHER[name]})
-    flag = "--" + name.replace("_", "-")
     value = getattr(next(getattr(config, g) if g else config for g, f, _ in settings() if f.name == name), name)
     was = {"optim": "adamw", "task": "text-generation"}.get(name, value)  # what they were found to be
-    assert f"{flag} = {OTHER[name]!r}: was {was!r} in the run to resume." in said[flag]
+    assert f"{name} = {OTHER[name]!r}: was {was!r} in the run to resume." in said[name]
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_INFLUENCE))
@@ -196,9 +195,9 @@ def test_an_optimizer_that_the_device_would_choose_otherwise_is_refused(config, 
     """The states of the one are not those of the other."""
     point = find_resume_point(str(run))
     config = resuming.as_before(config, point)
-    with pytest.raises(UserError, match="--optim = 'paged_adamw_8bit': was 'adamw' in the run to resume") as caught:
+    with pytest.raises(UserError, match="optim = 'paged_adamw_8bit': was 'adamw' in the run to resume") as caught:
         resuming.check_resumable(changed(config, device="auto"), point, torch.device("cuda"))
-    assert "Add --optim adamw" in str(caught.value)
+    assert "Add optim=adamw" in str(caught.value)
     resuming.check_resumable(changed(config, device="auto", optim="adamw"), point, torch.device("cuda"))
 
 
@@ -272,7 +271,7 @@ def test_another_number_of_steps_is_refused_where_it_changes_the_rates_so_far(
     run = train(before, QUIET).folder
     longer = changed(before, max_steps=4, resume=str(run), out=str(tmp_path / "longer"))
     if not is_allowed:
-        with pytest.raises(UserError, match=f"--max-steps = 4: was 2 .* with --schedule {schedule} another number"):
+        with pytest.raises(UserError, match=f"max_steps = 4: was 2 .* with schedule={schedule} another number"):
             train(longer, QUIET)
         return
     whole = train(changed(before, max_steps=4, out=str(tmp_path / "whole")), QUIET)
@@ -289,7 +288,7 @@ def test_the_shares_of_the_rate_are_those_that_a_run_had(config, tmp_path):
 
 def test_a_run_may_end_earlier_but_not_before_its_checkpoint(config, run, tmp_path):
     settings = changed(config, resume=f"{run}/checkpoints/checkpoint-2", out=str(tmp_path / "shorter"))
-    with pytest.raises(UserError, match="--max-steps = 1: ends at step 1, and the checkpoint is of step 2"):
+    with pytest.raises(UserError, match="max_steps = 1: ends at step 1, and the checkpoint is of step 2"):
         train(changed(settings, max_steps=1), QUIET)
     shorter = train(changed(settings, max_steps=3), QUIET)
     whole = train(changed(config, max_steps=3, out=str(tmp_path / "whole")), QUIET)
@@ -299,8 +298,8 @@ def test_a_run_may_end_earlier_but_not_before_its_checkpoint(config, run, tmp_pa
 
 def test_epochs_beside_max_steps_are_refused(config, run):
     said = refused(config, run, epochs=3.0)
-    assert said["--epochs"].startswith("--epochs = 3.0: has no effect, for the run to resume has --max-steps 4.")
-    assert "Give --max-steps instead." in said["--epochs"]
+    assert said["epochs"].startswith("epochs = 3.0: has no effect: the run to resume has max_steps=4.")
+    assert "Give max_steps instead." in said["epochs"]
 
 
 # --------------------------------------------------------------------------------------------- evaluations, checkpoints
@@ -326,9 +325,9 @@ def test_early_stopping_counts_what_was_evaluated_before(config, run, tmp_path):
 def test_held_out_data_may_lie_elsewhere_but_not_be_other_where_the_best_is_chosen_by_it(config, tmp_path, folder):
     short = train(changed(config, keep_best=True, out=str(tmp_path / "short")), QUIET)
     again = changed(config, keep_best=True, max_steps=6, resume=str(short.folder), out=str(tmp_path / "longer"))
-    with pytest.raises(UserError, match="holds out other examples than the run to resume") as caught:
+    with pytest.raises(UserError, match="other held-out examples than those that the best checkpoint") as caught:
         train(changed(again, eval_data=str(folder / "data.jsonl")), QUIET)
-    assert "--no-keep-best" in str(caught.value)
+    assert "keep_best=False" in str(caught.value)
     elsewhere = tmp_path / "elsewhere.jsonl"
     elsewhere.write_bytes((folder / "contrary.jsonl").read_bytes())
     moved = train(changed(again, eval_data=str(elsewhere)), QUIET)

@@ -18,13 +18,15 @@ from torch.overrides import TorchFunctionMode
 
 from qlora_kit import build
 from qlora_kit.config.settings import RunConfig
-from qlora_kit.lean import flat, mask, varlen
+from qlora_kit.lean import mask, varlen
 from qlora_kit.memory import kernels
 from qlora_kit.memory.shortcut import MetaResults
-from qlora_kit.memory.simulate import META, make_optimizer, nothing_left_behind, run_step
+from qlora_kit.memory.simulate import META, nothing_left_behind, run_step
 from qlora_kit.memory.track import Event, MemoryTracker
 from qlora_kit.memory.watch import watch
 from qlora_kit.model import sdpa
+from qlora_kit.optim.adversarial import passes_of
+from qlora_kit.optim.kind import PlannedDevice
 from qlora_kit.optim.optimizers import resolve_optim
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ MAX_FRAMES = 60  # how far up a stack the line that made a tensor is looked for
 _BORING = ("/torch/", "/memory/track.py", "/memory/profile", "/memory/kernels.py", "/memory/watch.py", "<frozen")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchShape:
     """A forward pass: rows, tokens in each, whether some of them are padding, and how many have a loss (None: all).
 
@@ -109,11 +111,12 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
     results = MetaResults()
     tracker = MemoryTracker("meta", 1, _stand_ins(), results.run)
     with nothing_left_behind():
-        model = build.build_model(config, META, copy.deepcopy(architecture)).train()
+        built = build.build_model(config, META, copy.deepcopy(architecture))
+        model = built.model.train()
         has_mask = not mask.is_on(model)
-        optimizer = _optimizer(model, config)
+        optimizer = built.plan_optimizer(config.optim, resolve_optim(config, CPU), PlannedDevice(type="cpu"))
         mark_clipping(tracker, model)
-        n_passes = 1 if model.adversary is None else model.adversary.n_passes  # over each batch
+        n_passes = passes_of(config.optim)  # over each batch
         with watch(tracker, model, optimizer), _CpuChoices(), tracker:
             for shapes in steps:
                 tracker.begin_step()
@@ -121,19 +124,10 @@ def predict(config: RunConfig, architecture: PretrainedConfig, steps: Sequence[S
                 tracker.stand_ins[aten._local_scalar_dense.default] = kernels.scalars(padded)
                 tracker.stand_ins[aten.nonzero.default] = kernels.places(iter([s.supervised for s in shapes]))
                 batches = [_batch(shape) for shape in shapes[::n_passes]]
-                run_step(tracker, model, optimizer, batches, config.optim.clip)
+                run_step(tracker, built, optimizer, batches, config.optim.clip)
                 del batches
         tracker.stop()
     return tracker.events
-
-
-def _optimizer(model: Any, config: RunConfig) -> torch.optim.Optimizer:
-    """The optimizer as on a CPU, where torch's SGD loops over the parameters and nothing pages."""
-    optim = resolve_optim(config, CPU).removeprefix("paged_")
-    if optim == "sgd":
-        groups = flat.parameter_groups(model, config.optim.weight_decay, config.optim.lr)
-        return flat.connect(model, torch.optim.SGD(groups, lr=config.optim.lr, foreach=False))
-    return make_optimizer(model, config, optim.replace("_32bit", ""), [])
 
 
 def _batch(shape: BatchShape) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Counter(NamedTuple):
     reserved_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Note:
     """Something known at a time (µs since 1970): the region that begins, or the kind of the tensor at an address."""
 
@@ -95,19 +95,19 @@ class CudaTracker(MemoryTracker):  # type: ignore[no-untyped-call]  # torch's cl
         if phase != self.region.phase:
             self._read_counters()
         super().enter(phase, block)
-        self.notes.append(Note(_now_us(), self.region))
+        self.notes.append(Note(time_us=_now_us(), region=self.region))
 
     def begin_step(self) -> None:
         """Note when the next optimizer step begins."""
         self._read_counters()
         super().begin_step()
-        self.notes.append(Note(_now_us(), self.region))
+        self.notes.append(Note(time_us=_now_us(), region=self.region))
 
     def label(self, tensor: torch.Tensor, category: str) -> None:
         """Note what is at the address of `tensor`."""
         if tensor.device.type == "cuda":
             address = tensor.untyped_storage().data_ptr()
-            self.notes.append(Note(_now_us(), address=address, category=category))
+            self.notes.append(Note(time_us=_now_us(), address=address, category=category))
 
     def _read_counters(self) -> None:
         stats = torch.cuda.memory_stats_as_nested_dict(self.device)

@@ -118,10 +118,15 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         if isinstance(tracker, CudaTracker):
             played = tracker.finish(self.snapshot)
             load_peak_bytes = max(tracker.load_peak_bytes, self.load_peak_bytes)
-            measured = Measured(played.events, played.lines, tracker.counters, load_peak_bytes)
+            measured = Measured(
+                events=played.events,
+                lines=played.lines,
+                counters=tracker.counters,
+                load_peak_bytes=load_peak_bytes,
+            )
         else:
             tracker.stop()
-            measured = Measured(tracker.events, tracker.lines)
+            measured = Measured(events=tracker.events, lines=tracker.lines)
         if self.shapes:
             self.profile = self._profile(measured)
 
@@ -154,7 +159,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             supervised = int((labels[:, 1:] != IGNORED).sum())
         batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         batch = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-        self.shapes[-1].append(BatchShape(ids.shape[0], ids.shape[1], padded, supervised, batch))
+        self.shapes[-1].append(
+            BatchShape(rows=ids.shape[0], tokens=ids.shape[1], padded=padded, supervised=supervised, batch=batch)
+        )
 
     def _profile(self, measured: Measured) -> MemoryProfile:
         largest = max((s for shapes in self.shapes for s in shapes), key=lambda s: s.rows * s.tokens)
@@ -199,11 +206,12 @@ class Profiler(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             planned = plan(dataclasses.replace(self.config, optim=optim, data=data), gpu=present_gpu(self.device))
             phases = {name: point.live_bytes for name, point in planned.phases.items()}
             basis = f"the plan for this GPU at {largest.rows} x {largest.tokens} tokens"
-            return Prediction(planned.peak_bytes, planned.components, phases, basis)
-        foreseen = Measured(predict(self.config, resolve_architecture(self.config), self.shapes))
+            return Prediction(peak_bytes=planned.peak_bytes, components=planned.components, phases=phases, basis=basis)
+        foreseen = Measured(events=predict(self.config, resolve_architecture(self.config), self.shapes))
         phases = {name: point.live_bytes for name, point in foreseen.phases.items()}
         basis = "the same steps on `meta`, counted as a CPU runs them (not as CUDA would)"
-        return Prediction(foreseen.peak.live_bytes, foreseen.peak.components, phases, basis)
+        peak = foreseen.peak
+        return Prediction(peak_bytes=peak.live_bytes, components=peak.components, phases=phases, basis=basis)
 
 
 def present_gpu(device: torch.device) -> rules.Gpu:

@@ -17,7 +17,7 @@ LARGEST = 15  # tensors that are listed
 UNATTRIBUTED = "unattributed"  # what CUDA's counter has beyond the record: remainders of blocks that are not split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LiveTensor:
     """A storage alive at the peak: bytes, kind, the operation and the line of Python that made it ('' if unknown)."""
 
@@ -27,7 +27,7 @@ class LiveTensor:
     line: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """What the measured steps should have taken, in bytes, and how that was worked out."""
 
@@ -37,7 +37,7 @@ class Prediction:
     basis: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryProfile:
     """The measured memory of the first steps of a run; all sizes are bytes.
 
@@ -103,7 +103,7 @@ class MemoryProfile:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """The events of some steps, with what else was noted; `lines` is by the identity of a storage."""
 
@@ -136,7 +136,10 @@ class Measured:
     def largest(self, count: int = LARGEST) -> tuple[LiveTensor, ...]:
         """The largest storages alive at the highest point of the record."""
         live = sorted(self._live_at_peak(), key=lambda storage: -storage.n_bytes)
-        return tuple(LiveTensor(s.n_bytes, s.category, s.operation, self.lines.get(id(s), "")) for s in live[:count])
+        return tuple(
+            LiveTensor(n_bytes=s.n_bytes, category=s.category, operation=s.operation, line=self.lines.get(id(s), ""))
+            for s in live[:count]
+        )
 
     @cached_property
     def _points(self) -> list[MemoryPoint]:

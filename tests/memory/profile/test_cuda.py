@@ -6,7 +6,6 @@ import pytest
 import torch
 from memory_cases import settings, small_config
 
-from qlora_kit.lean.flat import flat_factors
 from qlora_kit.memory.profile.cuda import Note, blocks_of, play_back
 from qlora_kit.memory.profile.result import UNATTRIBUTED, Measured
 from qlora_kit.memory.track import Region
@@ -32,7 +31,7 @@ def played(trace, notes=(), blocks=()):
 
 def test_what_lived_before_is_named_by_its_address():
     blocks = [{"address": 100, "size": 1024}, {"address": 5000, "size": 512}]
-    result = played([], [Note(1, address=100, category="adapters")], blocks)
+    result = played([], [Note(time_us=1, address=100, category="adapters")], blocks)
     assert [(e.change_bytes, e.storage.category) for e in result.events] == [(1024, "adapters"), (512, "workspaces")]
 
 
@@ -43,7 +42,10 @@ def test_an_allocation_is_told_by_the_part_of_the_step_and_by_what_made_it():
         alloc(21, 3, 512),
         alloc(22, 4, 512, TORCH, MODEL, CHECKPOINT),
     ]
-    notes = [Note(10, Region(step=1, phase="forward", block=0)), Note(20, Region(step=1, phase="backward", block=0))]
+    notes = [
+        Note(time_us=10, region=Region(step=1, phase="forward", block=0)),
+        Note(time_us=20, region=Region(step=1, phase="backward", block=0)),
+    ]
     result = played(trace, notes)
     found = [(e.storage.n_bytes, e.storage.category) for e in result.events]
     assert found == [(512, "activations"), (1024, "workspaces"), (512, "activations"), (512, "recomputed block")]
@@ -54,7 +56,10 @@ def test_an_allocation_is_told_by_the_part_of_the_step_and_by_what_made_it():
 
 def test_a_name_belongs_to_what_lives_at_the_address_then():
     trace = [alloc(11, 1, 512), free(12, 1), alloc(13, 1, 1024)]
-    notes = [Note(10, Region(step=1, phase="forward")), Note(14, address=1, category="gradients")]
+    notes = [
+        Note(time_us=10, region=Region(step=1, phase="forward")),
+        Note(time_us=14, address=1, category="gradients"),
+    ]
     events = played(trace, notes).events
     assert [(e.change_bytes, e.storage.category) for e in events] == [
         (512, "activations"),
@@ -65,7 +70,7 @@ def test_a_name_belongs_to_what_lives_at_the_address_then():
 
 def test_a_workspace_of_cublas_is_known_by_its_size_and_by_staying():
     trace = [alloc(11, 1, WORKSPACE), alloc(12, 2, WORKSPACE), free(13, 2)]
-    events = played(trace, [Note(10, Region(step=1, phase="forward"))]).events
+    events = played(trace, [Note(time_us=10, region=Region(step=1, phase="forward"))]).events
     assert [e.storage.category for e in events] == ["workspaces", "activations", "activations"]
 
 
@@ -74,7 +79,7 @@ def test_other_entries_of_the_record_change_nothing():
         {"action": action, "addr": 1, "size": 2 << 20, "time_us": 11, "frames": []}
         for action in ("segment_alloc", "free_completed", "snapshot", "segment_free")
     ]
-    assert played(others, [Note(10, Region(step=1, phase="forward"))]).events == []
+    assert played(others, [Note(time_us=10, region=Region(step=1, phase="forward"))]).events == []
 
 
 def test_blocks_without_addresses_are_counted_from_their_segment():
@@ -91,7 +96,7 @@ def test_a_profile_on_cuda_explains_the_allocators_peak():
 
     device = torch.device("cuda:0")
     run = Run(settings(bits=16, adapter_dtype="bf16"), device=device)  # moved, the factors would leave their buffer
-    assert flat_factors(run.model) is not None
+    assert run.built.factors is not None
     with Profiler(run.config, device, 2, predicts=False) as profiler:
         profiler.begin(run.model, run.optimizer)
         for _ in range(2):
@@ -106,5 +111,5 @@ def test_a_profile_on_cuda_explains_the_allocators_peak():
 
 def test_a_record_without_steps_has_no_peak():
     with pytest.raises(ValueError, match="empty"):
-        _ = Measured([]).peak
+        _ = Measured(events=[]).peak
     assert small_config("gpt2").n_embd == 128

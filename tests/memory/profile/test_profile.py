@@ -38,13 +38,14 @@ class Run:
     def __init__(self, config, family="gpt2", device=CPU):
         torch.manual_seed(0)
         self.config, self.architecture = config, small_config(family)
-        self.model = build.build_model(config, device, copy.deepcopy(self.architecture)).train()
-        self.optimizer = cpu_optimizer(self.model, config)
+        self.built = build.build_model(config, device, copy.deepcopy(self.architecture))
+        self.model = self.built.model.train()
+        self.optimizer = cpu_optimizer(self.built, config)
         batches = (real_batch(config, self.architecture.vocab_size) for _ in range(config.optim.grad_accum))
         self.batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
     def step(self):
-        run_step(MemoryTracker("cpu"), self.model, self.optimizer, self.batches, 1.0)
+        run_step(MemoryTracker("cpu"), self.built, self.optimizer, self.batches, 1.0)
 
     def hooks(self):
         modules = list(self.model.modules())
@@ -241,7 +242,7 @@ def test_cudas_count_beyond_the_record_is_named(profile):
     from qlora_kit.memory.track import Event, Region, Storage
 
     events = [Event(512, Storage(512, "activations", "a"), Region(step=1, phase="forward"))]
-    measured = Measured(events, counters={"forward": Counter(2048, 4096)})
+    measured = Measured(events=events, counters={"forward": Counter(2048, 4096)})
     assert measured.peak.live_bytes == 2048
     assert measured.peak.components[UNATTRIBUTED] == 1536
     assert sum(measured.peak.components.values()) == 2048

@@ -117,7 +117,7 @@ def test_gradients_are_those_of_the_stock_loss_over_one_large_batch(workshop, ki
         workshop.config(kind, 32, adapter={"adapter_dtype": "fp32"}), data=DataConfig(data=data, seq_len=32)
     )
     inputs = read_inputs(config)
-    model = build_model(inputs.config, torch.device("cpu"))
+    model = build_model(inputs.config, torch.device("cpu")).model
     collate = make_collator(inputs.config, model, inputs)
     for name, parameter in model.named_parameters():  # B begins at zero, and A would have no gradient
         if "lora_B" in name:
