@@ -15,8 +15,9 @@ from qlora_kit.errors import UserError
 from qlora_kit.lean.apply import loads_embedding_on_host, make_lean
 from qlora_kit.model import load
 from qlora_kit.model.device import compute_dtype
-from qlora_kit.model.task_models import TASK_MODELS, reading_part, task_of
+from qlora_kit.model.reading import reading_part
 from qlora_kit.system import host_memory
+from qlora_kit.tasks import registry
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +52,9 @@ def _assemble(config: RunConfig, device: torch.device, architecture: PretrainedC
     lean = config.lean.resolved("cuda" if device.type == "meta" else device.type)
     on_host = loads_embedding_on_host(lean) and not config.base.full
     model: Any = load.load_base(config.base, device, config.seed, architecture, embedding_on_host=on_host)
-    task = task_of(config.base.task, model.config)
-    if TASK_MODELS[task].loss is not None:
-        put_loss_on(model, TASK_MODELS[task])
+    task = registry.task_of(config.base, model.config).model
+    if task.replaces_loss:
+        put_loss_on(model, task)
     if device.type != "meta":  # a plan draws nothing, and leaves the caller's random state alone
         set_seed(config.seed)
     if not config.base.full:

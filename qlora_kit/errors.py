@@ -150,7 +150,7 @@ def said_of(
                 setting=setting,
                 remedy=(remedies or {}).get(fault.remedy, fault.remedy.replace(old_remedy, remedy)),
             )
-            if fault.setting == instead_of
+            if fault.setting in (instead_of, as_flag(instead_of, None))  # until all have names
             else fault
             for fault in error.faults
         ) from None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.model.dense import dense_weight
-from qlora_kit.model.task_models import reading_part
+from qlora_kit.model.reading import reading_part
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.adapters import initialization
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.errors import Fault, UserError
-from qlora_kit.model.task_models import GENERATION, TASK_MODELS
+from qlora_kit.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 from qlora_kit.adapters.targets import choose_targets, linear_layers, matches, ranks_of
 
+LANGUAGE_MODEL = "CAUSAL_LM"  # as PEFT calls one
+
 
 def inject(
-    model: PreTrainedModel, config: AdapterConfig, task: str = GENERATION, *, originals: nn.Module | None = None
+    model: PreTrainedModel, config: AdapterConfig, task: TaskModel | None = None, *, originals: nn.Module | None = None
 ) -> PeftModel:
     """Put trainable factors in `adapter_dtype` on the frozen `model`, with the values that `config` says they begin at.
 
     By default A is random by torch's seed and B zero. `originals` is the base before it was quantized, for LoftQ.
 
-    The head that `task` puts on a model trains in full, in its own dtype, and is saved with the factors.
+    The head that `task` puts on a model trains in full, in its own dtype, and is saved with the factors; without a
+    task the model keeps its own head, as a language model does.
     Raises `UserError` for targets that match nothing and for combinations that the libraries cannot train.
     """
     import torch
@@ -56,8 +59,8 @@ def inject(
         use_rslora=config.rslora,
         use_dora=config.dora,
         fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen.values()),  # unquantized GPT-2 stores in × out
-        modules_to_save=(head_names(model) or None) if TASK_MODELS[task].has_new_head else None,
-        task_type=TASK_MODELS[task].peft_type,
+        modules_to_save=(head_names(model) or None) if task is not None and task.has_new_head else None,
+        task_type=LANGUAGE_MODEL if task is None else task.peft_type,
     )
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
     try:

@@ -20,6 +20,7 @@ from qlora_kit.config.rules import default_of, fields_of, flag
 from qlora_kit.config.settings import DEFAULT_ASKED, DEFAULT_NEW_TOKENS, RunConfig, SearchConfig, settings
 from qlora_kit.errors import Fault, Faults, UserError, as_flag
 from qlora_kit.system import quiet
+from qlora_kit.tasks.registry import names as task_names
 
 
 @dataclass(frozen=True)
@@ -327,6 +328,7 @@ def _parse(name: str, command: Command, args: list[str]) -> dict[str, Any]:
         default = default_of(setting)
         shown = "" if default in (None, {}, ()) or command.settings is not None else f"(default: {default})"
         text = (command.settings or command.helps).get(setting.name) or setting.metadata["help"]
+        text = f"{' | '.join(task_names())}: {text}" if setting.name == "task" else text
         fields[setting.name] = _flag(bool if hint is bool else str, text, shown)
     once = [key for key in fields if key not in own or own[key].kind is not list]
     several = {name for name in once if command.lists and name not in own}
@@ -374,8 +376,16 @@ def _settings_of(command: Command, flags: dict[str, Any]) -> Any:
     """What the door of `command` is called with."""
     if command.settings is not None:
         return flags
-    given = _with_files(flags)
-    return given if command.lists else RunConfig.from_flat(given)
+    from qlora_kit.tasks import registry
+
+    given, config = _with_files(flags), None
+    with Faults() as faults:
+        with faults.collecting():
+            registry.check_name(given.get("task"))
+        if not command.lists:
+            with faults.collecting():
+                config = RunConfig.from_flat(given)
+    return given if command.lists else config
 
 
 def _with_files(flags: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from qlora_kit.tasks.decoding import NOTHING_HELD_OUT
 
 if TYPE_CHECKING:
     from qlora_kit.memory.profile.result import MemoryProfile
-    from qlora_kit.tasks.inputs import Inputs
+    from qlora_kit.runs.inputs import Inputs
 
 SHOWN_TENSORS = 8
 PICTURE_FILE = "profile.png"
@@ -38,7 +38,7 @@ def run(config: RunConfig, steps: int = 3, snapshot: bool = False) -> MemoryProf
     from qlora_kit.model.device import resolve_device
     from qlora_kit.optim.optimizers import resolve_optim
     from qlora_kit.runs import messages
-    from qlora_kit.tasks.inputs import check_vocabulary, read_inputs
+    from qlora_kit.runs.inputs import check_vocabulary, read_inputs
     from qlora_kit.training.run import _kept_or_discarded, _record, check_settings
 
     console = Console(highlight=False)
@@ -111,8 +111,8 @@ def _profile(
     from transformers.trainer_utils import SaveStrategy
 
     from qlora_kit.memory.profile.profiler import Profiler
+    from qlora_kit.runs.inputs import make_collator
     from qlora_kit.system.progress import TrainingProgress
-    from qlora_kit.tasks.inputs import make_collator
     from qlora_kit.training.trainer import build_trainer
 
     progress = TrainingProgress(model.device, Console(stderr=True), peaks)
@@ -122,7 +122,7 @@ def _profile(
         model.device,
         model,
         dataclasses.replace(inputs, evaluation=None),
-        make_collator(config, model, inputs),
+        make_collator(model, inputs),
         progress,
         None,
         None,

@@ -19,13 +19,6 @@ from qlora_kit.config.rules import Checked, Rule, above, at_least, convert, fiel
 from qlora_kit.errors import Fault, UserError
 
 Optim = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "adamw_8bit", "lion_8bit", "sgd")
-Tasks = (
-    "text-generation",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "text2text-generation",
-)
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
 Init = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # as they are written
@@ -74,9 +67,7 @@ class BaseConfig(Checked):
     tokenizer: str | None = setting(None, "tokenizer folder or hub id; unset: the model's own")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     device: str = setting("auto", "auto | cuda | cpu", one_of("auto", "cuda", "cpu"))
-    task: str | None = setting(
-        None, " | ".join(Tasks) + "; unset: what the data's columns and the model's kind say", one_of(*Tasks)
-    )
+    task: str | None = setting(None, "what to train for; unset: what the data's columns and the model's kind say")
     labels: tuple[str, ...] | None = setting(
         None,
         "comma-separated names of the classes, in their order; unset: those of the training data",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qlora_kit.model.seeding import drawn_by
-from qlora_kit.model.task_models import TaskModel
+from qlora_kit.tasks.task_model import TaskModel
 
 
 def head_names(model: Any) -> list[str]:
@@ -76,7 +76,6 @@ class TaskLoss(nn.Module):
 
     def forward(self, outputs: Any, attention_mask: torch.Tensor | None, labels: torch.Tensor, n_items: Any) -> Any:
         """The summed loss over `n_items`, by default the labels of the batch."""
-        assert self.task.loss is not None, "only tasks with a loss of ours"
         logits = self.task.logits(outputs, attention_mask)
         n_items = (labels != -100).sum() if n_items is None else n_items
         weights = None if self.weights is None else self.weights.to(logits.device)

@@ -15,7 +15,6 @@ from rich.console import Console
 from qlora_kit.adapters.base_record import TrainedBase
 from qlora_kit.config.settings import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError
-from qlora_kit.model.task_models import CLASSIFICATION, QUESTION_ANSWERING
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.release import report, stream
 from qlora_kit.release.factors import Adapter, open_adapter
@@ -42,12 +41,12 @@ from qlora_kit.release.request import (
 from qlora_kit.release.stream import Recipe
 from qlora_kit.system import files, host_memory, quiet
 from qlora_kit.system.progress import BytesProgress, say_line
-from qlora_kit.tasks.classification.task import separates_pairs
+from qlora_kit.tasks import registry
+from qlora_kit.tasks.rows import separates_pairs
 
 if TYPE_CHECKING:
     import torch
 
-OF_PAIRS = (CLASSIFICATION, QUESTION_ANSWERING)  # tasks of which an example may be two texts
 SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 
@@ -207,7 +206,7 @@ def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], fol
     vocabulary = max(entry.shape[0] for entry in entries.values() if len(entry.shape) == 2)
     recipe = candidates[0].recipe
     config = _run_config(request, inputs, shown.base)
-    job = live_side.Job(
+    job = live_side.LiveJob(
         config=config.to_dict(),
         seen_dtype=str(inputs.seen_dtype).removeprefix("torch."),
         adapters=list(shown.adapters),
@@ -391,6 +390,6 @@ def _report(
 
 def _joins_pairs(config: BaseConfig) -> bool:
     """Whether pairs of texts have a newline between them that the tokenizer does not put there."""
-    if config.task not in OF_PAIRS:
+    if registry.task_named(config.task).pair_advice is None:
         return False
     return not separates_pairs(load_tokenizer(config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_kit.model.task_models import GENERATION, TASK_MODELS
+from qlora_kit.tasks import registry
 
 POINTS = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}  # of 100
 NO_SHARES = ("loss", "perplexity", "tokens", "examples")  # figures of an evaluation that are no shares
@@ -62,7 +62,7 @@ def _title(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
 def _how_to_load(base: Mapping[str, Any]) -> list[str]:
     if base["weights"] == "random":
         return ["It fits no published weights: its base was drawn by the seed in `run.json`."]
-    auto_class = TASK_MODELS[base.get("task") or GENERATION].auto_class
+    auto_class = registry.task_named(base.get("task")).model.auto_class
     kind, folder = (auto_class, "model") if base["full"] else (auto_class.replace("Auto", "AutoPeft"), "adapter")
     library = "transformers" if base["full"] else "peft"
     if base.get("labels") and not base["full"]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_kit import data
 from qlora_kit.adapters import initialization, inject, unquantized
 from qlora_kit.adapters.base_record import TrainedBase
 from qlora_kit.build import build_model
@@ -26,7 +25,6 @@ from qlora_kit.errors import Fault, UserError
 from qlora_kit.memory import preflight
 from qlora_kit.model import quantize, source
 from qlora_kit.model.device import compute_dtype, resolve_device
-from qlora_kit.model.task_models import GENERATION
 from qlora_kit.runs import cards, messages
 from qlora_kit.runs.finished import label_map
 from qlora_kit.runs.folder import (
@@ -39,10 +37,7 @@ from qlora_kit.runs.folder import (
     check_place,
     find_resume_point,
 )
-from qlora_kit.system import files, quiet
-from qlora_kit.system.progress import GENERATING, INITIALIZING, LOADING, STEP, PhasePeaks, TrainingProgress, say_line
-from qlora_kit.tasks import decoding
-from qlora_kit.tasks.inputs import (
+from qlora_kit.runs.inputs import (
     Examples,
     Inputs,
     check_vocabulary,
@@ -51,7 +46,10 @@ from qlora_kit.tasks.inputs import (
     read_inputs,
     weigh_labels,
 )
-from qlora_kit.tasks.text2text.task import answers_of_pairs
+from qlora_kit.system import files, quiet
+from qlora_kit.system.progress import GENERATING, INITIALIZING, LOADING, STEP, PhasePeaks, TrainingProgress, say_line
+from qlora_kit.tasks import decoding
+from qlora_kit.tasks.task import SampledPrompt
 from qlora_kit.training import resuming
 
 if TYPE_CHECKING:
@@ -224,7 +222,7 @@ def _run(
     for line in messages.overview(record):
         say_line(say, line)
     progress = TrainingProgress(device, say, peaks)
-    collator = make_collator(config, model, inputs)
+    collator = make_collator(model, inputs)
     if config.adapter.init == "eva" and point is None and not config.base.full:
         with say.status("fitting the factors to the data"), peaks.during(INITIALIZING):
             _start_from_data(config, device, model, inputs, collator)
@@ -292,12 +290,11 @@ def _write_report(folder: RunFolder, trainer: AdapterTrainer, inputs: Inputs) ->
     """Write what the task says about the trained model on held-out data, and return what of it is shown."""
     from qlora_kit.training.trainer import final_scores
 
-    write = inputs.task.judge.write
-    if write is None or inputs.evaluation is None:
+    if inputs.evaluation is None or not inputs.task.has_report:
         return []
     scores = final_scores(trainer)
-    write(scores, folder.working)
-    return inputs.task.judge.tables(scores)
+    inputs.task.write_report(scores, folder.working)
+    return inputs.task.tables(scores)
 
 
 def _start_from_data(config: RunConfig, device: torch.device, model: Any, inputs: Inputs, collator: Any) -> None:
@@ -374,7 +371,7 @@ def _prompts_at_once(
         return 1
     if planned is not None and planned.plan is not None and planned.plan.answers is not None:
         return preflight.prompts_at_once(planned.plan, device)
-    asked = decoding.answers_to(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
+    asked = inputs.task.prompt_lengths(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
     return preflight.prompts_in_free(config, device, asked)
 
 
@@ -384,7 +381,7 @@ def _exact_match(config: RunConfig, model: Any, inputs: Inputs, at_once: int, pe
         return None
     asked = inputs.held_out[: config.evaluation.exact_match]
     with peaks.during(GENERATING):
-        return decoding.count_exact_matches(model, inputs.tokenizer, asked, batch_size=at_once)
+        return inputs.task.exact_match(model, inputs.tokenizer, asked, at_once=at_once)
 
 
 def _sampler(model: Any, inputs: Inputs) -> Callable[[], dict[str, str]] | None:
@@ -392,34 +389,30 @@ def _sampler(model: Any, inputs: Inputs) -> Callable[[], dict[str, str]] | None:
     found = _sampled(inputs)
     if found is None:
         return None
-    example, prompt = found
 
     def sample() -> dict[str, str]:
+        prompt = found.input_ids
         generated = decoding.answer(model, inputs.tokenizer, [prompt], decoding.SAMPLE_TOKENS)[0]
-        return {"prompt": inputs.tokenizer.decode(prompt), "expected": example.completion, "generated": generated}
+        return {"prompt": inputs.tokenizer.decode(prompt), "expected": found.expected, "generated": generated}
 
     return sample
 
 
-def _sampled(inputs: Inputs) -> tuple[Any, list[int]] | None:
-    """The example whose prompt is answered at each evaluation, and that prompt; None where there is none."""
-    if inputs.task.name != GENERATION:
-        return None
-    prompts = ((example, data.encode_prompt(example, inputs.tokenizer)) for example in inputs.held_out)
-    return next(((example, prompt) for example, prompt in prompts if len(prompt) < inputs.seq_len), None)
+def _sampled(inputs: Inputs) -> SampledPrompt | None:
+    """The prompt that is answered at each evaluation; None where there is none."""
+    return inputs.task.sampled(inputs.held_out, inputs.tokenizer, inputs.seq_len)
 
 
 def _held_out(config: RunConfig, inputs: Inputs) -> decoding.HeldOut:
     """What the run does with its held-out data, in lengths."""
     if inputs.evaluation is None:
         return decoding.NOTHING_HELD_OUT
-    found, sampled, asked = _sampled(inputs), None, None
+    found, sampled = _sampled(inputs), None
     if found is not None:
-        sampled = decoding.Answers(1, len(found[1]), decoding.SAMPLE_TOKENS)
-    if inputs.task.model.decodes:
-        asked = answers_of_pairs(inputs.evaluation.rows)
-    elif config.evaluation.exact_match is not None:
-        asked = decoding.answers_to(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
+        sampled = decoding.AnswerLengths(1, len(found.input_ids), decoding.SAMPLE_TOKENS)
+    asked = inputs.task.scored_answers(inputs.evaluation.rows)
+    if config.evaluation.exact_match is not None:
+        asked = inputs.task.prompt_lengths(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
         asked = asked if sampled is None else asked.also(sampled)
     longest = preflight.padded(inputs.longest_held_out)
     return decoding.HeldOut(len(inputs.evaluation), min(longest, inputs.seq_len), sampled, asked)

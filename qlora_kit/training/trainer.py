@@ -35,12 +35,13 @@ from qlora_kit.runs.folder import STATE_FILE, RunFolder, append_metrics
 from qlora_kit.system.progress import EVALUATION, GENERATING, PhasePeaks, TrainingProgress
 from qlora_kit.tasks import registry
 from qlora_kit.tasks.decoding import undisturbed
-from qlora_kit.tasks.registry import Asked, Scores, Task
+from qlora_kit.tasks.evaluation import Scores
+from qlora_kit.tasks.task import Asked, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.tasks.inputs import Inputs
+    from qlora_kit.runs.inputs import Inputs
 from qlora_kit.optim.optimizers import OPTIMIZERS, _is_adapter, _optimizer_of, resolve_optim
 
 Sampler = Callable[[], dict[str, str]]  # gives one generated answer: prompt, expected, generated
@@ -158,7 +159,7 @@ class AdapterTrainer(Trainer):
         rows = getattr(self.eval_dataset if eval_dataset is None else eval_dataset, "rows", ())
         asked = Asked(rows, self._held_out(eval_dataset), self.tokenizer)
         with self.peaks.during(EVALUATION):
-            return self.task.judge.score(self.model, asked, self.base_config)
+            return self.task.score(self.model, asked, self.base_config)
 
     def _held_out(self, eval_dataset: Any) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self.get_eval_dataloader(eval_dataset):
@@ -272,7 +273,7 @@ class RunCallback(TrainerCallback):
         self.evaluated = 0
         assert self.trainer is not None, "the trainer is set before training"
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        self.progress.say(f"step {state.global_step}: {self.trainer.task.judge.said(figures)}")
+        self.progress.say(f"step {state.global_step}: {self.trainer.task.said(figures)}")
         if self.sample is not None:
             with self.progress.peaks.during(GENERATING):
                 sample = self.sample()

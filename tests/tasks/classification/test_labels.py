@@ -14,7 +14,8 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.classification.labels import LabelError, balanced_weights, in_order, read_labels, resolve_labels
+from qlora_kit.tasks.classification.labels import LabelError, read_labels, resolve_labels
+from qlora_kit.tasks.labels import balanced_weights, in_order
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
 from qlora_kit.tasks.classification.read import fits, marked, read, read_unlabelled
-from qlora_kit.tasks.registry import Source
+from qlora_kit.tasks.task import Source
 
 
 def source(rows, columns=None):
     records = [Record("a.jsonl", f"a.jsonl:{n}", row) for n, row in enumerate(rows, 1)]
-    return Source(records, "a.jsonl", columns or {})
+    return Source(records=records, name="a.jsonl", columns=columns or {})
 
 
 def one(row, columns=None):

@@ -7,7 +7,6 @@ import pytest
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.registry import Source
 from qlora_kit.tasks.tagging.read import (
     TaggedWords,
     check_tags,
@@ -18,11 +17,12 @@ from qlora_kit.tasks.tagging.read import (
     resolve_tags,
     tags_in_order,
 )
+from qlora_kit.tasks.task import Source
 
 
 def source(rows, columns=None):
     records = [Record("a.jsonl", f"a.jsonl:{n}", row) for n, row in enumerate(rows, 1)]
-    return Source(records, "a.jsonl", columns or {})
+    return Source(records=records, name="a.jsonl", columns=columns or {})
 
 
 def one(row, columns=None, labels=None):
