@@ -25,7 +25,7 @@ from qlora_kit.tasks.decoding import Sampling, WrittenAnswer
 READY = "One prompt a line, each answered by itself; Ctrl-D ends."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Session:
     """A loaded model, and how it is to answer."""
 

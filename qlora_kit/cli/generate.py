@@ -59,7 +59,13 @@ def run(
     with memory_errors(config.base.device):
         with say.status("loading the model"):
             model = opened.load()
-        session = Session(model, opened, Sampling(max_new_tokens, temperature, top_p), json, say)
+        session = Session(
+            model=model,
+            opened=opened,
+            sampling=Sampling(max_new_tokens, temperature, top_p),
+            as_json=json,
+            say=say,
+        )
         with seeded(model, seed):
             if from_file is not None:
                 answer_file(session, from_file, config.optim.batch_size)

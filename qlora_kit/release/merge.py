@@ -218,10 +218,13 @@ def prove(request: Request, inputs: Inputs, candidates: Sequence[Candidate], fol
         data_use=request.data_use,
         out=str(folder),
     )
-    verify.Sides(job, shown.releases, folder, together=2 * needed <= available).run()
+    verify.Sides(job=job, releases=shown.releases, folder=folder, together=2 * needed <= available).run()
     tokenizer = load_tokenizer(config.base)
     cases = [
-        verify.Case(into, request.dtype, request.held, recipe.pack is not None, shown.first) for into in shown.releases
+        verify.Case(
+            into=into, dtype=request.dtype, held=request.held, packed=recipe.pack is not None, first=shown.first
+        )
+        for into in shown.releases
     ]
     return [verify.judge(folder, case, tokenizer) for case in cases]
 

@@ -29,7 +29,7 @@ MAX_TARGETS = 12  # names of layers on the card; full names of every layer would
 Report = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """What a merge found out, beside what was asked."""
 

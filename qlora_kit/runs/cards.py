@@ -7,9 +7,6 @@ from typing import Any
 
 from qlora_kit.tasks import registry
 
-POINTS = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}  # of 100
-NO_SHARES = ("loss", "perplexity", "tokens", "examples")  # figures of an evaluation that are no shares
-
 
 def adapter_card(record: Mapping[str, Any]) -> str:
     """The Markdown card of the adapter of the run recorded in `record` (the content of `run.json`)."""
@@ -99,10 +96,5 @@ def _results(record: Mapping[str, Any]) -> str:
         parts.append(f"held-out loss {results['eval_loss']:.4f}")
     if results.get("exact_match_after") is not None:
         parts.append(f"exact match {results['exact_match_before']:.1%} → {results['exact_match_after']:.1%}")
-    return ", ".join([*parts, *figures(results.get("metrics") or {})])
-
-
-def figures(metrics: Mapping[str, float]) -> list[str]:
-    """The figures of a task beside the loss, in words; texts have none."""
-    shown = {name: value for name, value in metrics.items() if name not in NO_SHARES}
-    return [f"{POINTS[k]} {v:.1f}" if k in POINTS else f"{k} {v:.1%}" for k, v in shown.items()]
+    task = registry.task_named(record["settings"]["base"].get("task"))
+    return ", ".join([*parts, *task.figures(results.get("metrics") or {})])

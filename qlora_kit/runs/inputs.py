@@ -65,7 +65,7 @@ class Inputs:
         return self.seq_len if isinstance(rows, data.PackedSet) else min(self.seq_len, rows.report.length_max)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Material:
     """The examples of a run, read and not encoded yet: to train on, and held out."""
 
@@ -143,7 +143,13 @@ def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, 
         return None
     held_out, of_held_out = rest
     unread = _unread(source, rows or [], of_held_out)
-    return Material(dataclasses.replace(config, base=resolved), task, split[0], split[1] or held_out, unread)
+    return Material(
+        config=dataclasses.replace(config, base=resolved),
+        task=task,
+        train=split[0],
+        held_out=split[1] or held_out,
+        unread=unread,
+    )
 
 
 def _unread(source: str, rows: list[data.Record], of_held_out: dict[str, int]) -> Unread:
@@ -160,7 +166,8 @@ def with_columns(config: RunConfig, task: Task, records: list[data.Record]) -> R
 
 
 def _material_of(config: RunConfig, given: Examples) -> Material:
-    return Material(config, registry.task_named(config.base.task), given.train, given.held_out)
+    task = registry.task_named(config.base.task)
+    return Material(config=config, task=task, train=given.train, held_out=given.held_out)
 
 
 def _read_training(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from qlora_kit.config.settings import VARIANTS, BaseConfig, RunConfig
-from qlora_kit.runs import cards
 from qlora_kit.system.progress import PHASES, human_bytes
 from qlora_kit.tasks import registry
 from qlora_kit.tasks.labels import shown
+from qlora_kit.tasks.task import Task
 
 SHOWN_FIELDS, SHOWN_CHARACTERS = 8, 40  # of the fields of the data that nothing reads, and of the name of one
 
@@ -108,8 +108,8 @@ def overview(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def closing(result: Mapping[str, Any]) -> list[str]:
-    """How it went and what it leaves, from the fields of a `RunResult`."""
+def closing(result: Mapping[str, Any], task: Task) -> list[str]:
+    """How it went and what it leaves, from the fields of the `RunResult` of a `task`."""
     lines = []
     if result["exact_match_after"] is not None:
         lines.append(
@@ -117,7 +117,7 @@ def closing(result: Mapping[str, Any]) -> list[str]:
             f"{result['exact_match_after']:.1%} after"
         )
     held_out = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
-    held_out += "".join(f", {figure}" for figure in cards.figures(result["metrics"]))
+    held_out += "".join(f", {figure}" for figure in task.figures(result["metrics"]))
     lines.append(
         f"done: {result['steps']} steps, training loss {result['train_loss']:.4f}{held_out}, "
         f"{result['tokens_per_s']:,.0f} tokens/s, peak {human_bytes(result['peak_bytes'])} "

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 Collate = Callable[[Sequence[Any]], Batch]
+NO_FIGURES = ("loss", "perplexity", "tokens", "examples")  # of an evaluation, which say how well, and on how much
 Lines = list[tuple[str, str]]  # of an audit: what, and how much
 
 
@@ -213,6 +214,10 @@ class Task(ABC):
     @abstractmethod
     def said(self, metrics: Mapping[str, float]) -> str:
         """The figures of an evaluation in a line."""
+
+    def figures(self, metrics: Mapping[str, float]) -> list[str]:
+        """The figures beside the loss, in words; by default they are shares."""
+        return [f"{name} {value:.1%}" for name, value in metrics.items() if name not in NO_FIGURES]
 
     def write_report(self, scores: Scores, folder: Path) -> None:
         """Put what there is to say of a trained model into `folder`; only where the task `has_report`."""

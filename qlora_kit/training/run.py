@@ -276,7 +276,7 @@ def _run(
     _save(folder, trainer, inputs, record, result)
     for table in tables:
         say.print(table)
-    for line in messages.closing(dataclasses.asdict(result)):
+    for line in messages.closing(dataclasses.asdict(result), inputs.task):
         say_line(say, line)
     if planned is None and profile is not None:
         held_out = _held_out(config, inputs)

@@ -1,8 +1,6 @@
 """The preview shows each token, marked without colour too, and the audit."""
 
 import json
-import sys
-import types
 
 import pytest
 from data_tokenizers import EOS, byte_level, sentence_piece
@@ -10,16 +8,16 @@ from data_tokenizers import EOS, byte_level, sentence_piece
 from qlora_kit.cli.preview import preview
 from qlora_kit.config.settings import DataConfig, RunConfig
 from qlora_kit.errors import UserError
+from qlora_kit.model import source
+from qlora_kit.model import tokenizer as tokenizer_module
 
 
 @pytest.fixture
 def tokenizer(monkeypatch):
     made = byte_level()
-    stand_in = types.ModuleType("qlora_kit.model.load")
-    stand_in.load_tokenizer = lambda config: made
-    stand_in.load_model_config = lambda config: None
-    stand_in.max_positions = lambda architecture: 128
-    monkeypatch.setitem(sys.modules, "qlora_kit.model.load", stand_in)
+    monkeypatch.setattr(tokenizer_module, "load_tokenizer", lambda config: made)
+    monkeypatch.setattr(source, "load_model_config", lambda config: None)
+    monkeypatch.setattr(source, "max_positions", lambda architecture: 128)
     return made
 
 
@@ -50,7 +48,7 @@ def test_held_out_data_is_audited_too(tmp_path, tokenizer, capsys):
 
 def test_space_marks_are_shown(tmp_path, monkeypatch, capsys, tokenizer):
     made = sentence_piece("first")
-    monkeypatch.setattr(sys.modules["qlora_kit.model.load"], "load_tokenizer", lambda config: made)
+    monkeypatch.setattr(tokenizer_module, "load_tokenizer", lambda config: made)
     (tmp_path / "b.txt").write_text("The answer is 42.\n", encoding="utf-8")
     preview(RunConfig(data=DataConfig(data=str(tmp_path / "b.txt"), seq_len=64)))
     assert "·" in capsys.readouterr().out
@@ -59,4 +57,4 @@ def test_space_marks_are_shown(tmp_path, monkeypatch, capsys, tokenizer):
 def test_rows_outside_the_data_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError) as caught:
         preview(config_for(tmp_path), (0, 1, 9))
-    assert [(fault.setting, fault.value) for fault in caught.value.faults] == [("--rows", 0), ("--rows", 9)]
+    assert [(fault.setting, fault.value) for fault in caught.value.faults] == [("rows", 0), ("rows", 9)]

@@ -121,7 +121,7 @@ def available_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if available is None else available
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sides:
     """The processes of a proof: the live model, and each release by what it was merged into."""
 
@@ -207,7 +207,7 @@ def _killed_at_the_end() -> Iterator[list[subprocess.Popen[bytes]]]:
                 process.stdin.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """What a release claims to be, for its judge."""
 

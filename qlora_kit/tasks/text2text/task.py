@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PAD_MULTIPLE = 8
 MORE_TOKENS = 8  # that an answer may have beyond the longest one expected, so that one that goes on is seen to
+TITLES = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 GREEDY = {"do_sample": False, "num_beams": 1}
 # of the generation settings that a model came with only these stay: what may begin or end an answer, or not be in it
 KEPT = (
@@ -268,6 +269,10 @@ class TextToText(Task):
             f"BLEU {metrics['bleu']:.1f}, chrF {metrics['chrf']:.1f}, ROUGE-1/2/L "
             f"{metrics['rouge1']:.1f}/{metrics['rouge2']:.1f}/{metrics['rougeL']:.1f}"
         )
+
+    def figures(self, metrics: Mapping[str, float]) -> list[str]:
+        """BLEU, chrF and ROUGE, of 100."""
+        return [f"{title} {metrics[name]:.1f}" for name, title in TITLES.items() if name in metrics]
 
     def answers(self, model: Any, asked: Asked) -> Iterator[dict[str, Any]]:
         """The greedy answers."""

@@ -84,7 +84,7 @@ def test_labels_come_from_the_data_or_are_given():
         (
             (["a", "b"], "a", "b"),
             {"multi_label": False},
-            r"has 2 labels, and --multi-label is off.*\n.*--multi-label true",
+            r"has 2 labels, and multi_label is off.*\n.*multi_label=true",
         ),
         (([], []), {}, "has no label in any of its 2 examples"),
     ],

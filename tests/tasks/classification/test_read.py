@@ -60,7 +60,7 @@ def test_texts_pairs_and_columns_mapped_by_hand():
         ([{"text": math.nan, "label": "x"}], None, "column 'text' must be text, not NaN"),  # pandas' missing text
         ([{"premise": "a", "hypothesis": math.nan, "label": 1}], None, "column 'hypothesis' must be text, not NaN"),
         ([{"text": "a", "label": None}], None, "column 'label' must be a name or a number, not null"),
-        ([{"text": "a", "label": ""}], None, "column 'label' is empty.*--multi-label true"),
+        ([{"text": "a", "label": ""}], None, "column 'label' is empty.*multi_label=true"),
         ([{"text": "a", "labl": "x"}], None, "has no column of labels among 'labl', 'text'"),
         ([{"txt": "a", "label": "x"}], None, "has no column of texts"),
         ([{"txt": "a", "label": "x"}], {"text": "body"}, "names a column that a.jsonl does not have"),
