@@ -44,6 +44,7 @@ def inject(
     if config.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
         rule = "does not work on 8-bit layers on a CPU (PEFT's DoRA loses their scales at the second step)"
         raise UserError.of("--dora", True, rule, "Use --bits 4 or 16, or a CUDA device.")
+    assert task is not None or model.can_generate(), "a new head trains in full: say which task put it there"
     targets = choose_targets(model, config.targets, config.blocks)
     chosen = {name: m for name, m in linear_layers(model).items() if any(matches(name, t) for t in targets)}
     ranks_of(chosen, config)

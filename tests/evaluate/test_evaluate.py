@@ -220,7 +220,7 @@ def test_what_is_cut_is_counted_and_what_is_wrong_with_the_base_said(capsys, tmp
         (["--run", "{run}", "--columns", "prompt=nope,completion=completion"], ["--columns", "nope"]),
         (["--run", "{run}", "--base", "no/such/base"], ["--base MODEL"]),
         (["--run", "{run}", "--release", "no/such/release"], ["--release"]),
-        (["--run", "{run}", "--release", "{run}/adapter"], ["--release", "no config.json"]),
+        (["--run", "{run}", "--release", "{run}/adapter"], ["--release", "is an adapter, not a whole model"]),
         (["--run", "{run}", "--temperature", "1"], ["--temperature"]),
         (["--run", "{run}", "--model", "x", "--bits", "4"], ["--model = 'x'", "--bits", "cannot go with --run"]),
         (["--model", "x", "--release", "y"], ["--data", "--release = 'y'", "needs --run"]),
