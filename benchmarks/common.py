@@ -179,7 +179,7 @@ def take_our_start(model: Any, config: Any, labels: Sequence[str]) -> None:
     import torch
 
     from qlora_kit.build import build_model
-    from qlora_kit.tasks.inputs import read_inputs
+    from qlora_kit.runs.inputs import read_inputs
 
     resolved = read_inputs(config).config
     ours = dict(build_model(resolved, model.device).model.named_parameters())

@@ -19,9 +19,10 @@ from qlora_kit.lean.apply import loads_embedding_on_host, make_lean
 from qlora_kit.lean.piece import Outcome
 from qlora_kit.model import load
 from qlora_kit.model.device import compute_dtype
-from qlora_kit.model.task_models import TASK_MODELS, reading_part, task_of
+from qlora_kit.model.reading import reading_part
 from qlora_kit.optim.optimizers import optimizer_named
 from qlora_kit.system import host_memory
+from qlora_kit.tasks import registry
 
 if TYPE_CHECKING:
     import torch
@@ -112,9 +113,9 @@ def _load(
 
     on_host = embedding_on_host and not config.base.full
     model: Any = load.load_base(config.base, device, config.seed, architecture, embedding_on_host=on_host)
-    task = task_of(config.base.task, model.config)
-    if TASK_MODELS[task].loss is not None:
-        put_loss_on(model, TASK_MODELS[task])
+    task = registry.task_of(config.base, model.config).model
+    if task.replaces_loss:
+        put_loss_on(model, task)
     if device.type != "meta":  # a plan draws nothing, and leaves the caller's random state alone
         set_seed(config.seed)
     return model
@@ -122,7 +123,7 @@ def _load(
 
 def _with_factors(model: Any, config: RunConfig, device: torch.device, in_fp16: bool) -> Any:
     settings = dataclasses.replace(config.adapter, adapter_dtype="fp32") if in_fp16 else config.adapter
-    task = task_of(config.base.task, model.config)
+    task = registry.task_of(config.base, model.config).model
     with device if device.type == "meta" else nullcontext():  # copies of weights that PEFT makes stay there
         return inject.inject(model, settings, task, originals=_originals(config, device))
 

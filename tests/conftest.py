@@ -62,7 +62,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Both sides of a proof answer here, where the libraries are imported already."""
-    from qlora_kit.model.task_models import GENERATION
     from qlora_kit.release.proof import (
         live_side,
         release_side,
@@ -73,7 +72,6 @@ def in_this_process(monkeypatch):
         live_side.main(sides.job)
         for into, release in sides.releases.items():
             (sides.folder / into).mkdir()
-            task = sides.job.config["base"]["task"] or GENERATION
-            release_side.main(release, sides.folder / live_side.ROWS_FILE, sides.folder / into, task=task)
+            release_side.main(release, sides.folder / live_side.ROWS_FILE, sides.folder / into)
 
     monkeypatch.setattr(verify.Sides, "run", run)

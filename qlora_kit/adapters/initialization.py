@@ -23,7 +23,7 @@ from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError, named
 from qlora_kit.model.quantize import dense_weight
-from qlora_kit.model.task_models import reading_part
+from qlora_kit.model.reading import reading_part
 
 if TYPE_CHECKING:
     import torch

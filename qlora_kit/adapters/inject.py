@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.adapters import initialization
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.errors import Fault, UserError, named
-from qlora_kit.model.task_models import GENERATION, TASK_MODELS
+from qlora_kit.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 from qlora_kit.adapters.targets import choose_targets, linear_layers, matches, ranks_of
 
+LANGUAGE_MODEL = "CAUSAL_LM"  # as PEFT calls one
+
 
 def inject(
-    model: PreTrainedModel, config: AdapterConfig, task: str = GENERATION, *, originals: nn.Module | None = None
+    model: PreTrainedModel, config: AdapterConfig, task: TaskModel | None = None, *, originals: nn.Module | None = None
 ) -> PeftModel:
     """Put trainable factors in `adapter_dtype` on the frozen `model`, with the initial values that `config` asks for.
 
     By default A is drawn from torch's random state and B is zero. `originals` is the base before quantization, for
-    LoftQ. A head that `task` puts on the model trains in full, in its own dtype, and is saved with the factors.
+    LoftQ. A head that `task` puts on the model trains in full, in its own dtype, and is saved with the factors; without
+    a task the model keeps its own head, as a language model does.
     Raises `UserError` for targets that match nothing and for combinations that the libraries cannot train.
     """
     import torch
@@ -41,6 +44,7 @@ def inject(
         rule = "does not work on 8-bit layers on a CPU (PEFT's DoRA loses their scales at the second step)"
         remedy = f"Use {named('bits', 4)} or 16, or a CUDA device."
         raise UserError.of("dora", True, rule, remedy)
+    assert task is not None or model.can_generate(), "a new head trains in full: say which task put it there"
     targets = choose_targets(model, config.targets, config.blocks)
     chosen = {name: m for name, m in linear_layers(model).items() if any(matches(name, t) for t in targets)}
     ranks_of(chosen, config)
@@ -56,8 +60,8 @@ def inject(
         use_rslora=config.rslora,
         use_dora=config.dora,
         fan_in_fan_out=all(isinstance(m, Conv1D) for m in chosen.values()),  # unquantized GPT-2 stores in × out
-        modules_to_save=(head_names(model) or None) if TASK_MODELS[task].has_new_head else None,
-        task_type=TASK_MODELS[task].peft_type,
+        modules_to_save=(head_names(model) or None) if task is not None and task.has_new_head else None,
+        task_type=LANGUAGE_MODEL if task is None else task.peft_type,
     )
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
     try:

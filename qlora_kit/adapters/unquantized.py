@@ -17,7 +17,7 @@ from qlora_kit.config.settings import RunConfig
 from qlora_kit.errors import UserError, named
 from qlora_kit.model import load, quantize
 from qlora_kit.model.blocks import block_of
-from qlora_kit.model.task_models import task_of
+from qlora_kit.tasks import registry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -134,5 +134,5 @@ def of_run(config: RunConfig, model: Any) -> Unquantized | None:
     if not hasattr(model, "peft_config"):  # where they go is what counts
         settings = dataclasses.replace(config.adapter, variant="lora", init="default", dora=False)
         with model.device:
-            model = inject.inject(model, settings, task_of(config.base.task, model.config))
+            model = inject.inject(model, settings, registry.task_of(config.base, model.config).model)
     return find(model)

@@ -14,18 +14,18 @@ from rich.console import Console
 
 from qlora_kit import data
 from qlora_kit.config.settings import RunConfig
-from qlora_kit.errors import UserError, said_of
+from qlora_kit.errors import UserError, as_flag, named, said_of
 from qlora_kit.evaluate.generate import Prompt, answer_in_order, encode_prompts, stream, typed_prompt
 from qlora_kit.runs import messages
 from qlora_kit.runs.finished import Opened
+from qlora_kit.runs.inputs import DATA
 from qlora_kit.system.progress import counted, say_line
-from qlora_kit.tasks.decoding import Answer, Sampling
-from qlora_kit.tasks.inputs import DATA
+from qlora_kit.tasks.decoding import Sampling, WrittenAnswer
 
 READY = "One prompt a line, each answered by itself; Ctrl-D ends."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Session:
     """A loaded model, and how it is to answer."""
 
@@ -39,25 +39,25 @@ class Session:
 def prompts_of_file(config: RunConfig, opened: Opened, raw: bool, say: Console) -> list[Prompt]:
     """The prompts of the data that `config` names; what is not read of it is said. Raises `UserError`."""
     source, columns = config.data.data, config.data.columns
-    with said_of("--data", instead_of="--eval-data"):  # the held-out part, where a source has several
-        rows = data.read_rows(source, columns, "--eval-data")
-        examples = data.prompts_from(rows, columns, source, "--eval-data")
+    with said_of("data", instead_of="eval_data"):  # the held-out part, where a source has several
+        rows = data.read_rows(source, columns, "eval_data")
+        examples = data.prompts_from(rows, columns, source, "eval_data")
     for line in messages.unread_lines({DATA: data.unread_fields(rows)}):
         say_line(say, line)
-    return encode_prompts(examples, opened, raw, "--data")
+    return encode_prompts(examples, opened, raw, "data")
 
 
 def asked_prompts(texts: Sequence[str], opened: Opened, raw: bool, say: Console) -> Iterator[Prompt]:
     """The prompts of the flags, or of standard input as its lines come. Raises `UserError`."""
     if texts:
-        return iter(encode_prompts([typed_prompt(text) for text in texts], opened, raw, "--prompt"))
+        return iter(encode_prompts([typed_prompt(text) for text in texts], opened, raw, "prompt"))
     if sys.stdin.isatty():
         return _typed_prompts(opened, raw, say)
     piped = _piped_prompts(opened, raw)
     first = next(piped, None)  # before the model is loaded
     if first is None:
-        remedy = "Give --prompt TEXT or --data FILE, or pipe in one prompt a line."
-        raise UserError.of("prompts", "standard input", "holds none", remedy)
+        remedy = f"Give {named('prompt', 'TEXT')} or {named('data', 'FILE')}, or pipe in one prompt a line."
+        raise UserError.of("prompt", "standard input", "holds none", remedy)
     return chain([first], piped)
 
 
@@ -65,9 +65,9 @@ def _piped_prompts(opened: Opened, raw: bool) -> Iterator[Prompt]:
     try:
         for line in sys.stdin:
             if line.strip():
-                yield from encode_prompts([typed_prompt(line.rstrip("\r\n"))], opened, raw, "standard input")
+                yield from encode_prompts([typed_prompt(line.rstrip("\r\n"))], opened, raw, "prompt")
     except UnicodeDecodeError:
-        raise UserError.of("standard input", "a line", "is not UTF-8", "Convert it.") from None
+        raise UserError.of("prompt", "a line of standard input", "is not UTF-8", "Convert it.") from None
 
 
 def _typed_prompts(opened: Opened, raw: bool, say: Console) -> Iterator[Prompt]:
@@ -78,7 +78,7 @@ def _typed_prompts(opened: Opened, raw: bool, say: Console) -> Iterator[Prompt]:
             if line.strip():
                 yield from encode_prompts([typed_prompt(line)], opened, raw, "prompt")
         except UserError as error:
-            say_line(say, f"error: {error}")
+            say_line(say, f"error: {error.text(as_flag)}")
 
 
 def _typed_line() -> str | None:
@@ -130,7 +130,7 @@ def answer_file(session: Session, prompts: Sequence[Prompt], batch_size: int) ->
         say_line(session.say, f"{cut} of {len(prompts)} answers were cut off {ends}")
 
 
-def _json_line(prompt: Prompt, answer: Answer) -> str:
+def _json_line(prompt: Prompt, answer: WrittenAnswer) -> str:
     return json.dumps({"prompt": prompt.text, "generated": answer.text}, ensure_ascii=False) + "\n"
 
 

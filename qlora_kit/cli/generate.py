@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qlora_kit.cli.flags import Command, as_given
-from qlora_kit.cli.open_model import open_chosen
-from qlora_kit.config.rules import Checked, Rule, at_least, flag, setting
+from qlora_kit.cli.open_model import faults_of_choice, open_chosen
+from qlora_kit.config.rules import Checked, Rule, at_least, setting
 from qlora_kit.config.settings import DEFAULT_NEW_TOKENS, RunConfig
-from qlora_kit.errors import Fault, UserError
-from qlora_kit.model.task_models import GENERATION
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.system import quiet
 
 if TYPE_CHECKING:
@@ -89,9 +88,9 @@ def run(
     say = Console(stderr=True, highlight=False)
 
     def check_task(config: RunConfig, opened: Opened) -> None:
-        if opened.task != GENERATION:
-            setting, value = ("--run", run) if run else ("--model", config.base.model)
-            rule = f"was trained for {opened.task}, not to go on with a prompt"
+        if opened.task.is_predicted:
+            setting, value = ("run", run) if run else ("model", config.base.model)
+            rule = f"was trained for {opened.task.name}, not to go on with a prompt"
             raise UserError.of(setting, value, rule, "Use `qlora-kit predict`.")
 
     config, opened = open_chosen(given, run, base, "seed", check_task, say)
@@ -101,7 +100,13 @@ def run(
     with memory_errors(config.base.device):
         with say.status("loading the model"):
             model = opened.load()
-        session = Session(model, opened, Sampling(max_new_tokens, temperature, top_p), json, say)
+        session = Session(
+            model=model,
+            opened=opened,
+            sampling=Sampling(max_new_tokens, temperature, top_p),
+            as_json=json,
+            say=say,
+        )
         with seeded(model, seed):
             if from_file is not None:
                 answer_file(session, from_file, config.optim.batch_size)
@@ -118,22 +123,12 @@ def _check(
     top_p: float,
 ) -> None:
     """The rules that join several flags. Raises one `UserError` with every fault."""
-    faults = []
-    if run is None and "model" not in given:
-        faults.append(Fault("--run", None, "is missing, and so is --model", "Give --run RUN or --model MODEL."))
-    if run is not None:
-        rule, remedy = (
-            "cannot go with --run, which has its own",
-            "Give one of the two (--base says where a base moved).",
-        )
-        faults += [Fault(flag(name), given[name], rule, remedy) for name in OF_A_RUN if name in given]
-    if base is not None and run is None:
-        faults.append(Fault("--base", base, "is the base of a run, and there is no --run", "Give --model instead."))
+    faults = faults_of_choice(given, run, base, OF_A_RUN, f" ({named('base')} says where a base moved)")
     if prompt and "data" in given:
-        faults.append(Fault("--prompt", prompt[0], "cannot go with --data", "Give one of the two."))
+        faults.append(Fault("prompt", prompt[0], f"cannot go with {named('data')}", "Give one of the two."))
     if top_p != 1 and temperature == 0:
-        rule = "changes nothing at --temperature 0, which always takes the likeliest token"
-        faults.append(Fault("--top-p", top_p, rule, "Add for example --temperature 0.7."))
+        rule = f"changes nothing at {named('temperature', 0)}, which always takes the likeliest token"
+        faults.append(Fault("top_p", top_p, rule, f"Add for example {named('temperature', 0.7)}."))
     if faults:
         raise UserError(faults)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from qlora_kit.config.settings import RunConfig
+from qlora_kit.errors import Fault, named
 from qlora_kit.system import quiet
 
 if TYPE_CHECKING:
@@ -48,3 +49,25 @@ def open_chosen(
     for line in (*messages.opening(config, device), opened.title, *([warning] if warning else [])):
         say_line(say, line)
     return config, opened
+
+
+def no_model() -> Fault:
+    """That nothing says which model is meant."""
+    remedy = f"Give {named('run', 'RUN')} or {named('model', 'MODEL')}."
+    return Fault("run", None, f"is missing, and so is {named('model')}", remedy)
+
+
+def faults_of_choice(
+    given: Mapping[str, Any], run: str | None, base_model: str | None, of_a_run: Collection[str], hint: str = ""
+) -> list[Fault]:
+    """What is wrong with how a model was chosen; `of_a_run` are the settings that a run has of its own."""
+    faults = []
+    if run is None and "model" not in given:
+        faults.append(no_model())
+    if run is not None:
+        rule = f"cannot go with {named('run')}, which has its own"
+        faults += [Fault(name, given[name], rule, f"Give one of the two{hint}.") for name in of_a_run if name in given]
+    if base_model is not None and run is None:
+        rule = f"is the base of a run, and there is no {named('run')}"
+        faults.append(Fault("base", base_model, rule, f"Give {named('model')} instead."))
+    return faults

@@ -147,6 +147,7 @@ def _of_its_data(config: RunConfig) -> RunConfig:
     from qlora_kit import data
     from qlora_kit.memory.plan import resolve_architecture
     from qlora_kit.tasks import registry
+    from qlora_kit.tasks.task import Source
 
     records = data.read_rows(config.data.data, config.data.columns)
     task = registry.choose(config.base, records, config.data.columns, resolve_architecture(config))
@@ -154,8 +155,8 @@ def _of_its_data(config: RunConfig) -> RunConfig:
     resolve_architecture(named)  # may be unable to do what the data is for
     if not task.model.has_labels:
         return named
-    source = registry.Source(records, config.data.data, config.data.columns)
-    return replace(config, base=task.reader.resolve(named.base, task.reader.read(source, named.base), "--data"))
+    source = Source(records=records, name=config.data.data, columns=config.data.columns)
+    return replace(config, base=task.resolve(named.base, task.read(source, named.base), "data"))
 
 
 def _left_in_16_bits(config: RunConfig) -> Unquantized | None:

@@ -15,10 +15,10 @@ from typing import Any
 from rich.console import Console
 
 from qlora_kit.cli.flags import Command, as_given
-from qlora_kit.cli.open_model import open_chosen
-from qlora_kit.config.rules import Checked, flag, setting
+from qlora_kit.cli.open_model import faults_of_choice, open_chosen
+from qlora_kit.config.rules import Checked, setting
 from qlora_kit.config.settings import RunConfig
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.system import files, quiet
 
 
@@ -54,7 +54,7 @@ def run(given: Mapping[str, Any], run: str | None = None, base: str | None = Non
     """
     _check(given, run, base)
     quiet.quiet_libraries()
-    from qlora_kit.evaluate.predict import predict, read_questions
+    from qlora_kit.evaluate.predict import predict, read_examples
     from qlora_kit.runs.finished import memory_errors
     from qlora_kit.runs.messages import unread_lines
     from qlora_kit.system.progress import counted, say_line
@@ -66,14 +66,16 @@ def run(given: Mapping[str, Any], run: str | None = None, base: str | None = Non
     if out is not None:
         files.check_file(out)
     columns = RunConfig.from_flat({"columns": given["columns"]}).data.columns if "columns" in given else {}
-    questions = read_questions(opened, given["data"], columns, config.data.seq_len, config.data.columns)
-    for line in unread_lines(questions.unread):
+    asked = read_examples(opened, given["data"], columns, config.data.seq_len, config.data.columns)
+    for line in unread_lines(asked.unread):
         say_line(say, line)
     with memory_errors(config.base.device):
         with say.status("loading the model"):
             model = opened.load()
-        with counted(say, "predicted", len(questions.examples)) as tick:
-            lines = [json.dumps(line, ensure_ascii=False) for line in predict(model, questions, config, tick)]
+        with counted(say, "predicted", len(asked.examples)) as tick:
+            lines = [
+                json.dumps(line, ensure_ascii=False) for line in predict(model, asked, config.optim.batch_size, tick)
+            ]
     text = "".join(f"{line}\n" for line in lines)
     if out is None:
         sys.stdout.write(text)
@@ -86,19 +88,13 @@ def run(given: Mapping[str, Any], run: str | None = None, base: str | None = Non
 
 def _check(given: Mapping[str, Any], run: str | None, base: str | None) -> None:
     """The rules that join several flags. Raises one `UserError` with every fault."""
-    faults = []
-    if run is None and "model" not in given:
-        faults.append(Fault("--run", None, "is missing, and so is --model", "Give --run RUN or --model MODEL."))
-    if run is not None:
-        rule = "cannot go with --run, which has its own"
-        faults += [Fault(flag(name), given[name], rule, "Give one of the two.") for name in OF_A_RUN if name in given]
-    if base is not None and run is None:
-        faults.append(Fault("--base", base, "is the base of a run, and there is no --run", "Give --model instead."))
+    faults = faults_of_choice(given, run, base, OF_A_RUN)
     if "data" not in given:
-        faults.append(Fault("--data", None, "is missing", "Give --data FILE with the examples to answer."))
+        remedy = f"Give {named('data', 'FILE')} with the examples to answer."
+        faults.append(Fault("data", None, "is missing", remedy))
     elif "out" in given and _is_same_file(given["data"], given["out"]):
-        rule = "is the file of --data, which would be lost"
-        faults.append(Fault("--out", given["out"], rule, "Give the name of another file."))
+        rule = f"is the file of {named('data')}, which would be lost"
+        faults.append(Fault("out", given["out"], rule, "Give the name of another file."))
     if faults:
         raise UserError(faults)
 

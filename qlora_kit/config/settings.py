@@ -29,13 +29,6 @@ from qlora_kit.config.rules import (
 )
 from qlora_kit.errors import Fault, Faults, UserError, named
 
-Tasks = (
-    "text-generation",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "text2text-generation",
-)
 Schedule = ("cosine", "linear", "constant", "constant_with_warmup")
 Init = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 VARIANTS = {"lora": "LoRA", "lora-xs": "LoRA-XS"}  # setting: name in texts
@@ -85,7 +78,9 @@ class BaseConfig(Checked):
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     device: str = setting("auto", "auto: CUDA if there is a device, else the CPU", one_of("auto", "cuda", "cpu"))
     task: str | None = setting(
-        None, "what the model is trained to do; unset: inferred from the data's columns and the model", one_of(*Tasks)
+        None,
+        "what the model is trained to do; unset: inferred from the data's columns and the model",
+        choices="qlora_kit.tasks.registry:names",
     )
     labels: tuple[str, ...] | None = setting(
         None,

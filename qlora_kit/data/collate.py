@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError, named
+
+if TYPE_CHECKING:
+    import torch
 
 Feature = Mapping[str, Sequence[int]]
 
@@ -22,9 +23,9 @@ class Collator:
 
     With `packed` the features also have `segment_lengths`. Then `position_ids` (B, T) restart at 0 with each
     example, and `attention_mask` is (B, 1, T, T): causal within an example, shut between examples. In
-    `mask_dtype` bool it is true where attention is open (for sdpa); in a floating dtype it is added to the scores
-    (for eager attention, which would take a bool for 0 and 1). Padding attends to itself, so no row of scores is
-    empty and none gives NaN.
+    `mask_dtype` bool, the default, it is true where attention is open (for sdpa); in a floating dtype it is added to
+    the scores (for eager attention, which would take a bool for 0 and 1). Padding attends to itself, so no row of
+    scores is empty and none gives NaN.
 
     With `varlen` besides, for a model that attends example by example (`lean.varlen`), there is no mask over the row:
     `attention_mask` is an empty one, (B, 1, 0, 0) bool, `segment_lengths` lists the tokens of each example row after
@@ -41,7 +42,7 @@ class Collator:
         packed: bool = False,
         *,
         max_tokens: int | None = None,
-        mask_dtype: torch.dtype = torch.bool,
+        mask_dtype: torch.dtype | None = None,
         varlen: bool = False,
     ) -> None:
         self._pad_token_id = pad_token_id
@@ -77,11 +78,15 @@ class Collator:
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+    import torch
+
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.int64)
 
 
 def _segments_and_positions(lengths_by_row: Sequence[Sequence[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For each position its example's number and its place in it, (B, T); padding counts as one more example."""
+    import torch
+
     segments, positions = [], []
     for lengths in lengths_by_row:
         with_padding = [*lengths, length - sum(lengths)]
@@ -92,6 +97,8 @@ def _segments_and_positions(lengths_by_row: Sequence[Sequence[int]], length: int
 
 def segment_tensors(lengths_by_row: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
     """The places of the examples in packed rows of `length` positions, for a model; see `Collator`."""
+    import torch
+
     padding = [length - sum(lengths) for lengths in lengths_by_row]
     segments = [n for lengths, rest in zip(lengths_by_row, padding, strict=True) for n in (*lengths, rest) if n]
     starts = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
@@ -99,12 +106,14 @@ def segment_tensors(lengths_by_row: Sequence[Sequence[int]], length: int) -> dic
     return {"attention_mask": mask, "segment_lengths": segments, "segment_starts": starts}
 
 
-def _block_causal_mask(segments_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _block_causal_mask(segments_BT: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """(B, 1, T, T): open from a query to the keys of its own example that do not come after it."""
+    import torch
+
     length = segments_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
     is_open = (segments_BT[:, None, :, None] == segments_BT[:, None, None, :]) & causal_TT
-    if dtype == torch.bool:
+    if dtype is None or dtype == torch.bool:
         return is_open
     return torch.zeros(is_open.shape, dtype=dtype).masked_fill(~is_open, torch.finfo(dtype).min)
 
@@ -116,6 +125,8 @@ def packed_mask_dtype(model_config: Any, longest_tokens: int) -> torch.dtype:
     the model's attention cannot take the mask: another implementation, or a sliding window shorter than the longest
     example, which the mask would switch off.
     """
+    import torch
+
     implementation = str(getattr(model_config, "_attn_implementation", None)).split("_by_")[0]  # ours are sdpa's
     window = getattr(model_config, "sliding_window", None)
     if implementation not in ("sdpa", "eager"):

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import jinja2
-
 from qlora_kit.data.columns import Example, Message
 from qlora_kit.errors import named
 
@@ -148,6 +146,8 @@ def _end_by_content(content: str, through: str, whole: str, start: int) -> int:
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
 ) -> str:
+    import jinja2
+
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)

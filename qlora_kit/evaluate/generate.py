@@ -15,7 +15,7 @@ from qlora_kit.data.problems import Problems
 from qlora_kit.errors import said_of
 from qlora_kit.runs.finished import Opened
 from qlora_kit.tasks import decoding
-from qlora_kit.tasks.decoding import Answer, Sampling
+from qlora_kit.tasks.decoding import Sampling, WrittenAnswer
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +38,11 @@ def encode_prompts(examples: Iterable[data.Example], opened: Opened, raw: bool, 
 
     Raises one `UserError`, said of `setting`, for all that are empty, no text, or leave no room for an answer.
     """
-    problems = Problems(setting, "prompts", "Mend or remove it." if setting == "--data" else "Give another.")
+    problems = Problems(setting, "prompts", "Mend or remove it." if setting == "data" else "Give another.")
     prompts = []
     for example in examples:
         rule = _text_rule(example)
-        with said_of(setting, instead_of="--data"):
+        with said_of(setting, instead_of="data"):
             ids = _input_ids(example, opened.tokenizer, raw) if rule is None else []
         if opened.positions is not None and len(ids) >= opened.positions:
             rule = f"has {len(ids)} tokens, and the model's {opened.positions} positions must hold the answer too"
@@ -89,14 +89,14 @@ def stream(
     prompt: Prompt,
     sampling: Sampling,
     emit: Callable[[str], None],
-) -> Answer:
+) -> WrittenAnswer:
     """Answer one prompt, each piece of text given to `emit` as soon as its characters are whole."""
     room = decoding.room(model, len(prompt.input_ids), sampling.max_new_tokens)
     assert room > 0, "prompts without room are refused when they are encoded"
     streamer = _Streamer(tokenizer, emit)
     decoding.generate_ids(model, tokenizer, [prompt.input_ids], room, sampling, streamer)
     ids = streamer.answer_ids
-    return Answer(
+    return WrittenAnswer(
         tokenizer.decode(ids, skip_special_tokens=True), is_cut=not set(ids) & set(decoding.stop_ids(model, tokenizer))
     )
 
@@ -107,7 +107,7 @@ def answer_in_order(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     batch_size: int,
-) -> Iterator[Answer]:
+) -> Iterator[WrittenAnswer]:
     """The answers to `prompts` in their order, `batch_size` worked on at once."""
     for start in range(0, len(prompts), batch_size):
         part = [prompt.input_ids for prompt in prompts[start : start + batch_size]]

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_kit.lean.piece import Outcome
 from qlora_kit.model import heads
-from qlora_kit.model.task_models import reads_both_ways
+from qlora_kit.tasks.task_model import reads_both_ways
 
 # their attention is not causal everywhere, or they count the tokens that the mask shows
 NOT_CAUSAL = ("prefix_lm", "is_encoder_decoder", "use_bidirectional_attention")

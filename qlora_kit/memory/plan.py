@@ -24,10 +24,10 @@ from qlora_kit.memory.stages import AnswerBatch, Occasion, Stage
 from qlora_kit.memory.track import CATEGORIES, Peak, peaks_by_region
 from qlora_kit.model import architectures, source
 from qlora_kit.model.blocks import find_blocks
-from qlora_kit.model.task_models import task_of
 from qlora_kit.optim.adversarial import passes_of
 from qlora_kit.optim.optimizers import resolve_optim
 from qlora_kit.system.progress import LOADING, STEP
+from qlora_kit.tasks import registry
 from qlora_kit.tasks.decoding import NOTHING_HELD_OUT, HeldOut
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def plan(
     )
     if held_out is None:
         held_out = stages.assumed(config, simulation.seq_len) if config.data.holds_out else NOTHING_HELD_OUT
-    task, positions = task_of(config.base.task, architecture), source.max_positions(architecture)
+    task, positions = registry.task_of(config.base, architecture).model, source.max_positions(architecture)
     occasions = stages.occasions(config, held_out, simulation.seq_len, task, positions)
     with failures_named(config):
         try:

@@ -11,7 +11,7 @@ from qlora_kit.config.settings import LeanConfig, RunConfig
 from qlora_kit.errors import Fault, Faults, UserError, named
 from qlora_kit.system import host_memory
 from qlora_kit.system.progress import EVALUATION, GENERATING, LOADING, STEP, free_bytes, human_bytes
-from qlora_kit.tasks.decoding import ANSWER_BATCH, Answers, HeldOut
+from qlora_kit.tasks.decoding import ANSWER_BATCH, AnswerLengths, HeldOut
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def prompts_at_once(planned: MemoryPlan, device: torch.device) -> int:
     return planned.answers.prompts if device.type == "cuda" else _prompts_in_free(planned, device)
 
 
-def prompts_in_free(config: RunConfig, device: torch.device, answers: Answers) -> int:
+def prompts_in_free(config: RunConfig, device: torch.device, answers: AnswerLengths) -> int:
     """How many prompts a model of `config`, which is loaded, answers at once in what `device` has free now.
 
     As many as `scoring` takes where such a run, or its answers, cannot be planned.

@@ -24,9 +24,9 @@ from qlora_kit.memory.shortcut import MetaResults
 from qlora_kit.memory.track import Event, MemoryTracker
 from qlora_kit.memory.watch import watch
 from qlora_kit.model import device, quantize
-from qlora_kit.model.task_models import TASK_MODELS, task_of
 from qlora_kit.optim.kind import PlannedDevice
 from qlora_kit.optim.rank_penalty import add_gradients
+from qlora_kit.tasks import registry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -236,15 +236,16 @@ def make_batch(config: RunConfig, seq_len: int, model_config: Any, rows: int | N
 
 
 def _labels(config: RunConfig, shape: tuple[int, int], model_config: Any) -> torch.Tensor:
-    task = TASK_MODELS[task_of(config.base.task, model_config)]
+    task = registry.task_of(config.base, model_config).model
     several = task.has_new_head and bool(config.base.multi_label)
     size = task.label_shape(*shape, model_config.num_labels, several)
-    return torch.zeros(size, dtype=torch.float32 if several else torch.int64, device=META)
+    dtype = torch.float32 if task.has_float_labels(several) else torch.int64
+    return torch.zeros(size, dtype=dtype, device=META)
 
 
 def has_token_types(config: RunConfig, model_config: Any) -> bool:
     """Whether the tokenizer of such a model says of which text of a pair each token is."""
-    has_new_head = TASK_MODELS[task_of(config.base.task, model_config)].has_new_head
+    has_new_head = registry.task_of(config.base, model_config).model.has_new_head
     return has_new_head and (getattr(model_config, "type_vocab_size", None) or 0) > 1
 
 

@@ -20,10 +20,10 @@ from qlora_kit.config.settings import RunConfig
 from qlora_kit.memory import kernels
 from qlora_kit.memory.simulate import META, Autocast, make_batch
 from qlora_kit.memory.track import MemoryTracker
-from qlora_kit.model.task_models import TASK_MODELS, TaskModel, sequence_loss, task_of
 from qlora_kit.system.progress import EVALUATION, GENERATING
-from qlora_kit.tasks.decoding import ANSWER_BATCH, MAX_ANSWER_TOKENS, SAMPLE_TOKENS, Answers, HeldOut
-from qlora_kit.tasks.text2text.task import next_logits
+from qlora_kit.tasks import registry
+from qlora_kit.tasks.decoding import ANSWER_BATCH, MAX_ANSWER_TOKENS, SAMPLE_TOKENS, AnswerLengths, HeldOut
+from qlora_kit.tasks.task_model import TaskModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ class Occasion:
         model.eval()
         with torch.no_grad(), nullcontext() if autocast is None else autocast(False):
             if self.name == EVALUATION:
-                task = TASK_MODELS[task_of(config.base.task, model.config)]
-                _score(model, make_batch(config, self.tokens, model.config, self.rows), task)
+                task = registry.task_of(config.base, model.config).model
+                task.score_pass(model, make_batch(config, self.tokens, model.config, self.rows))
             else:
                 _answer(tracker, model, self)
 
@@ -95,13 +95,13 @@ def assumed(config: RunConfig, tokens: int) -> HeldOut:
     Prompts are as long as that, and answers as long as they may get. No prompt is sampled of the demo's data, which
     stand for those that nobody has named: its own are short.
     """
-    sampled = None if config.data.held_out_source == "demo" else Answers(1, tokens, SAMPLE_TOKENS)
-    asked = Answers(config.evaluation.exact_match or 1, tokens, MAX_ANSWER_TOKENS)
+    sampled = None if config.data.held_out_source == "demo" else AnswerLengths(1, tokens, SAMPLE_TOKENS)
+    asked = AnswerLengths(config.evaluation.exact_match or 1, tokens, MAX_ANSWER_TOKENS)
     return HeldOut(config.optim.batch_size, tokens, sampled, asked)
 
 
 def occasions(
-    config: RunConfig, held_out: HeldOut, seq_len: int, task: str, positions: int | None
+    config: RunConfig, held_out: HeldOut, seq_len: int, task: TaskModel, positions: int | None
 ) -> tuple[Occasion, ...]:
     """What a run of `config` is simulated to do beside its steps; the model has `positions`, its rows `seq_len` tokens.
 
@@ -112,13 +112,13 @@ def occasions(
     scored = (Occasion(name=EVALUATION, rows=rows, tokens=tokens),) if rows else ()
     answers = held_out.sampled if config.evaluation.exact_match is None else held_out.asked
     numbers = {1, min(answers.prompts, ANSWER_BATCH)} if answers is not None else set[int]()
-    if TASK_MODELS[task].decodes:  # its answers are scored, in the batches of the evaluation
+    if task.decodes:  # its answers are scored, in the batches of the evaluation
         answers, numbers = held_out.asked, {rows} - {0}
-    if answers is None or not TASK_MODELS[task].writes:
+    if answers is None or not task.writes:
         return scored
     room = positions or answers.prompt_tokens + answers.new_tokens
     prompt_tokens = max(1, min(answers.prompt_tokens, room - 1))
-    taken = 1 if TASK_MODELS[task].decodes else prompt_tokens  # of the positions of the answer
+    taken = 1 if task.decodes else prompt_tokens  # of the positions of the answer
     new_tokens = max(1, min(answers.new_tokens, room - taken))
     answered = (Occasion(name=GENERATING, rows=n, tokens=prompt_tokens, new_tokens=new_tokens) for n in sorted(numbers))
     return *scored, *answered
@@ -161,17 +161,6 @@ def prompts_at_once(limit_bytes: int, one_bytes: int, each_bytes: int, most: int
     if each_bytes <= 0:
         return most
     return max(1, min(most, 1 + (limit_bytes - one_bytes) // each_bytes))
-
-
-def _score(model: Any, batch: dict[str, Any], task: TaskModel) -> None:
-    """Score a batch as the task does; the figures that follow from it are computed on the host."""
-    if task.decodes:
-        sequence_loss(next_logits(model, batch), batch["labels"], 1, None)
-    elif task.has_new_head:
-        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-        task.logits(outputs, batch.get("attention_mask")).float()
-    else:
-        model(**batch)
 
 
 def _answer(tracker: MemoryTracker, model: Any, occasion: Occasion) -> None:

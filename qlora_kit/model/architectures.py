@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import UserError
-from qlora_kit.model.task_models import serves_any_task
+from qlora_kit.tasks.registry import serves_any_task
 
 # what a configuration class may raise for a field that it cannot use
 BAD_CONFIG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)

@@ -17,7 +17,7 @@ from torch import nn
 
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.model.seeding import drawn_by
-from qlora_kit.model.task_models import TaskModel
+from qlora_kit.tasks.task_model import TaskModel
 
 
 def head_names(model: Any) -> list[str]:
@@ -77,7 +77,6 @@ class TaskLoss(nn.Module):
 
     def forward(self, outputs: Any, attention_mask: torch.Tensor | None, labels: torch.Tensor, n_items: Any) -> Any:
         """The summed loss over `n_items`, by default the labels of the batch."""
-        assert self.task.loss is not None, "only tasks with a loss of ours"
         logits = self.task.logits(outputs, attention_mask)
         n_items = (labels != IGNORED).sum() if n_items is None else n_items
         weights = None if self.weights is None else self.weights.to(logits.device)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.errors import UserError
 from qlora_kit.model import host_embedding
-from qlora_kit.model.task_models import TASK_MODELS, task_of, transformers_class
 from qlora_kit.system import host_memory
+from qlora_kit.tasks import registry
+from qlora_kit.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +64,8 @@ def _build_base(
     if architecture is None:
         architecture = load_model_config(config)
     dtype = compute_dtype(config, device) if dtype is None else dtype
-    task = task_of(config.task, architecture)
-    if TASK_MODELS[task].has_new_head:
+    task = registry.task_of(config, architecture).model
+    if task.has_new_head:
         set_padding(architecture, config, device)
     elsewhere = embedding_on_host and device.type != "cpu" and not config.full
     on_host = host_embedding.host_weight(_structure(architecture, task, config)) if elsewhere else None
@@ -76,7 +77,7 @@ def _build_base(
         model = _load_pretrained(architecture, config, device, dtype, seed, on_host)
     keep_weights_plain(model)
     _attend_by_kernel(model, device)
-    if TASK_MODELS[task].has_new_head and not config.full:
+    if task.has_new_head and not config.full:
         from qlora_kit.model.heads import head_names, keep_in_fp32
 
         keep_in_fp32(model, head_names(model))
@@ -166,7 +167,7 @@ def _load_pretrained(
 
     from qlora_kit.model.heads import draw, is_in_head
 
-    task = task_of(config.task, architecture)
+    task = registry.task_of(config, architecture).model
     heads = planned_heads(architecture, task) if seed is not None else []
     short_before = _times_short(device)
     try:
@@ -194,14 +195,14 @@ def _load_pretrained(
 def _from_files(
     architecture: PretrainedConfig,
     config: BaseConfig,
-    task: str,
+    task: TaskModel,
     heads: list[str],
     dtype: torch.dtype | None,
     places: dict[str, str | torch.device],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as transformers reads it, and what that says of the weights it missed."""
     with nullcontext() if len(places) == 1 else _left_where_loaded():
-        model, loaded = transformers_class(task).from_pretrained(
+        model, loaded = task.transformers_class.from_pretrained(
             model_source(config),
             config=architecture,
             revision=config.revision,
@@ -249,7 +250,7 @@ def _left_where_loaded() -> Iterator[None]:
         modeling_utils.accelerate_dispatch = stock
 
 
-def base_renaming(task: str, architecture: PretrainedConfig) -> dict[str, str] | None:
+def base_renaming(task: TaskModel, architecture: PretrainedConfig) -> dict[str, str] | None:
     """The name of the base in the files → its name in the class for `task`; None if they are the same.
 
     transformers calls the base "transformer" in its question-answering classes of Llama, Qwen and others, and "model"
@@ -257,28 +258,28 @@ def base_renaming(task: str, architecture: PretrainedConfig) -> dict[str, str] |
     """
     from transformers import AutoModel
 
-    if not TASK_MODELS[task].has_new_head:
+    if not task.has_new_head:
         return None
-    classes = (own._model_mapping.get(type(architecture), None) for own in (AutoModel, transformers_class(task)))
+    classes = (own._model_mapping.get(type(architecture), None) for own in (AutoModel, task.transformers_class))
     usual, here = (getattr(own, "base_model_prefix", None) for own in classes)
     return {rf"^{usual}\.": f"{here}."} if usual and here and usual != here else None
 
 
-def planned_heads(architecture: PretrainedConfig, task: str) -> list[str]:
+def planned_heads(architecture: PretrainedConfig, task: TaskModel) -> list[str]:
     """The names of the modules that `task` adds to the base of a model; empty if it uses the model's own head."""
     from qlora_kit.model.heads import head_names
 
-    return head_names(_structure(architecture, task)) if TASK_MODELS[task].has_new_head else []
+    return head_names(_structure(architecture, task)) if task.has_new_head else []
 
 
-def _structure(architecture: PretrainedConfig, task: str, config: BaseConfig | None = None) -> PreTrainedModel:
+def _structure(architecture: PretrainedConfig, task: TaskModel, config: BaseConfig | None = None) -> PreTrainedModel:
     """The modules of a model for `task`, with their ties, their weights on `meta`."""
     import torch
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
         trusted = {} if config is None else {"trust_remote_code": config.trust_remote_code}
-        model = transformers_class(task).from_config(copy.deepcopy(architecture), **trusted)
+        model = task.transformers_class.from_config(copy.deepcopy(architecture), **trusted)
     model.tie_weights()
     return model
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.settings import BaseConfig
-from qlora_kit.model.task_models import TASK_MODELS, task_of
+from qlora_kit.tasks import registry
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,7 @@ def replace_linear_layers(
 
     from qlora_kit.model.heads import head_names
 
-    has_new_head = TASK_MODELS[task_of(config.task, architecture)].has_new_head
-    heads = head_names(model) if has_new_head else []
+    heads = head_names(model) if registry.task_of(config, architecture).model.has_new_head else []
     settings = quantization(config, dtype, heads)
     if settings is None:
         return

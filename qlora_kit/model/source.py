@@ -12,7 +12,7 @@ from qlora_kit import demo
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.model import architectures, hub
-from qlora_kit.model.task_models import TASK_MODELS, check_can_do, check_starts, task_of
+from qlora_kit.tasks import registry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -91,19 +91,10 @@ def with_labels(architecture: PretrainedConfig, config: BaseConfig) -> Pretraine
 
     Raises `UserError` if it cannot do the task.
     """
-    task = task_of(config.task, architecture)
+    task = registry.task_of(config, architecture)
     if not config.trust_remote_code:
-        check_can_do(task, architecture, config.model)
-    if TASK_MODELS[task].decodes:
-        check_starts(architecture, config.model)
-    if TASK_MODELS[task].has_new_head and config.labels is not None:
-        architecture.id2label = dict(enumerate(config.labels))
-        architecture.label2id = {label: number for number, label in enumerate(config.labels)}
-        kind = "multi_label_classification" if config.multi_label else "single_label_classification"
-        architecture.problem_type = kind
-    own_number = TASK_MODELS[task].num_labels
-    if own_number is not None and architecture.num_labels != own_number:
-        architecture.num_labels = own_number  # the model may have been saved for something else
+        registry.check_can_do(task, architecture, config.model)
+    task.model.configure(architecture, config)
     return architecture
 
 

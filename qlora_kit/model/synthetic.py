@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.model import host_embedding
 from qlora_kit.model.seeding import drawn_by
-from qlora_kit.model.task_models import task_of, transformers_class
+from qlora_kit.tasks import registry
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def build_random(
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = transformers_class(task_of(config.task, architecture)).from_config(architecture, dtype=dtype)
+        model = registry.task_of(config, architecture).model.transformers_class.from_config(architecture, dtype=dtype)
     originals = {
         name: module
         for name, module in model.named_modules()
@@ -59,7 +59,7 @@ def build_on_meta(
     from transformers.initialization import no_init_weights
 
     with device, no_init_weights():
-        model = transformers_class(task_of(config.task, architecture)).from_config(architecture, dtype=dtype)
+        model = registry.task_of(config, architecture).model.transformers_class.from_config(architecture, dtype=dtype)
     shapes = {name: p.dtype for name, p in model.named_parameters()}
     replace_linear_layers(model, config, dtype, architecture)
     for name, module in model.named_modules():

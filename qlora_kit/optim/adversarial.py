@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from qlora_kit.config.settings import OptimConfig
-from qlora_kit.model.task_models import reading_part
+from qlora_kit.model.reading import reading_part
 
 T = TypeVar("T")
 STRIDE = 2.5  # a step of PGD times their number, in units of ε: enough to reach the border from anywhere (Madry et al.)

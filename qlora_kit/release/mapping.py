@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.model import load
-from qlora_kit.model.task_models import task_of
 from qlora_kit.release.factors import REMEDY, SETTING, Adapter, targeted
 from qlora_kit.release.files.read import FETCH_REMEDY, Checkpoint
+from qlora_kit.tasks import registry
+from qlora_kit.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ def read_layout(config: BaseConfig, dtype: torch.dtype, checkpoint: Checkpoint) 
     model = load.load_base(config, torch.device("meta"), dtype=dtype)
     weights = {weight.name: weight for weight in _weights(model, dtype)}
     file_names, converted, unknown = _match_names(
-        model, task_of(config.task, model.config), set(weights), checkpoint.entries
+        model, registry.task_of(config, model.config).model, set(weights), checkpoint.entries
     )
     tied = _tied(model)
     needed = {name: weight for name, weight in weights.items() if not _may_lack(model, name)}
@@ -146,7 +147,7 @@ def _kept_in_fp32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
 
 
 def _match_names(
-    model: Any, task: str, known: set[str], files: Iterable[str]
+    model: Any, task: TaskModel, known: set[str], files: Iterable[str]
 ) -> tuple[dict[str, str], frozenset[str], frozenset[str]]:
     """Names in the model → names in the files, those that are converted, and those that the model does not use."""
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -16,7 +16,6 @@ from qlora_kit.adapters.base_record import TrainedBase
 from qlora_kit.config.settings import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import Faults, UserError, named
 from qlora_kit.model.blocks import block_of
-from qlora_kit.model.task_models import CLASSIFICATION, QUESTION_ANSWERING
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.release import report, stream
 from qlora_kit.release.factors import Adapter, open_adapter
@@ -43,12 +42,12 @@ from qlora_kit.release.request import (
 from qlora_kit.release.stream import WeightRecipe
 from qlora_kit.system import files, host_memory, quiet
 from qlora_kit.system.progress import BytesProgress, say_line
-from qlora_kit.tasks.classification.task import separates_pairs
+from qlora_kit.tasks import registry
+from qlora_kit.tasks.rows import separates_pairs
 
 if TYPE_CHECKING:
     import torch
 
-OF_PAIRS = (CLASSIFICATION, QUESTION_ANSWERING)  # tasks whose examples may be two texts
 SPARE_BYTES = 64 << 20  # for everything that is not weights
 
 
@@ -229,7 +228,7 @@ def prove(
     vocabulary = max(entry.shape[0] for entry in entries.values() if len(entry.shape) == 2)
     recipe = candidates[0].recipe
     config = _run_config(request, inputs, shown.base)
-    job = live_side.Job(
+    job = live_side.LiveJob(
         config=config.to_dict(),
         seen_dtype=str(inputs.seen_dtype).removeprefix("torch."),
         adapters=list(shown.adapters),
@@ -241,10 +240,13 @@ def prove(
         data_use=request.data_use,
         out=str(folder),
     )
-    verify.Sides(job, shown.releases, folder, together=2 * needed <= available).run()
+    verify.Sides(job=job, releases=shown.releases, folder=folder, together=2 * needed <= available).run()
     tokenizer = load_tokenizer(config.base)
     cases = [
-        verify.Case(into, request.dtype, request.held, recipe.pack is not None, shown.first) for into in shown.releases
+        verify.Case(
+            into=into, dtype=request.dtype, held=request.held, packed=recipe.pack is not None, first=shown.first
+        )
+        for into in shown.releases
     ]
     return [verify.judge(folder, case, tokenizer) for case in cases]
 
@@ -418,6 +420,6 @@ def _report(
 
 def _joins_pairs(config: BaseConfig) -> bool:
     """Whether pairs of texts have a newline between them that the tokenizer does not put there."""
-    if config.task not in OF_PAIRS:
+    if registry.task_named(config.task).pair_advice is None:
         return False
     return not separates_pairs(load_tokenizer(config))

@@ -15,7 +15,6 @@ from qlora_kit.adapters.base_record import TrainedBase
 from qlora_kit.adapters.files import WEIGHTS_FILE
 from qlora_kit.config.settings import DataConfig
 from qlora_kit.model import source
-from qlora_kit.model.task_models import GENERATION, QUESTION_ANSWERING, TAGGING, TASK_MODELS
 from qlora_kit.release.factors import DEFAULT_ALPHA, DEFAULT_RANK, Adapter
 from qlora_kit.release.files import side_files
 from qlora_kit.release.files.folder import REPORT_FILE
@@ -24,12 +23,13 @@ from qlora_kit.release.proof.verify import ModelProof
 from qlora_kit.release.request import MergeRequest, RunRecord
 from qlora_kit.runs.folder import CARD_FILE
 from qlora_kit.system import files
+from qlora_kit.tasks import registry
 
 MAX_TARGETS = 12  # names of layers on the card; full names of every layer would be too many
 Report = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """What a merge found out, beside what was asked."""
 
@@ -66,7 +66,7 @@ def make_report(request: MergeRequest, found: Findings) -> Report:
             "format": request.format,
             "left_out": list(found.left_out),
             "untied": found.untied,
-            "task": request.base.task or GENERATION,
+            "task": registry.task_named(request.base.task).name,
             "joins_pairs": found.joins_pairs,
         },
         "base": {
@@ -217,16 +217,10 @@ def card(report: Report) -> str:
 
 
 def _how_to_load(task: str) -> list[str]:
-    if task == QUESTION_ANSWERING:  # transformers 5 has no pipeline for it
-        return [
-            "from transformers import AutoModelForQuestionAnswering, AutoTokenizer",
-            "",
-            'model = AutoModelForQuestionAnswering.from_pretrained("this folder", dtype="auto")',
-            'tokenizer = AutoTokenizer.from_pretrained("this folder")',
-        ]
-    if not TASK_MODELS[task].writes:
+    own = registry.task_named(task)
+    if own.has_pipeline:
         return ["from transformers import pipeline", "", f'classify = pipeline("{task}", model="this folder")']
-    kind = TASK_MODELS[task].auto_class
+    kind = own.model.auto_class
     return [
         f"from transformers import {kind}, AutoTokenizer",
         "",
@@ -239,11 +233,7 @@ def _how_to_pair(release: Mapping[str, Any]) -> list[str]:
     """How two texts are given, where the tokenizer does not keep them apart."""
     if not release["joins_pairs"]:
         return []
-    if release["task"] == QUESTION_ANSWERING:
-        how = 'A question needs a newline behind it, as in training: `tokenizer(f"{question}\\n", context)`.'
-    else:
-        how = 'Of a pair the two texts need a newline between them, as in training: `classify(f"{text}\\n{pair}")`.'
-    return [f"The tokenizer puts nothing between two texts. {how}", ""]
+    return [f"The tokenizer puts nothing between two texts. {registry.task_named(release['task']).pair_advice}", ""]
 
 
 def _front_matter(report: Report) -> dict[str, Any]:
@@ -336,28 +326,22 @@ def proof_lines(report: Report) -> list[str]:
 
 def _model_lines(model: Mapping[str, Any]) -> list[str]:
     exact, answer = model["exact"], model["answer"]
-    if TASK_MODELS[model["task"]].writes:
-        unit, each, answers, greedy = "token", "a token", "next tokens", "the greedy answer"
-    elif model["task"] == QUESTION_ANSWERING:
-        unit, each, answers, greedy = "place", "a place", "likeliest places", "the list of likeliest places"
-    elif model["task"] == TAGGING:
-        unit, each, answers, greedy = "token", "a token", "tags", "the list of likeliest tags"
-    else:
-        unit, each, answers, greedy = "example", "an example", "labels", "the list of likeliest labels"
+    said = registry.task_named(model["task"]).proof_terms
     blocks = "" if model["blocks"] == "all" else f", {model['blocks']} blocks (the whole does not fit into memory)"
     lines = [
-        f"loaded by stock transformers as {model['loaded_as']}{blocks}, on {exact['tokens']:,} {unit}s of "
+        f"loaded by stock transformers as {model['loaded_as']}{blocks}, on {exact['tokens']:,} {said.unit}s of "
         f"{model['source']}",
         f"logits differ from {model['reference']} by at most {exact['relative_max']:.1e} and on average "
         f"{exact['relative_mean']:.1e} of their scale",
         f"{_decision(model)} (allowed: {model['limit']['relative_max']:.1e}, {model['limit']['why']})",
-        f"KL {_small(exact['kl'])} nats {each}, {exact['agreement']:.2%} of {answers} the same{_losses(exact)}",
+        f"KL {_small(exact['kl'])} nats {said.each}, {exact['agreement']:.2%} of {said.answers} the same"
+        f"{_losses(exact)}",
     ]
     if answer["same"]:
-        lines.append(f"{greedy} is the same" + (" text" if TASK_MODELS[model["task"]].writes else ""))
+        lines.append(said.same)
     else:
         lines.append(
-            f"{greedy} parts at {unit} {answer['parted_at']}, where the first two choices are "
+            f"{said.greedy} parts at {said.unit} {answer['parted_at']}, where the first two choices are "
             f"{answer['lead']:.2g} apart: a tie within the rounding"
         )
     served = model["served"]

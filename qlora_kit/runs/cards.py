@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_kit.model.task_models import GENERATION, TASK_MODELS
-
-POINTS = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}  # of 100
-NO_SHARES = ("loss", "perplexity", "tokens", "examples")  # figures of an evaluation that are no shares
+from qlora_kit.tasks import registry
 
 
 def adapter_card(record: Mapping[str, Any]) -> str:
@@ -62,7 +59,7 @@ def _title(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
 def _how_to_load(base: Mapping[str, Any]) -> list[str]:
     if base["weights"] == "random":
         return ["It fits no published weights: its base was drawn by the seed in `run.json`."]
-    auto_class = TASK_MODELS[base.get("task") or GENERATION].auto_class
+    auto_class = registry.task_named(base.get("task")).model.auto_class
     kind, folder = (auto_class, "model") if base["full"] else (auto_class.replace("Auto", "AutoPeft"), "adapter")
     library = "transformers" if base["full"] else "peft"
     if base.get("labels") and not base["full"]:
@@ -99,10 +96,5 @@ def _results(record: Mapping[str, Any]) -> str:
         parts.append(f"held-out loss {results['eval_loss']:.4f}")
     if results.get("exact_match_after") is not None:
         parts.append(f"exact match {results['exact_match_before']:.1%} → {results['exact_match_after']:.1%}")
-    return ", ".join([*parts, *figures(results.get("metrics") or {})])
-
-
-def figures(metrics: Mapping[str, float]) -> list[str]:
-    """The figures of a task beside the loss, in words; texts have none."""
-    shown = {name: value for name, value in metrics.items() if name not in NO_SHARES}
-    return [f"{POINTS[k]} {v:.1f}" if k in POINTS else f"{k} {v:.1%}" for k, v in shown.items()]
+    task = registry.task_named(record["settings"]["base"].get("task"))
+    return ", ".join([*parts, *task.figures(results.get("metrics") or {})])

@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import data
 from qlora_kit.adapters import files
 from qlora_kit.config.files import read_settings
 from qlora_kit.config.settings import BaseConfig, RunConfig
-from qlora_kit.errors import UserError, said_of
+from qlora_kit.errors import UserError, named, said_of
 from qlora_kit.model import hub, source
 from qlora_kit.model.load import load_as_saved, load_base
-from qlora_kit.model.task_models import GENERATION, TASK_MODELS, task_of
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.runs.folder import LABELS_FILE, PARTIAL, RUN_FILE, complete_checkpoints
+from qlora_kit.tasks import registry
+from qlora_kit.tasks.task import Task
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +61,9 @@ class FinishedRun:
         return bool(self.record.get("plain_text", False))
 
     @property
-    def generates(self) -> bool:
-        """Whether what it trained writes text."""
-        return self.config.base.task in (None, GENERATION)
+    def task(self) -> Task:
+        """What it was trained to do."""
+        return registry.task_named(self.config.base.task)
 
     @property
     def seq_len(self) -> int:
@@ -71,7 +71,7 @@ class FinishedRun:
         return self.config.data.seq_len or int(self.record["resolved"]["seq_len"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Opened:
     """A model that has not been loaded yet, and what must be known before: `load` puts it on its device."""
 
@@ -83,9 +83,9 @@ class Opened:
     config: BaseConfig  # with the task, also where the model's own config.json says it
 
     @property
-    def task(self) -> str:
+    def task(self) -> Task:
         """What it was trained to do."""
-        return self.config.task or GENERATION
+        return registry.task_named(self.config.task)
 
 
 def find_run(path: str, given: Mapping[str, object], base_model: str | None = None) -> FinishedRun:
@@ -102,7 +102,7 @@ def find_run(path: str, given: Mapping[str, object], base_model: str | None = No
     needed = "config.json" if run.config.base.full else files.WEIGHTS_FILE
     if not (run.weights / needed).is_file():
         rule = f"holds no trained weights (no {run.weights.name}/{needed})"
-        raise UserError.of("--run", path, rule, "Give the folder of a training run, whole.")
+        raise UserError.of("run", path, rule, "Give the folder of a training run, whole.")
     _check_labels(run)
     return run
 
@@ -120,10 +120,10 @@ def _check_labels(run: FinishedRun) -> None:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError.of("--run", str(run.folder), f"its {file.name} cannot be read ({error})", "Mend it.") from None
+        raise UserError.of("run", str(run.folder), f"its {file.name} cannot be read ({error})", "Mend it.") from None
     if saved != label_map(config):
         rule = f"its {RUN_FILE} and its {run.weights.name}/{file.name} name different labels"
-        raise UserError.of("--run", str(run.folder), rule, "Mend the one that is wrong, or train again.")
+        raise UserError.of("run", str(run.folder), rule, "Mend the one that is wrong, or train again.")
 
 
 def _read_record(folder: Path) -> dict[Any, Any]:
@@ -133,10 +133,10 @@ def _read_record(folder: Path) -> dict[Any, Any]:
     try:
         record: dict[Any, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError.of("--run", str(folder), f"its {file.name} cannot be read ({error})", "Mend it.") from None
+        raise UserError.of("run", str(folder), f"its {file.name} cannot be read ({error})", "Mend it.") from None
     known = isinstance(record, dict) and {"resolved", "base_hash"} <= record.keys()
     if not known or not isinstance(record.get("settings"), dict):
-        raise UserError.of("--run", str(folder), f"its {file.name} is no record of a run", "Give another run.")
+        raise UserError.of("run", str(folder), f"its {file.name} is no record of a run", "Give another run.")
     return record
 
 
@@ -147,17 +147,17 @@ def _no_run(folder: Path) -> UserError:
     if unfinished.is_dir():
         resumable = bool(complete_checkpoints(unfinished))
         remedy = f"Finish it with `qlora-kit train --resume {final}`." if resumable else "Run it again."
-        return UserError.of("--run", str(folder), f"is unfinished (it lies in {unfinished})", remedy)
+        return UserError.of("run", str(folder), f"is unfinished (it lies in {unfinished})", remedy)
     if (folder.parent / RUN_FILE).is_file():
-        return UserError.of("--run", str(folder), "is a part of a run", f"Give --run {folder.parent}.")
+        return UserError.of("run", str(folder), "is a part of a run", f"Give {named('run', folder.parent)}.")
     if (folder / "config.json").is_file():
-        return UserError.of("--run", str(folder), "is a model, not a run", f"Give --model {folder} instead.")
+        return UserError.of("run", str(folder), "is a model, not a run", f"Give {named('model', folder)} instead.")
     if folder.exists():
-        return UserError.of("--run", str(folder), f"holds no {RUN_FILE}", "Give the folder of a training run.")
+        return UserError.of("run", str(folder), f"holds no {RUN_FILE}", "Give the folder of a training run.")
     names = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, names, n=1)
     remedy = f"Did you mean {folder.parent / near[0]}?" if near else "Give the folder of a training run."
-    return UserError.of("--run", str(folder), "is no such folder", remedy)
+    return UserError.of("run", str(folder), "is no such folder", remedy)
 
 
 @contextmanager
@@ -169,13 +169,15 @@ def memory_errors(device: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         rule = f"has too little memory ({str(error).splitlines()[0]})"
-        raise UserError.of("--device", device, rule, "Try --batch-size 1, or --device cpu.") from None
+        raise UserError.of(
+            "device", device, rule, f"Try {named('batch_size', 1)}, or {named('device', 'cpu')}."
+        ) from None
 
 
 def run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
     """The tokenizer of the run with its template, as it was saved beside the weights. Raises `UserError`."""
-    with said_of("--run", instead_of="--tokenizer"):
-        return data.prepare_tokenizer(load_tokenizer(run.base_settings), run.generates)
+    with said_of("run", instead_of="tokenizer"):
+        return run.task.prepare(load_tokenizer(run.base_settings))
 
 
 def check_base(run: FinishedRun) -> str | None:
@@ -189,12 +191,16 @@ def check_base(run: FinishedRun) -> str | None:
 
 
 def _base_errors() -> AbstractContextManager[None]:
-    return said_of("--base", "--model", hub.OFFLINE_REMEDY, "Say where the run's base is now with --base MODEL.")
+    return said_of(
+        "base",
+        instead_of="model",
+        remedies={hub.OFFLINE_REMEDY: f"Say where the run's base is now with {named('base', 'MODEL')}."},
+    )
 
 
 def model_errors(setting: str) -> AbstractContextManager[None]:
     """Say mistakes of the model of `setting`: it may not have random weights."""
-    return said_of(setting, "--model", hub.OFFLINE_REMEDY, "Give a model folder.")
+    return said_of(setting, instead_of="model", remedies={hub.OFFLINE_REMEDY: "Give a model folder."})
 
 
 def run_positions(run: FinishedRun) -> int | None:
@@ -215,7 +221,7 @@ def load_run_model(run: FinishedRun, device: torch.device) -> Any:
     """
     if run.config.base.full:
         return load_base(run.model_settings, device)
-    with said_of("--run", instead_of="--adapter"):
+    with said_of("run", instead_of="adapter"):
         return files.load_adapter(load_run_base(run, device), run.weights)
 
 
@@ -226,18 +232,24 @@ def open_run(run: FinishedRun, device: torch.device) -> Opened:
     kind = "every weight trained" if config.full else f"with its adapter, r = {run.config.adapter.r}"
     title = f"{run.folder}: {config.model} at {config.bits} bits, {kind}"
     loader = partial(load_run_model, run, device)
-    return Opened(title, run_tokenizer(run), positions, run.is_plain_text, loader, run.model_settings)
+    return Opened(
+        title=title,
+        tokenizer=run_tokenizer(run),
+        positions=positions,
+        is_plain_text=run.is_plain_text,
+        load=loader,
+        config=run.model_settings,
+    )
 
 
-def _check_has_head(config: BaseConfig, architecture: PretrainedConfig) -> None:
+def _check_has_head(task: Task, config: BaseConfig, architecture: PretrainedConfig) -> None:
     """Check that the model was saved with the head of its task: one drawn at random answers at random.
 
     Raises `UserError`.
     """
-    own = TASK_MODELS[config.task or GENERATION]
-    if own.has_new_head and not any(kind.endswith(own.endings) for kind in architecture.architectures or ()):
-        rule = f"has no head for {config.task}"
-        raise UserError.of("--model", config.model, rule, "Give a release of a run, or the run itself with --run.")
+    if task.model.has_new_head and not task.model.was_saved(architecture):
+        remedy = f"Give a release of a run, or the run itself with {named('run')}."
+        raise UserError.of("model", config.model, f"has no head for {task.name}", remedy)
 
 
 def open_model(config: BaseConfig, device: torch.device, as_saved: bool) -> Opened:
@@ -245,19 +257,27 @@ def open_model(config: BaseConfig, device: torch.device, as_saved: bool) -> Open
 
     Raises `UserError`.
     """
+    _check_is_model(config)
+    with model_errors("model"):
+        architecture = source.load_model_config(config)
+    task = registry.task_of(config, architecture)
+    config = task.saved_settings(dataclasses.replace(config, task=task.name), architecture)
+    _check_has_head(task, config, architecture)
+    return Opened(
+        title=f"{config.model}, as saved" if as_saved else f"{config.model} at {config.bits} bits",
+        tokenizer=task.prepare(load_tokenizer(config)),
+        positions=source.max_positions(architecture),
+        is_plain_text=False,
+        load=partial(load_as_saved if as_saved else load_base, config, device),
+        config=config,
+    )
+
+
+def _check_is_model(config: BaseConfig) -> None:
+    """Check that a local folder is no run and no adapter. Raises `UserError`."""
     folder = Path(config.model)
     if (folder / RUN_FILE).is_file():
-        raise UserError.of("--model", config.model, "is a run, not a model", f"Give --run {folder} instead.")
+        raise UserError.of("model", config.model, "is a run, not a model", f"Give {named('run', folder)} instead.")
     if (folder / files.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        remedy = "Give --run with the run that it belongs to, or merge it into its base."
-        raise UserError.of("--model", config.model, "is an adapter, not a whole model", remedy)
-    with model_errors("--model"):
-        architecture = source.load_model_config(config)
-    config = dataclasses.replace(config, task=task_of(config.task, architecture))
-    if TASK_MODELS[config.task or GENERATION].decodes and config.source_prefix is None:
-        config = dataclasses.replace(config, source_prefix=getattr(architecture, "prefix", None))  # as `merge` writes
-    _check_has_head(config, architecture)
-    tokenizer = data.prepare_tokenizer(load_tokenizer(config), config.task == GENERATION)
-    title = f"{config.model}, as saved" if as_saved else f"{config.model} at {config.bits} bits"
-    loader = partial(load_as_saved if as_saved else load_base, config, device)
-    return Opened(title, tokenizer, source.max_positions(architecture), False, loader, config)
+        remedy = f"Give {named('run')} with the run that it belongs to, or merge it into its base."
+        raise UserError.of("model", config.model, "is an adapter, not a whole model", remedy)

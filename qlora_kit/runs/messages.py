@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from qlora_kit.config.settings import VARIANTS, BaseConfig, RunConfig
-from qlora_kit.model.task_models import GENERATION, QUESTION_ANSWERING
-from qlora_kit.runs import cards
 from qlora_kit.system.progress import PHASES, human_bytes
-from qlora_kit.tasks.classification.labels import shown
+from qlora_kit.tasks import registry
+from qlora_kit.tasks.labels import shown
+from qlora_kit.tasks.task import Task
 
 SHOWN_FIELDS, SHOWN_CHARACTERS = 8, 40  # of the fields of the data that nothing reads, and of the name of one
 
@@ -37,12 +37,13 @@ def opening(config: RunConfig, device: torch.device) -> list[str]:
 
 def task_lines(asked: BaseConfig, resolved: BaseConfig) -> list[str]:
     """What the model is trained to do, where that is not to write, and whether the data said so."""
-    if resolved.task == GENERATION:
+    task = registry.task_named(resolved.task)
+    if not task.is_announced:
         return []
     why = " (as the data and the model say)" if asked.task is None else ""
     labels = f": {len(resolved.labels)} labels, {shown(resolved.labels)}" if resolved.labels else ""
     several = ", several to an example" if resolved.multi_label else ""
-    return [f"task: {resolved.task}{why}{labels}{several}"]
+    return [f"task: {task.name}{why}{labels}{several}"]
 
 
 def unread_lines(unread: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -89,8 +90,8 @@ def overview(record: Mapping[str, Any]) -> list[str]:
     settings, count, examples = record["settings"], record["parameters"], record["examples"]
     adapter = settings["adapter"]
     kind = "every weight" if settings["base"]["full"] else f"{VARIANTS[adapter['variant']]} r = {adapter['r']}"
-    in_rows = settings["data"]["pack"] or settings["base"]["task"] == QUESTION_ANSWERING
-    unit = "rows" if in_rows else "examples"  # several examples to a row, or windows
+    task = registry.task_named(settings["base"]["task"])
+    unit = "rows" if settings["data"]["pack"] else task.row_unit  # several examples to a row
     base_count = count["total"] - (0 if settings["base"]["full"] else count["trainable"])
     lines = [
         f"{settings['base']['model']}: {base_count:,} parameters at {settings['base']['bits']} bits; "
@@ -107,8 +108,8 @@ def overview(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def closing(result: Mapping[str, Any]) -> list[str]:
-    """How it went and what it leaves, from the fields of a `RunResult`."""
+def closing(result: Mapping[str, Any], task: Task) -> list[str]:
+    """How it went and what it leaves, from the fields of the `RunResult` of a `task`."""
     lines = []
     if result["exact_match_after"] is not None:
         lines.append(
@@ -116,7 +117,7 @@ def closing(result: Mapping[str, Any]) -> list[str]:
             f"{result['exact_match_after']:.1%} after"
         )
     held_out = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
-    held_out += "".join(f", {figure}" for figure in cards.figures(result["metrics"]))
+    held_out += "".join(f", {figure}" for figure in task.figures(result["metrics"]))
     lines.append(
         f"done: {result['steps']} steps, training loss {result['train_loss']:.4f}{held_out}, "
         f"{result['tokens_per_s']:,.0f} tokens/s, peak {human_bytes(result['peak_bytes'])} "

@@ -15,7 +15,7 @@ from rich.console import Console
 from qlora_kit.config.settings import RunConfig
 from qlora_kit.model import device
 from qlora_kit.runs.folder import CARD_FILE, CHECKPOINTS, RUN_FILE, RunFolder
-from qlora_kit.tasks.inputs import Examples
+from qlora_kit.runs.inputs import Examples
 
 DIVERGED, OUT_OF_MEMORY = "diverged", "out of memory"
 WEIGHTS = ("adapter", "model", CHECKPOINTS)  # what a finished run leaves beside its figures, and its card names

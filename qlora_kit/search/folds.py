@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from qlora_kit import data
 from qlora_kit.errors import UserError, named
-from qlora_kit.tasks.inputs import Examples
+from qlora_kit.runs.inputs import Examples
 
 
 def stratum_of(example: data.Example) -> str | None:

@@ -17,6 +17,7 @@ from qlora_kit.errors import Fault, Faults, UserError, as_field, named, rendered
 from qlora_kit.model import device, hub
 from qlora_kit.model.source import hash_base, model_source
 from qlora_kit.runs import messages
+from qlora_kit.runs.inputs import Examples, digest_of, read_inputs, read_material
 from qlora_kit.search import picture, report
 from qlora_kit.search.choice import Tried, best_of, choose, higher_is_better, metric_of
 from qlora_kit.search.fold_run import DIVERGED, OUT_OF_MEMORY, EndedEarlyError, run_fold
@@ -29,7 +30,6 @@ from qlora_kit.search.store import BASE, DATA, Claim, Store, opened
 from qlora_kit.system import files, quiet
 from qlora_kit.system.progress import counted, say_line
 from qlora_kit.tasks import registry
-from qlora_kit.tasks.inputs import Examples, digest_of, read_inputs, read_material
 from qlora_kit.training.check import check_settings
 
 FREE = (
@@ -134,14 +134,14 @@ def _resolved(space: Space, settings: SearchConfig, console: Console) -> tuple[S
     material = read_material(space.config)
     for line in messages.unread_lines(material.unread):
         say_line(console, line)
-    metric = material.task.judge.default if settings.metric == "auto" else settings.metric
+    metric = material.task.metric if settings.metric == "auto" else settings.metric
     config = material.config
     counts = config.evaluation.exact_match is not None
-    if metric == "exact_match" and metric not in material.task.judge.metrics and not counts:
+    if metric == "exact_match" and metric not in material.task.metrics and not counts:
         rule = "is not measured by these runs"
         remedy = f"Add for example {named('exact_match', 100)}, so that 100 held-out prompts are answered."
         raise UserError.of("metric", metric, rule, remedy)
-    if metric in material.task.judge.metrics or metric not in OF_EVERY_RUN:
+    if metric in material.task.metrics or metric not in OF_EVERY_RUN:
         registry.metric_of(material.task, metric)
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, metric=metric))
     return dataclasses.replace(space, config=config), dataclasses.replace(settings, metric=metric), material.train

@@ -51,7 +51,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Answer:
+class WrittenAnswer:
     """What a model answered, and whether it was cut off before it ended by itself."""
 
     text: str
@@ -59,17 +59,17 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerLengths:
     """Prompts to answer: how many, the tokens of the longest, and those that an answer may have."""
 
     prompts: int
     prompt_tokens: int
     new_tokens: int
 
-    def also(self, other: Answers) -> Answers:
+    def also(self, other: AnswerLengths) -> AnswerLengths:
         """These, where `other` are answered too, at another time: the larger of each number."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Answers(*(max(pair) for pair in pairs))
+        return AnswerLengths(*(max(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class HeldOut:
     """What a run does with held-out data, as far as memory goes.
 
     It scores `rows` rows, the longest of `row_tokens`; it shows the answer to a prompt (`sampled`), and where the task
-    or `--exact-match` wants it answers many (`asked`).
+    or `exact_match` wants it answers many (`asked`).
     """
 
     rows: int
     row_tokens: int
-    sampled: Answers | None = None
-    asked: Answers | None = None
+    sampled: AnswerLengths | None = None
+    asked: AnswerLengths | None = None
 
 
 NOTHING_HELD_OUT = HeldOut(0, 0)
@@ -141,13 +141,13 @@ def answer_all(
     sampling: Sampling,
     batch_size: int = ANSWER_BATCH,
     tick: Callable[[int], None] = lambda count: None,
-) -> list[Answer]:
+) -> list[WrittenAnswer]:
     """As `answer`, by `sampling`, `batch_size` at a time; call it within `undisturbed`, which keeps the random state.
 
     `tick` is called with the number of prompts answered since the last call.
     """
     rooms = [room(model, len(prompt), sampling.max_new_tokens) for prompt in prompts]
-    answers, stops = [Answer("", is_cut=True)] * len(prompts), set(stop_ids(model, tokenizer))
+    answers, stops = [WrittenAnswer("", is_cut=True)] * len(prompts), set(stop_ids(model, tokenizer))
     tick(rooms.count(0))
     for own in sorted(set(rooms) - {0}):  # prompts with the same room go together, so that none shortens another
         members = [index for index, other in enumerate(rooms) if other == own]
@@ -156,7 +156,7 @@ def answer_all(
             width, out = generate_ids(model, tokenizer, [prompts[i] for i in part], own, sampling)
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             for index, text, ids in zip(part, texts, out[:, width:].tolist(), strict=True):
-                answers[index] = Answer(text, is_cut=stops.isdisjoint(ids))
+                answers[index] = WrittenAnswer(text, is_cut=stops.isdisjoint(ids))
             tick(len(part))
     return answers
 
@@ -236,10 +236,12 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, expected: Sequence[str]) -
     return min(longest + 8, MAX_ANSWER_TOKENS)
 
 
-def answers_to(tokenizer: PreTrainedTokenizerBase, examples: Sequence[data.Example]) -> Answers:
+def answers_to(tokenizer: PreTrainedTokenizerBase, examples: Sequence[data.Example]) -> AnswerLengths:
     """What `count_exact_matches` asks of `examples`. Raises `UserError` where the chat template fails."""
     prompts = [len(data.encode_prompt(example, tokenizer)) for example in examples]
-    return Answers(len(prompts), max(prompts), answer_tokens(tokenizer, [example.completion for example in examples]))
+    return AnswerLengths(
+        len(prompts), max(prompts), answer_tokens(tokenizer, [example.completion for example in examples])
+    )
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:

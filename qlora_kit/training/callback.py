@@ -46,7 +46,7 @@ class RunCallback(TrainerCallback):
         self.folder = folder
         self.sample = sample
         self.progress = progress
-        self.judge = prepared.inputs.task.judge
+        self.task = prepared.inputs.task
         self.lr = prepared.config.optim.lr
         self.resumed_from = None if prepared.point is None else prepared.point.checkpoint
         self.tokens_seen: Any = 0  # a count, or a tensor of one on the device
@@ -106,7 +106,7 @@ class RunCallback(TrainerCallback):
         """Say how the evaluation went, with one generated answer."""
         self.evaluated = 0
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        self.progress.say(f"step {state.global_step}: {self.judge.said(figures)}")
+        self.progress.say(f"step {state.global_step}: {self.task.said(figures)}")
         if self.sample is not None:
             with self.progress.peaks.during(GENERATING):
                 sample = self.sample()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from qlora_kit.config.settings import RunConfig
 from qlora_kit.errors import Fault, Faults, named
 from qlora_kit.optim.optimizers import check_optim
-from qlora_kit.tasks.inputs import Examples
+from qlora_kit.runs.inputs import Examples
 
 OF_HELD_OUT = ("early_stopping", "exact_match", "eval_steps", "metric")  # settings that need held-out data
 

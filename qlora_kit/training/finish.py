@@ -78,12 +78,12 @@ def write_profile(profile: MemoryProfile, folder: RunFolder) -> Path:
 
 def _write_report(fitted: Fitted, folder: RunFolder) -> list[Table]:
     """Write what the task says about the trained model on held-out data, and return what of it is shown."""
-    judged = fitted.prepared.inputs.task.judge
-    if judged.write is None or fitted.prepared.inputs.evaluation is None:
+    inputs = fitted.prepared.inputs
+    if inputs.evaluation is None or not inputs.task.has_report:
         return []
     scores = final_scores(fitted.trainer)
-    judged.write(scores, folder.working)
-    return judged.tables(scores)
+    inputs.task.write_report(scores, folder.working)
+    return inputs.task.tables(scores)
 
 
 def _write_weights(fitted: Fitted, folder: RunFolder, record: Mapping[str, Any], result: RunResult) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit import data
 from qlora_kit.config.settings import RunConfig
 from qlora_kit.memory import preflight
-from qlora_kit.model.task_models import GENERATION
+from qlora_kit.runs.inputs import Inputs
 from qlora_kit.system.progress import GENERATING
 from qlora_kit.tasks import decoding
-from qlora_kit.tasks.inputs import Inputs
-from qlora_kit.tasks.text2text.task import answers_of_pairs
+from qlora_kit.tasks.task import SampledPrompt
 
 if TYPE_CHECKING:
     from qlora_kit.training.prepare import Prepared
@@ -24,13 +22,12 @@ def lengths(config: RunConfig, inputs: Inputs) -> decoding.HeldOut:
     """What the run does with its held-out data, in lengths."""
     if inputs.evaluation is None:
         return decoding.NOTHING_HELD_OUT
-    found, sampled, asked = _sampled(inputs), None, None
+    found, sampled = _sampled(inputs), None
     if found is not None:
-        sampled = decoding.Answers(1, len(found[1]), decoding.SAMPLE_TOKENS)
-    if inputs.task.model.decodes:
-        asked = answers_of_pairs(inputs.evaluation.rows)
-    elif config.evaluation.exact_match is not None:
-        asked = decoding.answers_to(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
+        sampled = decoding.AnswerLengths(1, len(found.input_ids), decoding.SAMPLE_TOKENS)
+    asked = inputs.task.scored_answers(inputs.evaluation.rows)
+    if config.evaluation.exact_match is not None:
+        asked = inputs.task.prompt_lengths(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
         asked = asked if sampled is None else asked.also(sampled)
     longest = preflight.padded(inputs.longest_held_out)
     return decoding.HeldOut(len(inputs.evaluation), min(longest, inputs.seq_len), sampled, asked)
@@ -43,7 +40,7 @@ def prompts_at_once(prepared: Prepared) -> int:
         return 1
     if planned is not None and planned.plan is not None and planned.plan.answers is not None:
         return preflight.prompts_at_once(planned.plan, prepared.device)
-    asked = decoding.answers_to(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
+    asked = inputs.task.prompt_lengths(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
     return preflight.prompts_in_free(config, prepared.device, asked)
 
 
@@ -54,7 +51,7 @@ def exact_match(prepared: Prepared, at_once: int) -> float | None:
         return None
     with prepared.peaks.during(GENERATING):
         asked = inputs.held_out[:wanted]
-        return decoding.count_exact_matches(prepared.built.model, inputs.tokenizer, asked, batch_size=at_once)
+        return inputs.task.exact_match(prepared.built.model, inputs.tokenizer, asked, at_once=at_once)
 
 
 def sampler(model: Any, inputs: Inputs) -> Sampler | None:
@@ -62,18 +59,15 @@ def sampler(model: Any, inputs: Inputs) -> Sampler | None:
     found = _sampled(inputs)
     if found is None:
         return None
-    example, prompt = found
 
     def sample() -> dict[str, str]:
+        prompt = found.input_ids
         generated = decoding.answer(model, inputs.tokenizer, [prompt], decoding.SAMPLE_TOKENS)[0]
-        return {"prompt": inputs.tokenizer.decode(prompt), "expected": example.completion, "generated": generated}
+        return {"prompt": inputs.tokenizer.decode(prompt), "expected": found.expected, "generated": generated}
 
     return sample
 
 
-def _sampled(inputs: Inputs) -> tuple[Any, list[int]] | None:
-    """The example whose prompt is answered at each evaluation, and that prompt; None where there is none."""
-    if inputs.task.name != GENERATION:
-        return None
-    prompts = ((example, data.encode_prompt(example, inputs.tokenizer)) for example in inputs.held_out)
-    return next(((example, prompt) for example, prompt in prompts if len(prompt) < inputs.seq_len), None)
+def _sampled(inputs: Inputs) -> SampledPrompt | None:
+    """The prompt that is answered at each evaluation; None where there is none."""
+    return inputs.task.sampled(inputs.held_out, inputs.tokenizer, inputs.seq_len)

@@ -23,9 +23,7 @@ from qlora_kit.model.device import resolve_device
 from qlora_kit.optim.optimizers import resolve_optim
 from qlora_kit.runs import messages
 from qlora_kit.runs.folder import ResumePoint, RunFolder, begin, check_place, find_resume_point
-from qlora_kit.system import files, quiet
-from qlora_kit.system.progress import LOADING, PhasePeaks, say_line
-from qlora_kit.tasks.inputs import (
+from qlora_kit.runs.inputs import (
     Examples,
     Inputs,
     check_vocabulary,
@@ -34,6 +32,8 @@ from qlora_kit.tasks.inputs import (
     read_inputs,
     weigh_labels,
 )
+from qlora_kit.system import files, quiet
+from qlora_kit.system.progress import LOADING, PhasePeaks, say_line
 from qlora_kit.training import held_out, resuming
 from qlora_kit.training.check import check_settings
 
@@ -100,7 +100,7 @@ def prepare(config: RunConfig, say: Console, examples: Examples | None = None, *
         inputs=inputs,
         planned=planned,
         built=built,
-        collate=make_collator(config, built.model, inputs),
+        collate=make_collator(built.model, inputs),
         peaks=peaks,
     )
 

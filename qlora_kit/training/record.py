@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.model import quantize, source
 from qlora_kit.model.device import compute_dtype
+from qlora_kit.runs.inputs import digest_of
 from qlora_kit.system import files
-from qlora_kit.tasks.inputs import digest_of
 from qlora_kit.training.result import RunResult
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from qlora_kit.config.settings import RunConfig
 from qlora_kit.memory import preflight
 from qlora_kit.runs import messages
 from qlora_kit.runs.folder import RUN_FILE, RunFolder
+from qlora_kit.runs.inputs import Examples
 from qlora_kit.system import files, quiet
 from qlora_kit.system.progress import say_line
-from qlora_kit.tasks.inputs import Examples
 from qlora_kit.training import held_out
 from qlora_kit.training.prepare import Prepared, prepare, run_folder
 from qlora_kit.training.record import run_record
@@ -80,7 +80,7 @@ def _begin_record(prepared: Prepared, folder: RunFolder, say: Console) -> dict[s
 def _say_end(fitted: Fitted, result: RunResult, say: Console) -> None:
     """How it went, and what the run would have taken on a GPU."""
     prepared, planned = fitted.prepared, fitted.prepared.planned
-    for line in messages.closing(dataclasses.asdict(result)):
+    for line in messages.closing(dataclasses.asdict(result), prepared.inputs.task):
         say_line(say, line)
     if planned is None and fitted.profile is not None:
         config, inputs = prepared.config, prepared.inputs

@@ -22,7 +22,8 @@ from qlora_kit.optim.rank_penalty import add_gradients
 from qlora_kit.runs.folder import STATE_FILE, RunFolder
 from qlora_kit.system.progress import EVALUATION, TrainingProgress
 from qlora_kit.tasks.decoding import undisturbed
-from qlora_kit.tasks.task import Asked, Scores
+from qlora_kit.tasks.evaluation import Scores
+from qlora_kit.tasks.task import Asked
 from qlora_kit.training.callback import RunCallback, callbacks_of
 from qlora_kit.training.schedule import warmup_steps
 
@@ -151,7 +152,7 @@ class AdapterTrainer(Trainer):
         inputs = self.prepared.inputs
         asked = Asked(rows, self._held_out(eval_dataset), inputs.tokenizer)
         with self.prepared.peaks.during(EVALUATION):
-            return inputs.task.judge.score(self.model, asked, self.prepared.config.base)
+            return inputs.task.score(self.model, asked, self.prepared.config.base)
 
     def _held_out(self, eval_dataset: Any) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self.get_eval_dataloader(eval_dataset):

@@ -18,9 +18,10 @@ from qlora_kit.cli.main import main
 from qlora_kit.cli.preview import preview
 from qlora_kit.data import read
 from qlora_kit.data.fields import Fields
+from qlora_kit.runs.inputs import DATA, HELD_OUT, read_inputs
 from qlora_kit.runs.messages import unread_lines
 from qlora_kit.tasks import registry
-from qlora_kit.tasks.inputs import DATA, HELD_OUT, read_inputs
+from qlora_kit.tasks.task import Source
 
 
 def save(file, rows):
@@ -194,7 +195,7 @@ QUESTION = {"question": "q", "context": "b c", "answers": {"text": ["b"], "answe
 )
 def test_who_asks_is_not_told_that_answers_are_not_read(tmp_path, task, row, columns):
     rows = data.read_rows(save(tmp_path / "a.jsonl", [{**row, "note": 1}]), columns)
-    assert registry.task_named(task).answering.read(registry.Source(rows, "a.jsonl", columns))
+    assert registry.task_named(task).read_unanswered(Source(records=rows, name="a.jsonl", columns=columns))
     assert data.unread_fields(rows) == {"note": 1}
 
 

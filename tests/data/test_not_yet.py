@@ -6,7 +6,7 @@ import pytest
 
 from qlora_kit import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.inputs import read_inputs
+from qlora_kit.runs.inputs import read_inputs
 
 ASK, ANSWER = {"role": "user", "content": "Where is parcel 7?"}, {"role": "assistant", "content": "In Oslo."}
 CALL = [{"id": "c1", "type": "function", "function": {"name": "track", "arguments": '{"parcel": 7}'}}]

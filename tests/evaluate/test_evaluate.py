@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_kit import data
 from qlora_kit.cli.main import main
 from qlora_kit.evaluate import evaluate
-from qlora_kit.model import load, quantize
+from qlora_kit.model import quantize
 from qlora_kit.runs import finished
 
 QUIET = Console(file=io.StringIO())
@@ -120,7 +120,7 @@ def test_a_share_that_was_split_off_is_found_again(tmp_path, tiny_runs):
     record = json.loads((run / "run.json").read_text())
     record["settings"]["data"] |= {"eval_data": None, "eval_fraction": 0.25}
     (run / "run.json").write_text(json.dumps(record))
-    material = evaluate.read_material(finished.find_run(str(run), {}), None)
+    material = evaluate.read_scored(finished.find_run(str(run), {}), None)
     everything = data.read_examples(record["settings"]["data"]["data"], {})
     held_out = data.split_examples(everything, 0.25, 42)[1]
     assert [row.origin for row in material.encoded.rows] == [example.origin for example in held_out]
@@ -174,7 +174,7 @@ def test_a_model_that_was_trained_whole_stands_beside_its_base(capsys, tiny_runs
 
 def test_one_model_is_in_memory_at_a_time(monkeypatch, tiny_runs, release):
     run = finished.find_run(str(tiny_runs["fp32"]), {"device": "cpu"})
-    first, load_run, load_release = [], finished.load_run_model, load.load_as_saved
+    first, load_run, load_release = [], finished.load_run_model, finished.load_as_saved
 
     def noted(*args):
         model = load_run(*args)
@@ -187,8 +187,8 @@ def test_one_model_is_in_memory_at_a_time(monkeypatch, tiny_runs, release):
         return load_release(*args)
 
     monkeypatch.setattr(finished, "load_run_model", noted)
-    monkeypatch.setattr(load, "load_as_saved", last)
-    assert list(evaluate.evaluate(run, None, str(release), QUIET).scores) == ["base", "adapter", "release"]
+    monkeypatch.setattr(finished, "load_as_saved", last)
+    assert list(evaluate.evaluate(run, None, str(release), QUIET).models) == ["base", "adapter", "release"]
 
 
 def test_plain_text_has_no_exact_match(capsys, tiny_runs):
@@ -222,7 +222,7 @@ def test_what_is_cut_is_counted_and_what_is_wrong_with_the_base_said(capsys, tmp
         (["--run", "{run}", "--columns", "prompt=nope,completion=completion"], ["--columns", "nope"]),
         (["--run", "{run}", "--base", "no/such/base"], ["--base MODEL"]),
         (["--run", "{run}", "--release", "no/such/release"], ["--release"]),
-        (["--run", "{run}", "--release", "{run}/adapter"], ["--release", "no config.json"]),
+        (["--run", "{run}", "--release", "{run}/adapter"], ["--release", "is an adapter, not a whole model"]),
         (["--run", "{run}", "--temperature", "1"], ["--temperature"]),
         (["--run", "{run}", "--model", "x", "--bits", "4"], ["--model = 'x'", "--bits", "cannot go with --run"]),
         (["--model", "x", "--release", "y"], ["--data", "--release = 'y'", "needs --run"]),

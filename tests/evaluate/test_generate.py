@@ -64,7 +64,14 @@ def as_trained(text: str, tokenizer) -> list[int]:
 
 
 def opened(tokenizer, positions=None):
-    return finished.Opened("a model", tokenizer, positions, False, lambda: None, BaseConfig())
+    return finished.Opened(
+        title="a model",
+        tokenizer=tokenizer,
+        positions=positions,
+        is_plain_text=False,
+        load=lambda: None,
+        config=BaseConfig(),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ prompts

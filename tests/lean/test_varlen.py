@@ -24,7 +24,7 @@ from qlora_kit.lean.apply import Piece
 from qlora_kit.memory import rules, simulate
 from qlora_kit.memory.track import overall_peak
 from qlora_kit.model import sdpa
-from qlora_kit.tasks import inputs
+from qlora_kit.runs import inputs
 from qlora_kit.tasks.registry import task_named
 
 BY_EXAMPLE = [family for family in FAMILIES if family != "gemma2"]
@@ -171,8 +171,18 @@ def test_the_collator_of_a_run_fits_its_model(family, varlen_wanted):
     tokenizer = prepare_tokenizer(tiny_tokenizer())
     settings = run_settings(pack=True)
     report = NO_REPORT
-    given = inputs.Inputs(settings, task_named(None), tokenizer, rows, None, [], 16, report, plain_text=False)
-    batch = inputs.make_collator(settings, model, given)([rows[index] for index in range(len(rows))])
+    given = inputs.Inputs(
+        config=settings,
+        task=task_named(None),
+        tokenizer=tokenizer,
+        train=rows,
+        evaluation=None,
+        held_out=[],
+        seq_len=16,
+        report=report,
+        plain_text=False,
+    )
+    batch = inputs.make_collator(model, given)([rows[index] for index in range(len(rows))])
     assert ("segment_starts" in batch) == varlen_wanted
     assert torch.isfinite(model(**batch).loss)
 

@@ -23,7 +23,8 @@ from qlora_kit.errors import UserError
 from qlora_kit.model.heads import head_names, put_loss_on, set_weights
 from qlora_kit.model.load import load_base
 from qlora_kit.model.source import load_model_config
-from qlora_kit.model.task_models import CLASSIFICATION, TASK_MODELS, classification_loss
+from qlora_kit.tasks.classification.task import TASK
+from qlora_kit.tasks.losses import classification_loss
 
 CPU = torch.device("cpu")
 LABELS = ("no", "maybe", "yes")
@@ -37,7 +38,7 @@ def bases(tmp_path_factory):
 
 
 def settings(folder, bits=4, **others):
-    return BaseConfig(model=str(folder), bits=bits, task=CLASSIFICATION, labels=LABELS, **others)
+    return BaseConfig(model=str(folder), bits=bits, task=TASK.name, labels=LABELS, **others)
 
 
 def batch_of(kind, rows=3, tokens=12):
@@ -116,7 +117,7 @@ def test_a_head_in_the_files_is_kept_and_one_for_other_labels_is_not(bases, tmp_
     tokenizer_of("bert").save_pretrained(tmp_path / "own")
     kept = load_base(settings(tmp_path / "own"), CPU)
     assert torch.equal(kept.classifier.weight, model.classifier.weight.bfloat16().float())
-    two = BaseConfig(model=str(tmp_path / "own"), task=CLASSIFICATION, labels=("no", "yes"))
+    two = BaseConfig(model=str(tmp_path / "own"), task=TASK.name, labels=("no", "yes"))
     assert load_base(two, CPU).classifier.weight.shape == (2, 64)
 
 
@@ -239,7 +240,7 @@ def test_the_stock_loss_is_ours_without_weights(bases):
     stock = AutoModelForSequenceClassification.from_pretrained(bases("bert"), num_labels=3)
     ours = AutoModelForSequenceClassification.from_pretrained(bases("bert"), num_labels=3)
     ours.load_state_dict(stock.state_dict())
-    put_loss_on(ours, TASK_MODELS[CLASSIFICATION])
+    put_loss_on(ours, TASK.model)
     batch = {**batch_of("bert"), "labels": torch.tensor([0, 1, 2])}
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(**batch).loss, stock.eval()(**batch).loss)
@@ -255,7 +256,7 @@ def test_a_model_that_cannot_do_the_task_is_refused(bases, tmp_path):
         load_model_config(BaseConfig(model=str(bases("t5")), task="text-generation"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "marian", "vocab_size": 320}))
     with pytest.raises(UserError, match="a marian model has no head for text-classification"):
-        load_model_config(BaseConfig(model=str(tmp_path), weights="random", task=CLASSIFICATION))
+        load_model_config(BaseConfig(model=str(tmp_path), weights="random", task=TASK.name))
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *BOTH])
@@ -268,7 +269,7 @@ def test_random_weights_too(kind, tmp_path):
 
 def test_a_pooler_gets_no_factors_even_when_its_name_is_asked_for(bases):
     model = load_base(settings(bases("bert")), CPU)
-    peft_model = inject(model, AdapterConfig(targets=("dense",)), CLASSIFICATION)
+    peft_model = inject(model, AdapterConfig(targets=("dense",)), TASK.model)
     changed = [name for name, m in peft_model.named_modules() if hasattr(m, "lora_A")]
     assert changed
     assert all(".encoder.layer." in name for name in changed)

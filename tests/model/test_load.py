@@ -22,11 +22,11 @@ from qlora_kit.memory.track import MemoryTracker
 from qlora_kit.model import source, synthetic
 from qlora_kit.model.device import compute_dtype, resolve_device
 from qlora_kit.model.host_embedding import HostEmbedding, host_weight
-from qlora_kit.model.load import _load_pretrained, _structure, load_base, placement, transformers_class
+from qlora_kit.model.load import _load_pretrained, _structure, load_base, placement
 from qlora_kit.model.quantize import count_parameters, dense_weight, true_numel
 from qlora_kit.model.source import hash_base, max_positions
-from qlora_kit.model.task_models import GENERATION
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.tasks.generation.task import TASK as GENERATION
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 HAS_AVX512BF16 = bnb.functional.has_avx512bf16() if hasattr(bnb.functional, "has_avx512bf16") else False
@@ -354,7 +354,7 @@ def untied(family="llama"):
 def test_an_embedding_that_lives_on_the_host_never_comes_to_the_device(tmp_path, bits, monkeypatch):
     """It was loaded with all the rest, and moved away once everything was there: loading took more than the step."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # other threads would not be seen
-    model = transformers_class(GENERATION).from_config(untied())
+    model = GENERATION.model.transformers_class.from_config(untied())
     model.save_pretrained(tmp_path)
     shutil.copy(save_tiny(tmp_path / "tok", "llama") / "tokenizer.json", tmp_path)
     config = BaseConfig(model=str(tmp_path), bits=bits)
@@ -373,7 +373,7 @@ def test_an_embedding_that_lives_on_the_host_never_comes_to_the_device(tmp_path,
 
 def test_random_weights_on_the_host_leave_the_device_before_anything_else_comes():
     """They are drawn on the device, so that they are the same wherever they live."""
-    model = _structure(untied(), GENERATION).to(torch.bfloat16)
+    model = _structure(untied(), GENERATION.model).to(torch.bfloat16)
     originals = {name: m for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
     n_bytes = model.get_input_embeddings().weight.nbytes
     tracker = MemoryTracker("meta", block_bytes=1)
@@ -406,10 +406,10 @@ def test_random_weights_are_the_same_wherever_the_embedding_lives():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_embedding_may_live_on_the_host_where_the_head_has_another_weight(family):
     own, apart = FAMILIES[family](), untied(family)
-    weight = host_weight(_structure(own, GENERATION))
+    weight = host_weight(_structure(own, GENERATION.model))
     assert (weight is None) == own.tie_word_embeddings
-    weight = host_weight(_structure(apart, GENERATION))
-    assert _structure(apart, GENERATION).get_parameter(weight).shape[0] == own.vocab_size
+    weight = host_weight(_structure(apart, GENERATION.model))
+    assert _structure(apart, GENERATION.model).get_parameter(weight).shape[0] == own.vocab_size
 
 
 def test_everything_is_placed_on_the_device_but_the_embedding():

@@ -23,11 +23,10 @@ from qlora_kit.memory.plan import plan
 from qlora_kit.model.heads import head_names, put_loss_on
 from qlora_kit.model.load import load_base
 from qlora_kit.model.source import load_model_config
-from qlora_kit.model.task_models import QUESTION_ANSWERING, TASK_MODELS, span_logits, span_loss
+from qlora_kit.tasks.questions.task import TASK, span_logits, span_loss
 
 WEIGHTS = "model.safetensors"
 CPU = torch.device("cpu")
-TASK = TASK_MODELS[QUESTION_ANSWERING]
 LABELS = torch.tensor([[0, 0], [2, 5], [7, 7]])
 EPS = torch.finfo(torch.float32).eps
 
@@ -40,7 +39,7 @@ def bases(tmp_path_factory):
 
 
 def settings(folder, bits=4):
-    return BaseConfig(model=str(folder), bits=bits, task=QUESTION_ANSWERING)
+    return BaseConfig(model=str(folder), bits=bits, task=TASK.name)
 
 
 def run_settings(folder, bits=32, lean="on"):
@@ -115,7 +114,7 @@ def test_the_loss_is_that_of_transformers(bases, kind):
     stock = AutoModelForQuestionAnswering.from_pretrained(bases(kind))
     ours = AutoModelForQuestionAnswering.from_pretrained(bases(kind))
     ours.load_state_dict(stock.state_dict())
-    put_loss_on(ours.eval(), TASK)
+    put_loss_on(ours.eval(), TASK.model)
     stock.eval()
     batch = batch_of(kind, padding=0)
     with torch.no_grad():
@@ -139,7 +138,7 @@ def test_the_loss_is_the_naive_one():
     labels = torch.tensor([[0, 0], [2, 5], [8, 8]])
     wide = logits.double()
     terms = [wide[b, k].logsumexp(0) - wide[b, k, labels[b, k]] for b in range(3) for k in range(2)]
-    found, expected = span_loss(logits, labels, 6, None), sum(terms) / 6
+    found, expected = span_loss(logits, labels, 6), sum(terms) / 6
     assert abs(float(found) - float(expected)) <= 6 * 9 * EPS * float(expected)
 
 

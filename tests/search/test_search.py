@@ -28,10 +28,10 @@ from search_cases import (
 from qlora_kit import RunConfig, SearchConfig, UserError, train
 from qlora_kit.cli.main import main
 from qlora_kit.config.files import read_settings_file
+from qlora_kit.runs.inputs import read_material
 from qlora_kit.search.folds import make_folds
 from qlora_kit.search.run import search
 from qlora_kit.search.space import Space
-from qlora_kit.tasks.inputs import read_material
 
 __all__ = ["light_collections"]  # a fixture of every test here
 

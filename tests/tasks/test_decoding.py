@@ -8,7 +8,7 @@ import torch
 from families import EOS_ID, FAMILIES, tiny_model, tiny_tokenizer
 
 from qlora_kit.data import Collator, prepare_tokenizer
-from qlora_kit.tasks.decoding import Answers, Sampling, answer, answer_all, exact_match, mean_loss, undisturbed
+from qlora_kit.tasks.decoding import AnswerLengths, Sampling, answer, answer_all, exact_match, mean_loss, undisturbed
 
 TEXTS = ["abc", "the quick brown fox", "x" * 40, "hello"]
 
@@ -89,7 +89,7 @@ def test_answers_are_the_same_however_many_prompts_are_answered_at_once(family):
 
 
 def test_answers_at_different_times_need_the_larger_of_each():
-    assert Answers(1, 40, 64).also(Answers(32, 20, 100)) == Answers(32, 40, 100)
+    assert AnswerLengths(1, 40, 64).also(AnswerLengths(32, 20, 100)) == AnswerLengths(32, 40, 100)
 
 
 def test_an_answer_ends_where_the_positions_do():

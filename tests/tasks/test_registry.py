@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 from classifiers import architecture
 
-from qlora_kit.config.settings import BaseConfig, Tasks
+from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
-from qlora_kit.model.task_models import TASK_MODELS, can_do, check_can_do, task_of
-from qlora_kit.tasks.registry import TASKS, choose, metric_of, task_named
+from qlora_kit.tasks.registry import TASKS, check_can_do, choose, metric_of, names, task_named, task_of
 
 
 def chosen(row, kind="gpt2", columns=None, task=None):
@@ -17,17 +16,20 @@ def chosen(row, kind="gpt2", columns=None, task=None):
     return choose(config, [Record("a.jsonl", "a.jsonl:1", row)], columns or {}, architecture(kind)).name
 
 
-def test_every_task_stands_in_each_table_once():
-    assert sorted(Tasks) == sorted(TASK_MODELS) == sorted(task.name for task in TASKS)
+def test_every_task_has_a_name_of_its_own():
+    assert len(set(names())) == len(TASKS)
+    assert all(task_named(task.name) is task for task in TASKS)
     assert task_named(None).name == "text-generation"
+    with pytest.raises(UserError, match="task = 'nonesuch': is not a task: there are text-generation, "):
+        task_named("nonesuch")
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_task_follows_one_of_its_metrics(task):
-    assert task.judge.default in task.judge.metrics
-    assert "loss" in task.judge.metrics
-    assert metric_of(task, None) == (task.judge.default, task.judge.metrics[task.judge.default])
-    with pytest.raises(UserError, match="--metric"):
+    assert task.metric in task.metrics
+    assert "loss" in task.metrics
+    assert metric_of(task, None) == (task.metric, task.metrics[task.metric])
+    with pytest.raises(UserError, match="metric = 'nonesuch'"):
         metric_of(task, "nonesuch")
 
 
@@ -71,18 +73,18 @@ def test_what_is_said_by_hand_wins():
 
 def test_a_model_is_for_what_it_was_saved_for():
     saved = architecture("gpt2")
-    assert task_of(None, saved) == "text-generation"
+    assert task_of(BaseConfig(), saved).name == "text-generation"
     saved.architectures = ["GPT2ForSequenceClassification"]
-    assert task_of(None, saved) == "text-classification"
-    assert task_of("text-generation", saved) == "text-generation"
+    assert task_of(BaseConfig(), saved).name == "text-classification"
+    assert task_of(BaseConfig(task="text-generation"), saved).name == "text-generation"
     saved.architectures = ["GPT2ForQuestionAnswering"]
-    assert task_of(None, saved) == "question-answering"
-    assert task_of(None, architecture("electra")) == "text-classification"
-    assert task_of(None, architecture("t5")) == "text2text-generation"
+    assert task_of(BaseConfig(), saved).name == "question-answering"
+    assert task_of(BaseConfig(), architecture("electra")).name == "text-classification"
+    assert task_of(BaseConfig(), architecture("t5")).name == "text2text-generation"
     saved = architecture("bart")
-    assert task_of(None, saved) == "text2text-generation"
+    assert task_of(BaseConfig(), saved).name == "text2text-generation"
     saved.architectures = ["BartForSequenceClassification"]
-    assert task_of(None, saved) == "text-classification"
+    assert task_of(BaseConfig(), saved).name == "text-classification"
 
 
 @pytest.mark.parametrize(
@@ -105,19 +107,24 @@ def test_where_the_model_is_not_known_the_columns_say_it(row, expected):
 )
 def test_what_kinds_of_models_can_do(kind, generates, classifies, decodes):
     found = architecture(kind)
-    able = [can_do(task, found) for task in ("text-generation", "text-classification", "text2text-generation")]
+    able = [
+        task_named(task).model.has_class_for(found)
+        for task in ("text-generation", "text-classification", "text2text-generation")
+    ]
     assert able == [generates, classifies, decodes]
 
 
 def test_a_bert_that_was_made_a_decoder_may_write():
     found = architecture("bert")
     found.is_decoder = True
-    assert can_do("text-generation", found)
+    assert task_named("text-generation").model.has_class_for(found)
 
 
 def test_a_bart_that_was_saved_as_a_decoder_may_write_and_no_other():
     found = architecture("bart")
-    with pytest.raises(UserError, match=r"answers a text, and does not go on with it.*\n.*--task text-classification"):
-        check_can_do("text-generation", found, "bart")  # transformers has a class, which lacks weights in its files
+    with pytest.raises(UserError, match=r"answers a text, and does not go on with it.*\n.*task=.*text-classification"):
+        check_can_do(
+            task_named("text-generation"), found, "bart"
+        )  # transformers has a class, which lacks weights in its files
     found.is_encoder_decoder = False
-    assert can_do("text-generation", found)
+    assert task_named("text-generation").model.has_class_for(found)

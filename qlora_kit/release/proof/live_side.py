@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from qlora_kit.release.proof.rows import Questions
+    from qlora_kit.release.proof.rows import ProofQuestions
 
 ROWS_FILE, LIVE_FILE, ERROR_FILE = "rows.json", "live.json", "error.json"
 LIVE = "live"
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class LiveJob:
     """What the live side of a proof is told; plain values, for it travels as JSON."""
 
     config: dict[str, Any]  # the settings of a `RunConfig`
@@ -45,7 +45,7 @@ class Job:
     pack: dict[str, Any] | None  # the fields of a `Quantization`
     packed_names: list[str]
     token_budget: int
-    data_use: str  # one of `questions.DATA_USES`
+    data_use: str  # one of `rows.DATA_USES`
     out: str  # the folder to write to
 
 
@@ -163,7 +163,7 @@ def round_weights(model: Any, dtype: torch.dtype, pack: Quantization | None, pac
             buffer.data = buffer.data.to(dtype).float()
 
 
-def main(job: Job) -> None:
+def main(job: LiveJob) -> None:
     """Answer the questions with the live model in its own arithmetic and in fp32, and with its weights rounded.
 
     Writes into the folder `job.out`: first the questions, then the logits as `literal`, `live` and, to compare a
@@ -175,7 +175,7 @@ def main(job: Job) -> None:
         _answer(job)
 
 
-def _answer(job: Job) -> None:
+def _answer(job: LiveJob) -> None:
     import torch
 
     from qlora_kit.release.proof.rows import ask
@@ -200,7 +200,7 @@ def _answer(job: Job) -> None:
 class _Answers:
     """Asks models the same questions, and keeps what they say in files."""
 
-    def __init__(self, asked: Questions, out: Path) -> None:
+    def __init__(self, asked: ProofQuestions, out: Path) -> None:
         self.asked, self.out = asked, out
         self.found: dict[str, Any] = {}
         write_json(out / ROWS_FILE, asked.to_dict())
@@ -214,7 +214,7 @@ class _Answers:
         save_file(release_side.row_logits(model, asked), self.out / f"{name}.safetensors")
         self.found[name] = release_side.answer(model, asked)
 
-    def of_rounded(self, model: Any, name: str, job: Job) -> None:
+    def of_rounded(self, model: Any, name: str, job: LiveJob) -> None:
         """The same with the weights of `model` merged and rounded as in the release; nothing for one in fp32."""
         import torch
 
@@ -227,7 +227,7 @@ class _Answers:
 
 def run(job_file: Path) -> None:
     """`main` on the job in a file; what a user can mend is written down for the process that waits."""
-    job = Job(**json.loads(job_file.read_text(encoding="utf-8")))
+    job = LiveJob(**json.loads(job_file.read_text(encoding="utf-8")))
     try:
         main(job)
     except UserError as error:

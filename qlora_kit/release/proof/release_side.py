@@ -1,9 +1,10 @@
 """Reads a release as any user of transformers does, and writes down what it answers. Run as a script of its own.
 
-    python stock.py RELEASE ROWS OUT TASK [--trust-remote-code]
+    python release_side.py RELEASE ROWS OUT [--trust-remote-code]
 
 It imports nothing of qlora_kit (but for `watch_parent`, beside it), so that what it finds is what the stock libraries
-find. ROWS is a JSON file of token ids and what they are asked for, and may still be in the making. Into the folder OUT
+find. ROWS is a JSON file of token ids and what they are asked for, with the class that loads the model and where its
+logits are; it may still be in the making. Into the folder OUT
 go `release.json` and the logits in fp32 of every row: `served.safetensors` in the arithmetic of the release's dtype,
 `exact.safetensors` in fp32.
 """
@@ -13,8 +14,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,58 +24,31 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its modules must not stand for others of the same name
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoTokenizer, GenerationConfig
 
-GENERATION, TEXT2TEXT = "text-generation", "text2text-generation"
 NEW_TOKENS = 32  # of the greedy answer
 POLL_S = 0.05
 
 
-@dataclass(frozen=True)
-class Kind:
-    """The models of a task: their class, the logits of a row (a matrix: questions × choices), how they are called."""
-
-    auto_class: Any
-    logits: Callable[[Any], torch.Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-KINDS = {  # by task
-    GENERATION: Kind(AutoModelForCausalLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
-    "text-classification": Kind(AutoModelForSequenceClassification, lambda outputs: outputs.logits),
-    "token-classification": Kind(AutoModelForTokenClassification, lambda outputs: outputs.logits[0]),
-    "question-answering": Kind(
-        AutoModelForQuestionAnswering, lambda outputs: torch.cat([outputs.start_logits, outputs.end_logits])
-    ),
-    TEXT2TEXT: Kind(AutoModelForSeq2SeqLM, lambda outputs: outputs.logits[0], {"use_cache": False}),
-}
-
-
 def row_logits(model: Any, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The logits of each row, run one by one: T × V of a text, 1 × L of a row that gets a label,
-    2 × T of one in which an answer begins and ends; fp32.
+    """The logits of each row, run one by one, as a matrix of questions × choices: T × V of a text, 1 × L of a row that
+    gets a label, 2 × T of one in which an answer begins and ends; fp32.
     """
-    kind, found = KINDS[asked["task"]], {}
+    found = {}
     for number, row in enumerate(asked["rows"]):
         inputs = {name: torch.tensor([numbers], device=model.device) for name, numbers in row.items()}
         with torch.no_grad():
-            logits = kind.logits(model(**inputs, **kind.options))
+            outputs = model(**inputs, **asked["options"])
+        logits = torch.cat([outputs[name] for name in asked["outputs"]]).flatten(0, -2)
         found[f"row.{number}"] = logits.float().cpu().contiguous()
     return found
 
 
 def answer(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """The most likely answer to the prompt, or the likeliest choice in each row of the logits; see `greedy`."""
-    if asked["task"] in (GENERATION, TEXT2TEXT):
+    """The most likely answer to the prompt (see `greedy`); without one the likeliest choice in each row of logits."""
+    if asked["prompt"]:
         return greedy(model, asked["prompt"], asked["end"])
     logits = [own for of_row in row_logits(model, asked).values() for own in of_row]
     best = [own.topk(min(2, len(own))).values for own in logits]
@@ -122,12 +94,13 @@ def _forget_own_settings(model: Any) -> None:
         own.generation_config = GenerationConfig(decoder_start_token_id=start, bos_token_id=bos)
 
 
-def load(folder: Path, with_code: bool, task: str) -> tuple[Any, dict[str, list[str]]]:
-    """The model as transformers loads it from `folder`, in the dtype of its files, and the keys that did not match.
+def load(folder: Path, auto_class: str, with_code: bool) -> tuple[Any, dict[str, list[str]]]:
+    """The model as transformers' class of that name loads it from `folder`, in the dtype of its files, and the keys
+    that did not match.
 
     Python code that lies in the folder runs only where `with_code`.
     """
-    model, info = KINDS[task].auto_class.from_pretrained(
+    model, info = getattr(transformers, auto_class).from_pretrained(
         folder,
         dtype="auto",
         device_map={"": "cpu"},
@@ -150,10 +123,11 @@ def wait_for(file: Path) -> dict[str, Any]:
     return content
 
 
-def main(release: Path, rows_file: Path, out: Path, with_code: bool = False, task: str = GENERATION) -> None:
+def main(release: Path, rows_file: Path, out: Path, with_code: bool = False) -> None:
     """Answer the rows with the release, and write it all to `out`."""
-    model, wrong = load(release, with_code, task)
     asked = wait_for(rows_file)
+    auto_class = asked["auto_class"]
+    model, wrong = load(release, auto_class, with_code)
     quantized = getattr(model, "is_quantized", False)
     if not quantized:
         save_file(row_logits(model, asked), out / "served.safetensors")
@@ -164,7 +138,7 @@ def main(release: Path, rows_file: Path, out: Path, with_code: bool = False, tas
     save_file(row_logits(model, asked), out / "exact.safetensors")
     exact = answer(model, asked)
     if quantized:
-        model, _ = load(release, with_code, task)
+        model, _ = load(release, auto_class, with_code)
         save_file(row_logits(model, asked), out / "served.safetensors")
         served = answer(model, asked)
     tokenizer = AutoTokenizer.from_pretrained(release, local_files_only=True, trust_remote_code=with_code)
@@ -175,4 +149,4 @@ def main(release: Path, rows_file: Path, out: Path, with_code: bool = False, tas
 
 if __name__ == "__main__":
     RELEASE, ROWS, OUT = (Path(place) for place in sys.argv[1:4])
-    main(RELEASE, ROWS, OUT, with_code=sys.argv[5:] == ["--trust-remote-code"], task=sys.argv[4])
+    main(RELEASE, ROWS, OUT, with_code=sys.argv[4:] == ["--trust-remote-code"])

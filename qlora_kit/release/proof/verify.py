@@ -1,10 +1,11 @@
 """The proof on the whole model: the release, reloaded by stock transformers, answers as the live model does.
 
-Two processes of their own answer the same questions, the live model in one (`live`) and the release in the other
-(`stock`). Compared is in fp32 arithmetic, so that what differs is the weights; what each says in its own arithmetic
-is reported beside it. A release in fp32 must be the live model. One that is rounded, or quantized after the merge, must
-be what the live model's own weights, merged by PEFT, become when they are rounded or quantized in the same way; how far
-both are from the live model is reported. Where the model does not fit into memory, its first blocks are compared.
+Two processes of their own answer the same questions, the live model in one (`live_side`) and the release in the other
+(`release_side`). Compared is in fp32 arithmetic, so that what differs is the weights; what each says in its own
+arithmetic is reported beside it. A release in fp32 must be the live model. One that is rounded, or quantized after the
+merge, must be what the live model's own weights, merged by PEFT, become when they are rounded or quantized in the same
+way; how far both are from the live model is reported. Where the model does not fit into memory, its first blocks are
+compared.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.model.blocks import block_of
-from qlora_kit.model.task_models import GENERATION
 from qlora_kit.release.proof import live_side
 from qlora_kit.release.proof.compare import Comparison, compare
-from qlora_kit.release.proof.rows import Questions
+from qlora_kit.release.proof.rows import ProofQuestions
 from qlora_kit.release.proof.tensors import broken
 from qlora_kit.system import files, host_memory
 
@@ -50,8 +50,8 @@ class Limit:
     why: str
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, kw_only=True)
+class AnswerComparison:
     """The greedy text of both, and where they part: at a token that leads its rivals by `lead` logits there."""
 
     reference: str
@@ -61,7 +61,7 @@ class Answer:
     lead: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelProof:
     """What comparing the whole model found; `decisive` is what decides, the others are there to be read."""
 
@@ -72,12 +72,12 @@ class ModelProof:
     loaded_as: str
     exact: Comparison
     limit: Limit
-    answer: Answer
+    answer: AnswerComparison
     served: Comparison  # each in its own arithmetic, as it is trained and as it is served
     from_live: Comparison | None  # the release of `--into original` against the model that trained
     rounding: Comparison | None  # the reference with its weights rounded, against the reference; None in fp32
     rounded: Comparison | None  # the release against that
-    task: str = GENERATION
+    task: str
 
     @property
     def decisive(self) -> Comparison:
@@ -121,11 +121,11 @@ def available_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if available is None else available
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sides:
     """The processes of a proof: the live model, and each release by what it was merged into."""
 
-    job: live_side.Job
+    job: live_side.LiveJob
     releases: Mapping[str, Path]
     folder: Path
     together: bool  # whether the machine has room for two at once
@@ -142,9 +142,8 @@ class Sides:
         for into, release in self.releases.items():
             (self.folder / into).mkdir()
             places = (release, self.folder / live_side.ROWS_FILE, self.folder / into)
-            task = self.job.config["base"]["task"] or GENERATION
             code = ["--trust-remote-code"] if self.job.config["base"]["trust_remote_code"] else []
-            commands.append([sys.executable, stock, *map(str, places), task, *code])
+            commands.append([sys.executable, stock, *map(str, places), *code])
         at_once = 2 if self.together else 1
         for first in range(0, len(commands), at_once):
             self._answer(commands[first : first + at_once])
@@ -173,7 +172,7 @@ class Sides:
             rule = (
                 f"cannot be proven: a process of the proof was killed by signal {-code}, most likely for want of memory"
             )
-            return UserError.of("--out", "", rule, "Free some memory, and merge again.")
+            return UserError.of("out", "", rule, "Free some memory, and merge again.")
         logs = sorted(self.folder.glob("*.log"), key=lambda file: file.stat().st_mtime)
         said = logs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return broken(f"a process of its proof ended with code {code}: {said[-1] if said else 'it said nothing'}")
@@ -208,7 +207,7 @@ def _killed_at_the_end() -> Iterator[list[subprocess.Popen[bytes]]]:
                 process.stdin.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """What a release claims to be, for its judge."""
 
@@ -226,7 +225,7 @@ class Case:
 
 def judge(folder: Path, case: Case, tokenizer: Any) -> ModelProof:
     """Compare what both sides left in `folder`. Raises `UserError` where the release is not what it should be."""
-    asked = Questions.read(folder / live_side.ROWS_FILE)
+    asked = ProofQuestions.read(folder / live_side.ROWS_FILE)
     own = folder / case.into
     theirs = json.loads((own / "release.json").read_text(encoding="utf-8"))
     ours = json.loads((folder / live_side.LIVE_FILE).read_text(encoding="utf-8"))
@@ -287,7 +286,7 @@ def _check_keys(found: Mapping[str, Any], first: int | None) -> None:
             raise broken(f"stock transformers reports {key.replace('_', ' ')}: {', '.join(wrong[:3])}")
 
 
-def _words(asked: Questions, tokenizer: Any) -> Callable[[list[int]], str]:
+def _words(asked: ProofQuestions, tokenizer: Any) -> Callable[[list[int]], str]:
     """What turns an answer's tokens, the numbers of labels, or places, into text."""
     if asked.prompt:
         return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -296,14 +295,16 @@ def _words(asked: Questions, tokenizer: Any) -> Callable[[list[int]], str]:
     return lambda numbers: ", ".join(asked.names[number] for number in numbers)
 
 
-def _answer(reference: Mapping[str, Any], release: Mapping[str, Any], words: Callable[[list[int]], str]) -> Answer:
+def _answer(
+    reference: Mapping[str, Any], release: Mapping[str, Any], words: Callable[[list[int]], str]
+) -> AnswerComparison:
     ours, theirs = reference["tokens"], release["tokens"]
     our_text, their_text = words(ours), words(theirs)
     if ours == theirs:
-        return Answer(our_text, their_text, same=True)
+        return AnswerComparison(reference=our_text, release=their_text, same=True)
     parted = next(i for i, pair in enumerate(zip([*ours, None], [*theirs, None], strict=False)) if pair[0] != pair[1])
     lead = reference["leads"][parted] if parted < len(reference["leads"]) else 0.0
-    return Answer(our_text, their_text, same=False, parted_at=parted, lead=lead)
+    return AnswerComparison(reference=our_text, release=their_text, same=False, parted_at=parted, lead=lead)
 
 
 def _check(proof: ModelProof, case: Case) -> None:
@@ -318,7 +319,7 @@ def _check(proof: ModelProof, case: Case) -> None:
         )
     if not proof.served.is_finite:
         rule = f"gives logits that are not finite in {case.dtype} arithmetic, as it would be served ({proof.source})"
-        raise UserError.of("--dtype", case.dtype, rule, "Use --dtype bf16 or fp32.")
+        raise UserError.of("dtype", case.dtype, rule, f"Use {named('dtype', 'bf16')} or fp32.")
     answer = proof.answer
     moved = limit.relative_max if proof.rounding is None else TIE_MARGIN * proof.rounding.relative_max
     allowed = 2 * moved * proof.exact.scale  # both of the best two may move

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.values import HALF_A_PAIR, is_whole, named_kind
-from qlora_kit.errors import Faults, UserError
+from qlora_kit.errors import Faults, UserError, named
+from qlora_kit.tasks.labels import in_order, shown
 
-SHOWN = 8  # labels named in a message
 SEPARATOR = "|"  # between several labels in one text
 
 
@@ -54,7 +52,7 @@ def read_labels(value: object, several: bool | None) -> LabelValue:
     if isinstance(value, list):
         return LabelValue(tuple(dict.fromkeys(_name(one) for one in value)), listed=True)
     if several is None and isinstance(value, str) and not value.strip():
-        raise LabelError("is empty, which only several labels to an example may be (--multi-label true)")
+        raise LabelError(f"is empty, which only several labels to an example may be ({named('multi_label', 'true')})")
     name = _name(value, may_be_empty=bool(several))
     if several is False or (several is None and SEPARATOR not in name):
         return LabelValue((name,), listed=False)
@@ -78,21 +76,6 @@ def _name(value: object, may_be_empty: bool = False) -> str:
     if not is_whole(value):
         raise LabelError(HALF_A_PAIR)
     return value.strip()
-
-
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Different names in the order of their numbers, where all are numbers, else of the alphabet."""
-    different = set(names)
-    if all(_is_number(name) for name in different):
-        return tuple(sorted(different, key=lambda name: (float(name), name)))
-    return tuple(sorted(different))
-
-
-def _is_number(name: str) -> bool:
-    try:
-        return not math.isnan(float(name))  # which has no place among numbers
-    except ValueError:
-        return False
 
 
 def resolve_labels(config: BaseConfig, examples: Sequence[Labelled], setting: str) -> BaseConfig:
@@ -123,39 +106,21 @@ def check_labels(config: BaseConfig, examples: Sequence[Labelled], setting: str)
     """
     known = config.labels or ()
     file, mend = _file_of(examples), "Mend the data, or train with"
-    unknown = Problems(setting, file, f"{mend} all of them named in {flag('labels')}.")
-    crowded = Problems(setting, file, f"{mend} {flag('multi_label')} true.")
+    unknown = Problems(setting, file, f"{mend} all of them named in {named('labels')}.")
+    crowded = Problems(setting, file, f"{mend} {named('multi_label', 'true')}.")
     for example in examples:
         strange = [label for label in example.labels if label not in known]
         if strange:
             unknown.add(example.origin, f"has the label {strange[0]!r}, which is not among {shown(known)}")
         elif not config.multi_label and len(example.labels) != 1:
-            crowded.add(example.origin, f"has {len(example.labels)} labels, and --multi-label is off")
-    faults = Faults()
-    faults.collect(unknown.raise_if_any)
-    faults.collect(crowded.raise_if_any)
-    faults.raise_if_any()
+            crowded.add(example.origin, f"has {len(example.labels)} labels, and {named('multi_label')} is off")
+    with Faults() as faults:
+        with faults.collecting():
+            unknown.raise_if_any()
+        with faults.collecting():
+            crowded.raise_if_any()
 
 
 def _file_of(examples: Sequence[Labelled]) -> str:
     """The file of the first example, without the line."""
     return examples[0].origin.rpartition(":")[0] or examples[0].origin
-
-
-def shown(labels: Sequence[str]) -> str:
-    """The first few labels in words."""
-    more = f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else ""
-    return ", ".join(labels[:SHOWN]) + more
-
-
-def balanced_weights(counts: Sequence[int], total: int, several: bool) -> list[float]:
-    """The weight of each label in the loss, the rarer the heavier, from how many of `total` examples have it.
-
-    Of classes: total / (number of classes · count), so that the mean over the examples is 1 (scikit-learn's
-    "balanced"). Where an example may have several: its absences over its presences, for the presences alone. A label
-    that no example has keeps the weight 1.
-    """
-    if several:
-        return [(total - count) / count if 0 < count < total else 1.0 for count in counts]
-    present = sum(count > 0 for count in counts)
-    return [total / (present * count) if count else 1.0 for count in counts]

@@ -12,7 +12,7 @@ from qlora_kit.data.mapped_columns import check_targets, check_there
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.tasks.classification.labels import LabelError, read_labels
 from qlora_kit.tasks.task import Source
 
@@ -32,7 +32,7 @@ MARKS = {"head": ("<e1>", "</e1>"), "tail": ("<e2>", "</e2>")}  # as in SemEval-
 KNOWN = f"{' or '.join(TEXTS)}, or a pair ({', '.join('/'.join(pair) for pair in PAIRS)}), with {' or '.join(LABELS)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelledText:
     """A text, or a pair of them, with the names of its labels (none where they are to be found)."""
 
@@ -43,7 +43,7 @@ class LabelledText:
     origin: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Columns:
     """Where the parts of an example stand in a file; None where they do not."""
 
@@ -96,10 +96,10 @@ def _columns(there: Set[str], source: Source, file: str, labelled: bool) -> _Col
     if text is None or (labelled and (label is None or label not in there)):
         what = "no column of texts" if text is None else "no column of labels"
         rule = f"has {what} among {', '.join(repr(name[:40]) for name in sorted(there))}"
-        remedy = f"Say which is which, e.g. --columns text=NAME,label=NAME. Known: {KNOWN}."
+        remedy = f"Say which is which, e.g. {named('columns', 'text=NAME,label=NAME')}. Known: {KNOWN}."
         raise UserError.of(source.setting, file, rule, remedy)
     entities = {name: by_hand.get(name) or (name if name in there else None) for name in MARKS}
-    return _Columns(text, pair, label, entities["head"], entities["tail"])
+    return _Columns(text=text, pair=pair, label=label, **entities)
 
 
 def _text_columns(there: Set[str], by_hand: Mapping[str, str]) -> tuple[str | None, str | None]:
@@ -122,13 +122,13 @@ def _example(record: Record, columns: _Columns, several: bool | None, labelled: 
             text = marked(text, spans)
     if not labelled:
         leave(values, *LABELS, columns.label)
-        return LabelledText(text, pair, (), False, record.origin)
+        return LabelledText(text=text, pair=pair, labels=(), listed=False, origin=record.origin)
     assert columns.label is not None, "looked for before"
     try:
         found = read_labels(values.get(columns.label), several)
     except LabelError as error:
         raise LabelError(f"column {columns.label!r} {error}") from None
-    return LabelledText(text, pair, found.names, found.listed, record.origin)
+    return LabelledText(text=text, pair=pair, labels=found.names, listed=found.listed, origin=record.origin)
 
 
 # ------------------------------------------------------------------------------------------------------ entities

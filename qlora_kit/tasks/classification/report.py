@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
-from qlora_kit.system.files import write_bytes, write_json
-from qlora_kit.tasks.task import Scores
+from qlora_kit.system.files import write_bytes
+from qlora_kit.tasks.evaluation import Scores
+from qlora_kit.tasks.report import table, write_scores
 
 if TYPE_CHECKING:
     import numpy as np
 
-REPORT_FILE, PICTURE_FILE = "evaluation.json", "confusion.png"
+PICTURE_FILE = "confusion.png"
 SHOWN_NUMBERS = 20  # the numbers of a matrix of more classes would not be legible
 MAX_PICTURED = 60
 SHOWN_CHARACTERS = 30  # of a label in the picture
@@ -94,7 +94,7 @@ def said(metrics: Mapping[str, float]) -> str:
 
 def write_report(scores: Scores, folder: Path) -> None:
     """Write the report and the picture into `folder`."""
-    write_json(folder / REPORT_FILE, {"metrics": scores.metrics, **scores.report})
+    write_scores(scores, folder)
     names, matrix = scores.report["labels"], scores.report["confusion"]
     if len(names) <= MAX_PICTURED:
         write_bytes(folder / PICTURE_FILE, draw_confusion(matrix, names))
@@ -103,18 +103,6 @@ def write_report(scores: Scores, folder: Path) -> None:
 def tables(scores: Scores) -> list[Table]:
     """The report class by class."""
     return [table(scores.report["report"])]
-
-
-def table(report: Mapping[str, Any], counted: str = "examples") -> Table:
-    """Precision, recall and F1 class by class, and how many of what is `counted` each has."""
-    found = Table("", box=None, padding=(0, 3, 0, 0), pad_edge=False)
-    for heading in ("precision", "recall", "F1", counted):
-        found.add_column(heading, justify="right")
-    for name, own in report.items():
-        if isinstance(own, Mapping):
-            figures = [f"{own[key]:.1%}" for key in ("precision", "recall", "f1-score")]
-            found.add_row(Text(str(name)), *figures, f"{own['support']:,.0f}")
-    return found
 
 
 def draw_confusion(matrix: Sequence[Any], names: Sequence[str]) -> bytes:

@@ -13,17 +13,19 @@ from qlora_kit.data.mapped_columns import check_targets, check_there
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text, named_kind
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, named
 from qlora_kit.tasks.task import Source
 
 REQUIRED = ("question", "context", "answers")
 TARGETS = (*REQUIRED, "id")
 SHOWN_CHARACTERS = 60  # of an answer in a message
-REMEDY = "Say which is which, e.g. --columns question=NAME,context=NAME,answers=NAME, or give SQuAD's own JSON."
+REMEDY = (
+    f"Say which is which, e.g. {named('columns', 'question=NAME,context=NAME,answers=NAME')}, or give SQuAD's own JSON."
+)
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerSpan:
     """A part of a context: its text, and the number of its first character."""
 
     text: str
@@ -35,13 +37,13 @@ class Answer:
         return self.start + len(self.text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AskedContext:
     """A question and the context that may hold its answer; no answers: there is none, or it is to be found."""
 
     question: str
     context: str
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerSpan, ...]
     id: str | None
     origin: str
 
@@ -142,10 +144,10 @@ def _example(record: Record, names: Mapping[str, str], labelled: bool) -> AskedC
     if not labelled:
         leave(values, names["answers"], "is_impossible")
     answers = _answers(values, names["answers"], context) if labelled else ()
-    return AskedContext(question, context, answers, own_id, record.origin)
+    return AskedContext(question=question, context=context, answers=answers, id=own_id, origin=record.origin)
 
 
-def _answers(values: Mapping[str, Any], name: str, context: str) -> tuple[Answer, ...]:
+def _answers(values: Mapping[str, Any], name: str, context: str) -> tuple[AnswerSpan, ...]:
     """The answers in the column `name`, each where it says it is in `context`. Raises `BadValueError`."""
     impossible = values.get("is_impossible")
     answers = tuple(_placed(text, start, context) for text, start in _pairs(values.get(name), name, impossible))
@@ -172,7 +174,7 @@ def _pairs(value: object, name: str, impossible: object) -> list[tuple[object, o
     raise BadValueError(f'column {name!r} must be {{"text": [...], "answer_start": [...]}}, empty where there is none')
 
 
-def _placed(text: object, start: object, context: str) -> Answer:
+def _placed(text: object, start: object, context: str) -> AnswerSpan:
     """The answer `text` at `start` of `context`. Raises `BadValueError` where it is not there, and says where it is."""
     if not isinstance(text, str) or not text.strip():
         raise BadValueError("has an answer without text (where there is no answer, leave the lists empty)")
@@ -181,7 +183,7 @@ def _placed(text: object, start: object, context: str) -> Answer:
     if type(start) is not int:
         raise BadValueError(f"has an 'answer_start' that is no whole number ({start!r})")
     if start >= 0 and context.startswith(text, start):
-        return Answer(text, start)
+        return AnswerSpan(text, start)
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
     found = _occurrences(text, context)
     elsewhere = f"it is at {' and '.join(map(str, found))}" if found else "nor anywhere else in it"

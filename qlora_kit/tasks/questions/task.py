@@ -8,32 +8,80 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_kit.config.settings import BaseConfig, RunConfig
 from qlora_kit.data.audit import AuditReport, audit_lengths
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
-from qlora_kit.model.task_models import QUESTION_ANSWERING, span_logits
-from qlora_kit.system.files import write_json
-from qlora_kit.tasks.classification.report import REPORT_FILE
-from qlora_kit.tasks.classification.task import RowCollator
 from qlora_kit.tasks.decoding import undisturbed
+from qlora_kit.tasks.evaluation import Scores
+from qlora_kit.tasks.proof import ProofRow, ProofTerms
 from qlora_kit.tasks.questions import read
 from qlora_kit.tasks.questions.metrics import squad_metrics
 from qlora_kit.tasks.questions.read import AskedContext
 from qlora_kit.tasks.questions.windows import NO_ANSWER, WindowRow, rows_of
-from qlora_kit.tasks.task import Answering, Asked, Batch, Judge, Proving, Reader, Scores, Task
+from qlora_kit.tasks.rows import RowCollator, model_inputs
+from qlora_kit.tasks.task import Asked, Batch, Collate, Lines, Source, Task
+from qlora_kit.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 MAX_ANSWER_TOKENS = 30  # of an answer that is given, as in BERT's evaluation
+
+
+class SpanModel(TaskModel):
+    """A model with a head that says where an answer begins and ends."""
+
+    auto_class = "AutoModelForQuestionAnswering"
+    mapping = "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"
+    endings = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
+    peft_type = "QUESTION_ANS"
+    num_labels = 2
+    over_tokens = True
+    proof_outputs = ("start_logits", "end_logits")
+
+    def logits(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """See `span_logits`."""
+        return span_logits(outputs, attention_mask)
+
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `span_loss`."""
+        return span_loss(logits, labels, n_items)
+
+    def label_shape(self, rows: int, tokens: int, labels: int, several: bool) -> tuple[int, ...]:
+        """Two places a row."""
+        return (rows, 2)
+
+
+def span_logits(outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The logits of the first and of the last token of an answer, fp32 (B, 2, T); padding gets the lowest there is.
+
+    So the loss and the answer of a row do not depend on the rows beside it (transformers' own loss is over padding
+    too, and agrees where there is none).
+    """
+    import torch
+
+    logits_B2T = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
+    if attention_mask is None:
+        return logits_B2T
+    return logits_B2T.masked_fill(attention_mask[:, None, :] == 0, torch.finfo(torch.float32).min)
+
+
+def span_loss(logits_B2T: torch.Tensor, labels_B2: torch.Tensor, n_items: Any) -> torch.Tensor:
+    """The summed cross-entropy of the first and of the last token over `n_items`, which counts both."""
+    from torch.nn import functional
+
+    loss: torch.Tensor = functional.cross_entropy(logits_B2T.flatten(0, 1), labels_B2.flatten(), reduction="sum")
+    scaled: torch.Tensor = loss / n_items
+    return scaled
 
 
 @dataclass(frozen=True)
@@ -50,29 +98,146 @@ class WindowSet:
         return self.rows[index]
 
 
-def _resolve(config: BaseConfig, examples: Sequence[AskedContext], setting: str) -> BaseConfig:
-    if not any(example.answers for example in examples):
-        rule = "has no answer in any example"
-        raise UserError.of(setting, f"{len(examples)} examples", rule, "Give examples that have answers.")
-    return replace(config, task=QUESTION_ANSWERING)
+class QuestionAnswering(Task):
+    """The part of a context that answers a question, or that there is none."""
+
+    name = "question-answering"
+    model = SpanModel()
+    metrics: ClassVar[Mapping[str, bool]] = {"f1": True, "exact_match": True, "loss": False}
+    metric = "f1"
+    row_unit = "rows"  # windows
+    proof_terms = ProofTerms(
+        unit="place",
+        each="a place",
+        answers="likeliest places",
+        greedy="the list of likeliest places",
+        same="the list of likeliest places is the same",
+    )
+    pair_advice = 'A question needs a newline behind it, as in training: `tokenizer(f"{question}\\n", context)`.'
+
+    # ----------------------------------------------------------------------------------------------------- reading
+
+    def fits(self, columns: Set[str]) -> bool:
+        """Whether there are questions, contexts and answers, or SQuAD's paragraphs."""
+        return read.fits(columns)
+
+    def read(self, source: Source, config: BaseConfig) -> list[AskedContext]:
+        """The questions with their answers. Raises `UserError`."""
+        return read.read(source, config)
+
+    def read_unanswered(self, source: Source) -> list[AskedContext]:
+        """The questions; answers may be there."""
+        return read.read_unlabelled(source)
+
+    def resolve(self, config: BaseConfig, examples: Sequence[AskedContext], setting: str) -> BaseConfig:
+        """`config` with the task. Raises `UserError` where no example has an answer."""
+        if not any(example.answers for example in examples):
+            rule = "has no answer in any example"
+            raise UserError.of(setting, f"{len(examples)} examples", rule, "Give examples that have answers.")
+        return replace(config, task=self.name)
+
+    # ---------------------------------------------------------------------------------------------------- encoding
+
+    def encode(
+        self,
+        config: RunConfig,
+        examples: Sequence[AskedContext],
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        setting: str,
+    ) -> WindowSet:
+        """The windows of `examples` and where their answers are. Raises `UserError`, see `rows_of`."""
+        return _encoded(examples, rows_of(examples, tokenizer, seq_len, labelled=True, setting=setting), seq_len)
+
+    def encode_unanswered(
+        self, examples: Sequence[AskedContext], tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
+    ) -> WindowSet:
+        """The windows of `examples`, and where answers are if there are any, to audit them. Raises `UserError`."""
+        labelled = any(example.answers for example in examples)
+        return _encoded(examples, rows_of(examples, tokenizer, seq_len, labelled), seq_len)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Collate:
+        """See `RowCollator`."""
+        return RowCollator.of(tokenizer)
+
+    def audit(self, examples: Sequence[AskedContext], training: Sequence[AskedContext]) -> Lines:
+        """How many questions have an answer, and those asked twice of one context with different answers."""
+        return _audit(examples)
+
+    def audit_rows(self, encoded: WindowSet) -> Lines:
+        """How many windows examples have, and answers that are lost or too long to give."""
+        return _audit_rows(encoded)
+
+    def learned(self, example: AskedContext, row: WindowRow, show: Callable[[int], str]) -> str:
+        """The part of the context that a row learns to point at, which may be more than the answer to whole tokens."""
+        if row.label in (None, NO_ANSWER):
+            return "«no answer»"
+        start, end = row.characters(*row.label)
+        return f"«{example.context[start:end]}»"
+
+    # ----------------------------------------------------------------------------------------------------- scoring
+
+    def score(self, model: Any, asked: Asked, config: BaseConfig) -> Scores:
+        """The mean loss over the windows, and SQuAD's figures over the examples."""
+        losses: list[float] = []
+
+        def noted(rows: Iterable[WindowRow]) -> Iterator[torch.Tensor]:
+            for row, log_probs_2T in zip(rows, _row_log_probs(model, asked), strict=True):
+                assert row.label is not None, "held-out examples have answers, or none"
+                losses.append(-float(log_probs_2T[0, row.label[0]] + log_probs_2T[1, row.label[1]]) / 2)
+                yield log_probs_2T
+
+        with undisturbed(model):
+            found = [answer.text for answer in found_answers(asked.rows, noted(asked.rows))]
+        right = [[answer.text for answer in row.example.answers] for row in _first_rows(asked.rows)]
+        loss = math.fsum(losses) / len(losses)
+        return Scores({"loss": loss, **squad_metrics(found, right), "examples": len(right)})
+
+    def said(self, metrics: Mapping[str, float]) -> str:
+        """Loss, exact match and F1, those with and without an answer apart where there are both."""
+        parts = []
+        if "f1_answerable" in metrics and "exact_match_unanswerable" in metrics:
+            parts = [
+                f"answerable {metrics['exact_match_answerable']:.1%} and {metrics['f1_answerable']:.1%}",
+                f"unanswerable {metrics['exact_match_unanswerable']:.1%}",
+            ]
+        return (
+            f"held-out loss {metrics['loss']:.4f}, exact match {metrics['exact_match']:.1%}, F1 {metrics['f1']:.1%}"
+            + (f" ({', '.join(parts)})" if parts else "")
+        )
+
+    def answers(self, model: Any, asked: Asked) -> Iterator[dict[str, Any]]:
+        """The answer, "" where there is none, its score, and its first character and the one behind its last."""
+        for found in found_answers(asked.rows, _row_log_probs(model, asked)):
+            yield {"answer": found.text, "score": found.score, "start": found.start, "end": found.end}
+
+    def question(self, example: AskedContext) -> dict[str, Any]:
+        """The question, with its id where it has one."""
+        own_id = {} if example.id is None else {"id": example.id}
+        return {**own_id, "question": example.question}
+
+    # ------------------------------------------------------------------------------------------------ the release
+
+    def proof_row(self, row: WindowRow) -> ProofRow:
+        """The first and the last token of the answer are right."""
+        labels = [IGNORED, IGNORED] if row.label is None else list(row.label)
+        return ProofRow(model_inputs(row), [IGNORED, *labels])
+
+    def built_in_rows(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig, budget: int
+    ) -> list[ProofRow]:
+        """A question on each text."""
+        examples = [
+            AskedContext(question="What is this about?", context=text, answers=(), id=None, origin="a built-in text")
+            for text in texts
+        ]
+        return self.proof_rows(self.encode_unanswered(examples, tokenizer, seq_len, config), budget)
+
+
+TASK = QuestionAnswering()
 
 
 # ------------------------------------------------------------------------------------------------------- encoding
-
-
-def encode(
-    config: RunConfig, examples: Sequence[AskedContext], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
-) -> WindowSet:
-    """The windows of `examples` and where their answers are. Raises `UserError`, see `rows_of`."""
-    return _encoded(examples, rows_of(examples, tokenizer, seq_len, labelled=True, setting=setting), seq_len)
-
-
-def encode_unlabelled(
-    examples: Sequence[AskedContext], tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
-) -> WindowSet:
-    """The windows of `examples`, and where answers are if there are any, to audit them. Raises `UserError`."""
-    labelled = any(example.answers for example in examples)
-    return _encoded(examples, rows_of(examples, tokenizer, seq_len, labelled), seq_len)
 
 
 def _encoded(examples: Sequence[AskedContext], rows: list[WindowRow], seq_len: int) -> WindowSet:
@@ -93,16 +258,10 @@ def _first_rows(rows: Iterable[WindowRow]) -> Iterator[WindowRow]:
     return (next(own) for _, own in groupby(rows, key=lambda row: row.number))
 
 
-def _collator(
-    tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
-) -> Callable[[Sequence[WindowRow]], Batch]:
-    return RowCollator(tokenizer)
-
-
 # ------------------------------------------------------------------------------------------------------ answering
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FoundAnswer:
     """A part of a context and its probability, or that there is none: no text, and no place."""
 
@@ -128,9 +287,10 @@ def found_answers(rows: Sequence[WindowRow], log_probs: Iterable[torch.Tensor]) 
                 best, where = score, row.characters(first, last)
         start, end = where
         if none >= best:
-            yield FoundAnswer("", math.exp(none), None, None)
+            yield FoundAnswer(text="", score=math.exp(none), start=None, end=None)
         else:
-            yield FoundAnswer(row.example.context[start:end], math.exp(best), start, end)
+            text = row.example.context[start:end]
+            yield FoundAnswer(text=text, score=math.exp(best), start=start, end=end)
 
 
 def best_span(log_probs_2T: torch.Tensor, begin: int, blanks: Sequence[bool]) -> tuple[float, int, int]:
@@ -169,75 +329,10 @@ def _row_log_probs(model: Any, asked: Asked) -> Iterator[torch.Tensor]:
         yield from _log_probs(model, batch)
 
 
-def _answer(model: Any, asked: Asked, config: BaseConfig) -> Iterator[dict[str, Any]]:
-    """For each example the answer, "" where there is none, its score, and its first character and the one behind."""
-    for found in found_answers(asked.rows, _row_log_probs(model, asked)):
-        yield {"answer": found.text, "score": found.score, "start": found.start, "end": found.end}
-
-
-def _question(example: AskedContext) -> dict[str, Any]:
-    own_id = {} if example.id is None else {"id": example.id}
-    return {**own_id, "question": example.question}
-
-
-# -------------------------------------------------------------------------------------------------------- scoring
-
-
-def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
-    """The mean loss over the windows, and SQuAD's figures over the examples."""
-    losses: list[float] = []
-
-    def noted(rows: Iterable[WindowRow]) -> Iterator[torch.Tensor]:
-        for row, log_probs_2T in zip(rows, _row_log_probs(model, asked), strict=True):
-            assert row.label is not None, "held-out examples have answers, or none"
-            losses.append(-float(log_probs_2T[0, row.label[0]] + log_probs_2T[1, row.label[1]]) / 2)
-            yield log_probs_2T
-
-    with undisturbed(model):
-        found = [answer.text for answer in found_answers(asked.rows, noted(asked.rows))]
-    right = [[answer.text for answer in row.example.answers] for row in _first_rows(asked.rows)]
-    loss = math.fsum(losses) / len(losses)
-    return Scores({"loss": loss, **squad_metrics(found, right), "examples": len(right)})
-
-
-def _said(metrics: Mapping[str, float]) -> str:
-    parts = []
-    if "f1_answerable" in metrics and "exact_match_unanswerable" in metrics:
-        parts = [
-            f"answerable {metrics['exact_match_answerable']:.1%} and {metrics['f1_answerable']:.1%}",
-            f"unanswerable {metrics['exact_match_unanswerable']:.1%}",
-        ]
-    return f"held-out loss {metrics['loss']:.4f}, exact match {metrics['exact_match']:.1%}, F1 {metrics['f1']:.1%}" + (
-        f" ({', '.join(parts)})" if parts else ""
-    )
-
-
-def _write(scores: Scores, folder: Path) -> None:
-    """Write the figures of the kept model."""
-    write_json(folder / REPORT_FILE, {"metrics": scores.metrics})
-
-
-# -------------------------------------------------------------------------------------------------------- proving
-
-
-def _inputs(row: WindowRow) -> dict[str, list[int]]:
-    types = {} if row.token_type_ids is None else {"token_type_ids": row.token_type_ids}
-    return {"input_ids": row.input_ids, **types}
-
-
-def _right(row: WindowRow) -> list[int]:
-    """The first and the last token of the answer."""
-    return [IGNORED, IGNORED] if row.label is None else list(row.label)
-
-
-def _built_in(texts: Sequence[str]) -> list[AskedContext]:
-    return [AskedContext("What is this about?", text, (), None, "a built-in text") for text in texts]
-
-
 # ---------------------------------------------------------------------------------------------------------- audit
 
 
-def _audit(examples: Sequence[AskedContext], training: Sequence[AskedContext]) -> list[tuple[str, str]]:
+def _audit(examples: Sequence[AskedContext]) -> list[tuple[str, str]]:
     """How many questions have an answer, and questions asked twice of one context with different answers."""
     answerable = sum(bool(example.answers) for example in examples)
     by_question: dict[tuple[str, str], set[frozenset[str]]] = {}
@@ -272,38 +367,6 @@ def _audit_rows(encoded: WindowSet) -> list[tuple[str, str]]:
     ]
 
 
-def _learned(example: AskedContext, row: WindowRow) -> str:
-    """The part of the context that a row learns to point at, which may be more than the answer to whole tokens."""
-    if row.label in (None, NO_ANSWER):
-        return "no answer"
-    start, end = row.characters(*row.label)
-    return example.context[start:end]
-
-
 def _answer_tokens(row: WindowRow) -> int:
     """The tokens of the answer that a row learns."""
     return 0 if row.label in (None, NO_ANSWER) else row.label[1] - row.label[0] + 1
-
-
-TASK = Task(
-    QUESTION_ANSWERING,
-    Reader(
-        read.fits,
-        read.read,
-        _resolve,
-        encode,
-        _audit,
-        _learned,
-        _audit_rows,
-    ),
-    Judge(
-        _score,
-        {"f1": True, "exact_match": True, "loss": False},
-        "f1",
-        _said,
-        _write,
-    ),
-    _collator,
-    Answering(read.read_unlabelled, encode_unlabelled, _answer, _question),
-    Proving(_inputs, _right, _built_in),
-)

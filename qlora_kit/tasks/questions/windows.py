@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.problems import Problems
-from qlora_kit.errors import UserError
-from qlora_kit.tasks.classification.task import JOINT, separates_pairs
-from qlora_kit.tasks.questions.read import Answer, AskedContext
+from qlora_kit.errors import UserError, named
+from qlora_kit.tasks.questions.read import AnswerSpan, AskedContext
+from qlora_kit.tasks.rows import JOINT, separates_pairs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ AT_ONCE = 1000  # examples that the tokenizer gets in one call
 NO_ANSWER = (0, 0)  # the first token stands for an answer that is not in the window
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class WindowRow:
     """The tokens of a question with a part of its context.
 
@@ -82,7 +82,7 @@ def starts(tokens: int, room: int, overlap: int) -> list[int]:
     return found
 
 
-def tokens_of(answer: Answer, offsets: np.ndarray) -> tuple[int, int] | None:
+def tokens_of(answer: AnswerSpan, offsets: np.ndarray) -> tuple[int, int] | None:
     """The first and the last token of a context that have characters of `answer`; None where no token has any."""
     import numpy as np
 
@@ -96,7 +96,7 @@ def rows_of(
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
     labelled: bool,
-    setting: str = "--data",
+    setting: str = "data",
 ) -> list[WindowRow]:
     """Every window of `examples`, in their order; `labelled` ones learn the first of the answers.
 
@@ -105,8 +105,8 @@ def rows_of(
     """
     if not tokenizer.is_fast:
         rule = "does not tell which characters its tokens are"
-        raise UserError.of("--tokenizer", tokenizer.name_or_path, rule, "Give a fast one, with a tokenizer.json.")
-    problems = Problems(setting, "questions", "Shorten it, or raise --seq-len.")
+        raise UserError.of("tokenizer", tokenizer.name_or_path, rule, "Give a fast one, with a tokenizer.json.")
+    problems = Problems(setting, "questions", f"Shorten it, or raise {named('seq_len')}.")
     joint = "" if separates_pairs(tokenizer) else JOINT
     rows: list[WindowRow] = []
     for at in range(0, len(examples), AT_ONCE):
@@ -140,7 +140,7 @@ def _rows(
         if len(whole.input_ids) - whole.context_tokens > MAX_QUESTION * seq_len:
             rule = (
                 f"has a question of {len(whole.input_ids) - whole.context_tokens} tokens, and {MAX_QUESTION:.0%} of "
-                f"the {seq_len} of --seq-len are left for the context"
+                f"the {named('seq_len', seq_len)} tokens are left for the context"
             )
             problems.add(example.origin, rule)
         else:
@@ -186,14 +186,14 @@ class _Whole:
                     (self.begin + place[0] - start, self.begin + place[1] - start) if place and inside else NO_ANSWER
                 )
             yield WindowRow(
-                self._cut(self.input_ids, start, end),
-                None if self.types is None else self._cut(self.types, start, end),
-                label,
-                self.example,
-                self.number,
-                self.begin,
-                self.offsets[start:end],
-                len(self.input_ids),
+                input_ids=self._cut(self.input_ids, start, end),
+                token_type_ids=None if self.types is None else self._cut(self.types, start, end),
+                label=label,
+                example=self.example,
+                number=self.number,
+                context_at=self.begin,
+                offsets=self.offsets[start:end],
+                full_tokens=len(self.input_ids),
             )
 
     def _cut(self, whole: list[int], start: int, end: int) -> list[int]:

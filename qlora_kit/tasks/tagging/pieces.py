@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.tasks.rows import not_empty
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +22,7 @@ Encoding = dict[str, Any]
 Encode = Callable[[dict[str, Any]], Encoding]  # from the options that say where to cut
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pieces:
     """The tokens of a sentence, at most as many as it was cut at."""
 
@@ -46,10 +48,13 @@ def split(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int
         kept = [None if first is None else places.get(first) for first in firsts]
         lost = kept.count(None) - firsts.count(None)
         firsts = kept
-    ids: list[int] = encoded["input_ids"]
-    if not ids:  # no words, and a tokenizer that adds nothing: the model must still see something
-        ids = [tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
-    return Pieces(ids, encoded.get("token_type_ids"), firsts, full_tokens, lost)
+    return Pieces(
+        input_ids=not_empty(encoded["input_ids"], tokenizer),
+        token_type_ids=encoded.get("token_type_ids"),
+        firsts=firsts,
+        full_tokens=full_tokens,
+        lost=lost,
+    )
 
 
 def _kept_places(whole: Encoding, cut: Encoding, side: str) -> dict[int, int]:

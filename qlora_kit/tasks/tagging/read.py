@@ -7,16 +7,14 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.fields import leave
 from qlora_kit.data.mapped_columns import check_targets, check_there
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text, named_kind
-from qlora_kit.errors import UserError
-from qlora_kit.model.task_models import TAGGING
-from qlora_kit.tasks.classification.labels import in_order, shown
+from qlora_kit.errors import UserError, named
+from qlora_kit.tasks.labels import in_order, shown
 from qlora_kit.tasks.task import Source
 
 TARGETS = ("tokens", "tags", "text")
@@ -92,7 +90,9 @@ def _columns(there: Set[str], source: Source, file: str, tagged: bool) -> tuple[
         return words, tags or "", text
     rule = f"has {what} among {', '.join(repr(name[:40]) for name in sorted(there))}"
     known = f"{' or '.join(WORDS)}, with {', '.join(TAGS)}"
-    remedy = f"Give a CoNLL file, or say which is which, e.g. --columns tokens=NAME,tags=NAME. Known: {known}."
+    remedy = (
+        f"Give a CoNLL file, or say which is which, e.g. {named('columns', 'tokens=NAME,tags=NAME')}. Known: {known}."
+    )
     raise UserError.of(source.setting, file, rule, remedy)
 
 
@@ -122,7 +122,7 @@ def _list(record: Record, column: str) -> list[object]:
 def _tag(value: object, column: str, labels: Sequence[str] | None) -> str:
     if type(value) is int:
         if labels is None:
-            raise BadValueError(f"column {column!r} has numbers: name them in their order with {flag('labels')}")
+            raise BadValueError(f"column {column!r} has numbers: name them in their order with {named('labels')}")
         if not 0 <= value < len(labels):
             raise BadValueError(f"column {column!r} has the number {value}, and there are {len(labels)} labels, from 0")
         return labels[value]
@@ -153,21 +153,21 @@ def tags_in_order(tags: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(different, key=place))
 
 
-def resolve_tags(config: BaseConfig, examples: Sequence[TaggedWords], setting: str) -> BaseConfig:
-    """`config` with the labels of the training `examples`.
+def resolve_tags(config: BaseConfig, examples: Sequence[TaggedWords], setting: str, task: str) -> BaseConfig:
+    """`config` with `task`, the name of this one, and the labels of the training `examples`.
 
     Raises one `UserError` for all sentences whose tags are not among those of `config`, and where there is nothing to
     tell apart.
     """
     if config.multi_label:
-        rule = f"has no meaning for --task {TAGGING}, where each word has one tag"
-        raise UserError.of(flag("multi_label"), True, rule, f"Drop {flag('multi_label')}.")
+        rule = f"has no meaning for {named('task', task)}, where each word has one tag"
+        raise UserError.of("multi_label", True, rule, f"Drop {named('multi_label')}.")
     counts = Counter(tag for example in examples for tag in example.tags or ())
     if len(counts) < 2:
         only = f"only the tag {next(iter(counts))!r}" if counts else "no tag"
         rule = f"has {only}, so that there is nothing to tell apart"
         raise UserError.of(setting, f"{len(examples)} sentences", rule, "Give sentences with at least two tags.")
-    resolved = replace(config, task=TAGGING, labels=config.labels or tags_in_order(counts), multi_label=False)
+    resolved = replace(config, task=task, labels=config.labels or tags_in_order(counts), multi_label=False)
     check_tags(resolved, examples, setting)
     return resolved
 
@@ -175,7 +175,7 @@ def resolve_tags(config: BaseConfig, examples: Sequence[TaggedWords], setting: s
 def check_tags(config: BaseConfig, examples: Sequence[TaggedWords], setting: str) -> None:
     """Check that every tag is among the labels of `config`. Raises one `UserError` with the places."""
     known = config.labels or ()
-    problems = Problems(setting, "tags", f"Mend the data, or train with all of them named in {flag('labels')}.")
+    problems = Problems(setting, "tags", f"Mend the data, or train with all of them named in {named('labels')}.")
     for example in examples:
         for word, tag in zip(example.words, example.tags or (), strict=False):
             if tag not in known:

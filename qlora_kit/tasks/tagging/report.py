@@ -9,15 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from qlora_kit.system.files import write_json
-from qlora_kit.tasks.classification.report import REPORT_FILE, table
 from qlora_kit.tasks.tagging.read import OUTSIDE, kind_of
-from qlora_kit.tasks.task import Scores
 
 AS_IN_BIOES = {"U": "S", "L": "E", "": "S"}  # BILOU's unit and last; a tag of no scheme
 
@@ -79,13 +73,3 @@ def said(metrics: Mapping[str, float]) -> str:
         f"held-out loss {metrics['loss']:.4f}, entities: F1 {metrics['f1']:.1%} (precision {metrics['precision']:.1%}, "
         f"recall {metrics['recall']:.1%}), accuracy by word {metrics['accuracy']:.1%}"
     )
-
-
-def write_report(scores: Scores, folder: Path) -> None:
-    """Write the report into `folder`."""
-    write_json(folder / REPORT_FILE, {"metrics": scores.metrics, **scores.report})
-
-
-def tables(scores: Scores) -> list[Table]:
-    """The report type by type."""
-    return [table(scores.report["report"], "entities")]

@@ -6,30 +6,59 @@ The first piece of a word is asked for its tag; the loss skips all others. In th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_kit.config.settings import BaseConfig, RunConfig
 from qlora_kit.data.audit import AuditReport, audit_lengths
 from qlora_kit.data.encode import IGNORED
 from qlora_kit.errors import UserError
-from qlora_kit.model.task_models import TAGGING, tagging_loss
-from qlora_kit.tasks.classification.labels import balanced_weights
-from qlora_kit.tasks.classification.task import RowCollator
 from qlora_kit.tasks.decoding import undisturbed
-from qlora_kit.tasks.tagging import read
-from qlora_kit.tasks.tagging import report as tagging_report
+from qlora_kit.tasks.evaluation import Scores
+from qlora_kit.tasks.labels import balanced_weights
+from qlora_kit.tasks.losses import classification_loss
+from qlora_kit.tasks.proof import ProofRow, chosen
+from qlora_kit.tasks.report import table
+from qlora_kit.tasks.rows import RowCollator, model_inputs
+from qlora_kit.tasks.tagging import read, report
 from qlora_kit.tasks.tagging.pieces import split
 from qlora_kit.tasks.tagging.read import OUTSIDE, TaggedWords, check_tags, resolve_tags
-from qlora_kit.tasks.task import Answering, Asked, Batch, Judge, Proving, Reader, Scores, Task
+from qlora_kit.tasks.task import Asked, Batch, Collate, Lines, Source, Task
+from qlora_kit.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+class TaggerModel(TaskModel):
+    """A model with a head that reads a row of logits off each token."""
+
+    auto_class = "AutoModelForTokenClassification"
+    mapping = "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"
+    endings = ("ForTokenClassification",)
+    peft_type = "TOKEN_CLS"
+
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `tagging_loss`."""
+        return tagging_loss(logits, labels, n_items, weights_L)
+
+
+def tagging_loss(
+    logits_BTL: torch.Tensor, labels_BT: torch.Tensor, n_items: Any, weights_L: torch.Tensor | None
+) -> torch.Tensor:
+    """The summed cross-entropy of the tokens with a label (−100: none) over `n_items`, in fp32.
+
+    Each token's loss counts times the weight of its label.
+    """
+    return classification_loss(logits_BTL.flatten(0, 1), labels_BT.flatten(), n_items, weights_L)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaggedRow:
     """The tokens of a sentence; `labels` has the number of a tag at the first piece of each word, −100 elsewhere."""
 
@@ -67,37 +96,176 @@ class TaggedSet:
         return self.rows[index]
 
 
+class TokenClassification(Task):
+    """Each word of a sentence gets a tag."""
+
+    name = "token-classification"
+    model = TaggerModel()
+    metrics: ClassVar[Mapping[str, bool]] = {
+        "f1": True,
+        "precision": True,
+        "recall": True,
+        "accuracy": True,
+        "loss": False,
+    }
+    metric = "f1"
+    settings = frozenset({"class_weights", "labels", "multi_label"})
+    has_pipeline = True
+    proof_terms = chosen("token", "a token", "tags")
+
+    # ----------------------------------------------------------------------------------------------------- reading
+
+    def fits(self, columns: Set[str]) -> bool:
+        """Whether there are words and tags."""
+        return read.fits(columns)
+
+    def read(self, source: Source, config: BaseConfig) -> list[TaggedWords]:
+        """The sentences with their tags. Raises `UserError`."""
+        return read.read(source, config)
+
+    def read_unanswered(self, source: Source) -> list[TaggedWords]:
+        """The sentences, or texts split at white space; tags may be there."""
+        return read.read_untagged(source)
+
+    def resolve(self, config: BaseConfig, examples: Sequence[TaggedWords], setting: str) -> BaseConfig:
+        """`config` with the tags as labels. Raises `UserError`."""
+        return resolve_tags(config, examples, setting, self.name)
+
+    # ---------------------------------------------------------------------------------------------------- encoding
+
+    def encode(
+        self,
+        config: RunConfig,
+        examples: Sequence[TaggedWords],
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        setting: str,
+    ) -> TaggedSet:
+        """The tokens and tags of `examples`, cut at `seq_len`; those without a word that a model sees are left out.
+
+        Raises `UserError` for tags that are not among the labels of `config`, with the places.
+        """
+        encoded = self.encode_held_out(config, examples, tokenizer, seq_len, setting)
+        return TaggedSet([row for row in encoded.rows if _supervised(row)], encoded.report)
+
+    def encode_held_out(
+        self,
+        config: RunConfig,
+        examples: Sequence[TaggedWords],
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        setting: str,
+    ) -> TaggedSet:
+        """The same with every sentence: to score, words that a model does not see count too. Raises alike."""
+        check_tags(config.base, examples, setting)
+        encoded = _encoded(examples, config.base.labels or (), tokenizer, seq_len, setting)
+        if not any(_supervised(row) for row in encoded.rows):
+            rule = f"has no word within {seq_len} tokens that the tokenizer makes anything of"
+            raise UserError.of(setting, f"{len(examples)} sentences", rule, "Give sentences with words.")
+        return encoded
+
+    def encode_unanswered(
+        self, examples: Sequence[TaggedWords], tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
+    ) -> TaggedSet:
+        """The tokens of `examples`, cut at `seq_len`; tags that they have stay apart."""
+        return _encoded(examples, None, tokenizer, seq_len, "data")
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Collate:
+        """See `TagCollator`."""
+        return TagCollator(RowCollator.of(tokenizer))
+
+    def label_weights(self, rows: TaggedSet, config: BaseConfig) -> torch.Tensor:
+        """The balanced weights (L,) of the tags of the training `rows`."""
+        import torch
+
+        assert config.labels is not None, "resolved with the data"
+        counts = Counter(label for row in rows.rows for label in row.labels or () if label != IGNORED)
+        by_number = [counts[number] for number in range(len(config.labels))]
+        return torch.tensor(balanced_weights(by_number, sum(by_number), several=False))
+
+    def audit(self, examples: Sequence[TaggedWords], training: Sequence[TaggedWords]) -> Lines:
+        """How many entities of each type there are, words outside any, and tags that training never shows."""
+        return _audit(examples, training)
+
+    def audit_rows(self, encoded: TaggedSet) -> Lines:
+        """What the model does not see: words that were cut off, with how many entities, and words without a token."""
+        lost = sum(row.lost for row in encoded.rows)
+        words = sum(len(row.words) for row in encoded.rows)
+        seen = sum(_supervised(row) for row in encoded.rows)
+        return [
+            ("words cut off", f"{lost} of {words}"),
+            ("words that give no token", str(words - seen - lost)),
+            ("entities cut off or cut short", str(sum(_cut_entities(row) for row in encoded.rows))),
+        ]
+
+    def learned(self, example: TaggedWords, row: TaggedRow, show: Callable[[int], str]) -> str:
+        """The words that a model sees, each with its tag."""
+        found = zip(example.words, example.tags or (), row.firsts, strict=False)
+        return f"«{' '.join(f'{word}/{tag}' for word, tag, first in found if first is not None)}»"
+
+    # ----------------------------------------------------------------------------------------------------- scoring
+
+    def score(self, model: Any, asked: Asked, config: BaseConfig) -> Scores:
+        """The mean loss over the words that the model sees, and the figures of the entities of all words.
+
+        A word that it does not see counts as one outside any entity.
+        """
+        import torch
+
+        names = config.labels or ()
+        loss, answers = 0.0, []
+        with undisturbed(model):
+            for logits_TL, row in _logits(model, asked):
+                own = logits_TL[: len(row.input_ids)]
+                loss += float(tagging_loss(own[None], torch.tensor([row.labels]), 1, None))
+                answers.append([OUTSIDE if place is None else names[int(own[place].argmax())] for place in row.firsts])
+        truth = [list(row.tags) for row in asked.rows]
+        seen, words = sum(_supervised(row) for row in asked.rows), sum(map(len, truth))
+        metrics = {"loss": loss / seen, **report.tag_metrics(truth, answers), "examples": len(truth)}
+        lost = sum(row.lost for row in asked.rows)
+        counts = {"words": words, "words_cut_off": lost, "words_without_pieces": words - seen - lost}
+        return Scores(metrics, {"labels": list(names), **counts, "report": report.tag_report(truth, answers)})
+
+    def said(self, metrics: Mapping[str, float]) -> str:
+        """Loss, the entities' F1 with precision and recall, and the accuracy by word."""
+        return report.said(metrics)
+
+    def tables(self, scores: Scores) -> list[Table]:
+        """The report type by type."""
+        return [table(scores.report["report"], "entities")]
+
+    def answers(self, model: Any, asked: Asked) -> Iterator[dict[str, Any]]:
+        """The tag of each word and its score, None for words that the model does not see; and the entities."""
+        names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+        for logits_TL, row in _logits(model, asked):
+            best_T, numbers_T = (found.tolist() for found in logits_TL.softmax(1).max(1))
+            tags = [None if place is None else names[numbers_T[place]] for place in row.firsts]
+            scores = [None if place is None else best_T[place] for place in row.firsts]
+            yield {"tags": tags, "scores": scores, "entities": _entities(row.words, tags, scores)}
+
+    def question(self, example: TaggedWords) -> dict[str, Any]:
+        """The words."""
+        return {"tokens": list(example.words)}
+
+    # ------------------------------------------------------------------------------------------------ the release
+
+    def proof_row(self, row: TaggedRow) -> ProofRow:
+        """The number of the tag at each word's first piece is right."""
+        labels = [IGNORED] * len(row.input_ids) if row.labels is None else row.labels
+        return ProofRow(model_inputs(row), [IGNORED, *labels])
+
+    def built_in_rows(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig, budget: int
+    ) -> list[ProofRow]:
+        """Each text as its words."""
+        examples = [TaggedWords(tuple(text.split()), None, "a built-in text") for text in texts]
+        return self.proof_rows(self.encode_unanswered(examples, tokenizer, seq_len, config), budget)
+
+
+TASK = TokenClassification()
+
+
 # ------------------------------------------------------------------------------------------------------- encoding
-
-
-def encode(
-    config: RunConfig, examples: Sequence[TaggedWords], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
-) -> TaggedSet:
-    """The tokens and tags of `examples`, cut at `seq_len`; those without a word that a model sees are left out.
-
-    Raises `UserError` for tags that are not among the labels of `config`, with the places.
-    """
-    encoded = encode_held_out(config, examples, tokenizer, seq_len, setting)
-    return TaggedSet([row for row in encoded.rows if _supervised(row)], encoded.report)
-
-
-def encode_held_out(
-    config: RunConfig, examples: Sequence[TaggedWords], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
-) -> TaggedSet:
-    """The same with every sentence: to score, words that a model does not see count too. Raises `UserError` alike."""
-    check_tags(config.base, examples, setting)
-    encoded = _encoded(examples, config.base.labels or (), tokenizer, seq_len, setting)
-    if not any(_supervised(row) for row in encoded.rows):
-        rule = f"has no word within {seq_len} tokens that the tokenizer makes anything of"
-        raise UserError.of(setting, f"{len(examples)} sentences", rule, "Give sentences with words.")
-    return encoded
-
-
-def encode_untagged(
-    examples: Sequence[TaggedWords], tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
-) -> TaggedSet:
-    """The tokens of `examples`, cut at `seq_len`; tags that they have stay apart."""
-    return _encoded(examples, None, tokenizer, seq_len, "--data")
 
 
 def _encoded(
@@ -133,15 +301,15 @@ def _row(
             if place is not None:
                 labels[place] = numbers[tag]
     return TaggedRow(
-        pieces.input_ids,
-        pieces.token_type_ids,
-        labels,
-        pieces.firsts,
-        example.words,
-        example.tags,
-        example.origin,
-        pieces.full_tokens,
-        pieces.lost,
+        input_ids=pieces.input_ids,
+        token_type_ids=pieces.token_type_ids,
+        labels=labels,
+        firsts=pieces.firsts,
+        words=example.words,
+        tags=example.tags,
+        origin=example.origin,
+        full_tokens=pieces.full_tokens,
+        lost=pieces.lost,
     )
 
 
@@ -157,8 +325,8 @@ class TagCollator:
     where a token is no word's first.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._padded = RowCollator(tokenizer)
+    def __init__(self, padded: RowCollator) -> None:
+        self._padded = padded
 
     def __call__(self, rows: Sequence[TaggedRow]) -> Batch:
         """The batch of `rows`."""
@@ -170,45 +338,7 @@ class TagCollator:
         return {**batch, "labels": torch.tensor(labels)} if labels else batch
 
 
-def _collator(
-    tokenizer: PreTrainedTokenizerBase, seq_len: int, config: BaseConfig
-) -> Callable[[Sequence[TaggedRow]], Batch]:
-    return TagCollator(tokenizer)
-
-
-def _weights(rows: TaggedSet, config: BaseConfig) -> torch.Tensor:
-    """The balanced weights (L,) of the tags of the training `rows`."""
-    import torch
-
-    assert config.labels is not None, "resolved with the data"
-    counts = Counter(label for row in rows.rows for label in row.labels or () if label != IGNORED)
-    by_number = [counts[number] for number in range(len(config.labels))]
-    return torch.tensor(balanced_weights(by_number, sum(by_number), several=False))
-
-
-# -------------------------------------------------------------------------------------------------------- scoring
-
-
-def _score(model: Any, asked: Asked, config: BaseConfig) -> Scores:
-    """The mean loss over the words that the model sees, and the figures of the entities of all words.
-
-    A word that it does not see counts as one outside any entity.
-    """
-    import torch
-
-    names = config.labels or ()
-    loss, answers = 0.0, []
-    with undisturbed(model):
-        for logits_TL, row in _logits(model, asked):
-            own = logits_TL[: len(row.input_ids)]
-            loss += float(tagging_loss(own[None], torch.tensor([row.labels]), 1, None))
-            answers.append([OUTSIDE if place is None else names[int(own[place].argmax())] for place in row.firsts])
-    truth = [list(row.tags) for row in asked.rows]
-    seen, words = sum(_supervised(row) for row in asked.rows), sum(map(len, truth))
-    metrics = {"loss": loss / seen, **tagging_report.tag_metrics(truth, answers), "examples": len(truth)}
-    lost = sum(row.lost for row in asked.rows)
-    counts = {"words": words, "words_cut_off": lost, "words_without_pieces": words - seen - lost}
-    return Scores(metrics, {"labels": list(names), **counts, "report": tagging_report.tag_report(truth, answers)})
+# ------------------------------------------------------------------------------------------- scores and answers
 
 
 def _logits(model: Any, asked: Asked) -> Iterator[tuple[torch.Tensor, TaggedRow]]:
@@ -219,23 +349,10 @@ def _logits(model: Any, asked: Asked) -> Iterator[tuple[torch.Tensor, TaggedRow]
         yield from zip(model(**inputs).logits.float().cpu(), rows, strict=False)
 
 
-# ------------------------------------------------------------------------------------------------------ answering
-
-
-def _answer(model: Any, asked: Asked, config: BaseConfig) -> Iterator[dict[str, Any]]:
-    """For each row the tag of each word and its score, None for words that the model does not see; and the entities."""
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    for logits_TL, row in _logits(model, asked):
-        best_T, numbers_T = (found.tolist() for found in logits_TL.softmax(1).max(1))
-        tags = [None if place is None else names[numbers_T[place]] for place in row.firsts]
-        scores = [None if place is None else best_T[place] for place in row.firsts]
-        yield {"tags": tags, "scores": scores, "entities": _entities(row.words, tags, scores)}
-
-
 def _entities(words: Sequence[str], tags: Sequence[str | None], scores: Sequence[float | None]) -> list[dict[str, Any]]:
     """The entities that `tags` spell out: words from `start` to before `end`, their score the mean of the words'."""
     found = []
-    for entity in tagging_report.entities([OUTSIDE if tag is None else tag for tag in tags]):
+    for entity in report.entities([OUTSIDE if tag is None else tag for tag in tags]):
         own = [score for score in scores[entity.start : entity.end] if score is not None]
         found.append(
             {
@@ -249,30 +366,13 @@ def _entities(words: Sequence[str], tags: Sequence[str | None], scores: Sequence
     return found
 
 
-# -------------------------------------------------------------------------------------------------------- proving
-
-
-def _inputs(row: TaggedRow) -> dict[str, list[int]]:
-    types = {} if row.token_type_ids is None else {"token_type_ids": row.token_type_ids}
-    return {"input_ids": row.input_ids, **types}
-
-
-def _right(row: TaggedRow) -> list[int]:
-    """The number of the tag at each word's first piece."""
-    return [IGNORED] * len(row.input_ids) if row.labels is None else row.labels
-
-
-def _built_in(texts: Sequence[str]) -> list[TaggedWords]:
-    return [TaggedWords(tuple(text.split()), None, "a built-in text") for text in texts]
-
-
-# -------------------------------------------------------------------------------------------------------- audit
+# ---------------------------------------------------------------------------------------------------------- audit
 
 
 def _audit(examples: Sequence[TaggedWords], training: Sequence[TaggedWords]) -> list[tuple[str, str]]:
     """How many entities of each type there are, words outside any, and tags that the training sentences never have."""
     tags = Counter(tag for example in examples for tag in example.tags or ())
-    kinds = Counter(found.kind for example in examples for found in tagging_report.entities(example.tags or ()))
+    kinds = Counter(found.kind for example in examples for found in report.entities(example.tags or ()))
     words = sum(tags.values())
     lines = [(f"entities {kind}", f"{count} ({count / kinds.total():.1%})") for kind, count in kinds.most_common()]
     lines.append(("words outside entities", f"{tags[OUTSIDE]} of {words} ({tags[OUTSIDE] / max(words, 1):.1%})"))
@@ -289,56 +389,11 @@ def _audit(examples: Sequence[TaggedWords], training: Sequence[TaggedWords]) -> 
     return [*lines, ("sentences with different tags in different examples", str(differing))]
 
 
-def _audit_rows(encoded: TaggedSet) -> list[tuple[str, str]]:
-    """What the model does not see: words that were cut off, with how many entities, and words without a token."""
-    lost = sum(row.lost for row in encoded.rows)
-    words = sum(len(row.words) for row in encoded.rows)
-    seen = sum(_supervised(row) for row in encoded.rows)
-    return [
-        ("words cut off", f"{lost} of {words}"),
-        ("words that give no token", str(words - seen - lost)),
-        ("entities cut off or cut short", str(sum(_cut_entities(row) for row in encoded.rows))),
-    ]
-
-
-def _learned(example: TaggedWords, row: TaggedRow) -> str:
-    """The words that a model sees, each with its tag."""
-    found = zip(example.words, example.tags or (), row.firsts, strict=False)
-    return " ".join(f"{word}/{tag}" for word, tag, first in found if first is not None)
-
-
 def _cut_entities(row: TaggedRow) -> int:
     """The entities that have a word which was cut off."""
     if not row.lost:
         return 0
     return sum(
         any(row.firsts[word] is None for word in range(found.start, found.end))
-        for found in tagging_report.entities(row.tags or ())
+        for found in report.entities(row.tags or ())
     )
-
-
-TASK = Task(
-    TAGGING,
-    Reader(
-        read.fits,
-        read.read,
-        resolve_tags,
-        encode,
-        _audit,
-        _learned,
-        _audit_rows,
-        encode_held_out,
-    ),
-    Judge(
-        _score,
-        {"f1": True, "precision": True, "recall": True, "accuracy": True, "loss": False},
-        "f1",
-        tagging_report.said,
-        tagging_report.write_report,
-        tagging_report.tables,
-    ),
-    _collator,
-    Answering(read.read_untagged, encode_untagged, _answer, lambda e: {"tokens": list(e.words)}),
-    Proving(_inputs, _right, _built_in),
-    _weights,
-)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.columns import PAIRED, Example, Shape
+from qlora_kit.data.mapped_columns import PATH, has_column
 from qlora_kit.data.problems import Problems
 from qlora_kit.data.read import Record
 from qlora_kit.data.values import BadValueError, as_text
-from qlora_kit.errors import Fault, UserError
+from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.tasks.task import Source
 
 TARGETS = ("source", "target")
@@ -27,7 +27,6 @@ TRANSLATION = "translation"  # {"en": …, "de": …}: the first language of the
 # sources alone, for who asks
 SOURCES = ("source", "document", "article", "dialogue", "text", TRANSLATION, "prompt", "instruction", "question")
 KNOWN = ", ".join(["/".join(pair) for pair in PAIRS] + [TRANSLATION] + [str(shape) for shape in PAIRED])
-PATH = "."  # between a column and a name within it: translation.en
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,11 @@ def _check_targets(source: Source) -> None:
     known = {*TARGETS, *(name for shape in PAIRED for name in shape.required)}
     strange = [f"{target}={column}" for target, column in source.columns.items() if target not in known]
     if strange:
-        rule, remedy = f"maps a name that is none of {', '.join(TARGETS)}", "For example --columns source=a,target=b."
-        raise UserError(Fault("--columns", given, rule, remedy) for given in strange)
+        rule, remedy = (
+            f"maps a name that is none of {', '.join(TARGETS)}",
+            f"For example {named('columns', 'source=a,target=b')}.",
+        )
+        raise UserError(Fault("columns", given, rule, remedy) for given in strange)
 
 
 def _reader(records: list[Record], source: Source, file: str, answered: bool) -> Read:
@@ -129,7 +131,7 @@ def _reader(records: list[Record], source: Source, file: str, answered: bool) ->
     if alone is not None and not answered:
         return _of_columns(alone, None, answered)
     rule = f"has no pair of a source and a target among {', '.join(repr(name[:40]) for name in sorted(there))}"
-    remedy = f"Say which is which, e.g. --columns source=NAME,target=NAME. Known: {KNOWN}."
+    remedy = f"Say which is which, e.g. {named('columns', 'source=NAME,target=NAME')}. Known: {KNOWN}."
     raise UserError.of(source.setting, file, rule, remedy)
 
 
@@ -153,24 +155,18 @@ def _check_there(records: list[Record], there: Set[str], by_hand: Mapping[str, s
     needed = TARGETS if answered else TARGETS[:1]
     given = ",".join(f"{name}={column}" for name, column in by_hand.items())
     faults = [
-        Fault("--columns", given, f"maps no {name}", "For example --columns source=NAME,target=NAME.")
+        Fault("columns", given, f"maps no {name}", f"For example {named('columns', 'source=NAME,target=NAME')}.")
         for name in needed
         if name not in by_hand
     ]
     remedy = f"Its columns are {', '.join(sorted(there))}."
     faults += [
-        Fault("--columns", f"{name}={by_hand[name]}", f"names a column that {file} does not have", remedy)
+        Fault("columns", f"{name}={by_hand[name]}", f"names a column that {file} does not have", remedy)
         for name in needed
         if name in by_hand and not any(has_column(record.values, by_hand[name]) for record in records)
     ]
     if faults:
         raise UserError(faults)
-
-
-def has_column(values: Mapping[str, Any], column: str) -> bool:
-    """Whether there is the column, or the name within one: `translation.en`."""
-    outer, _, inner = column.partition(PATH)
-    return column in values or (isinstance(values.get(outer), Mapping) and inner in values[outer])
 
 
 def _text(record: Record, column: str) -> str:
@@ -211,7 +207,7 @@ def _of_languages(records: list[Record], answered: bool) -> Read:
         if not languages or (len(languages) != 2 and answered):
             raise BadValueError(
                 f"column {TRANSLATION!r} has {len(languages)} languages; say which with "
-                "--columns source=translation.en,target=translation.de"
+                + named("columns", "source=translation.en,target=translation.de")
             )
         source, *others = (f"{TRANSLATION}{PATH}{language}" for language in languages)
         return _of_columns(source, next(iter(others), None), answered)(record)

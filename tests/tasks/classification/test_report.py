@@ -14,14 +14,14 @@ from rich.console import Console
 
 from qlora_kit.tasks.classification.report import (
     PICTURE_FILE,
-    REPORT_FILE,
     class_metrics,
     class_report,
     draw_confusion,
     tables,
     write_report,
 )
-from qlora_kit.tasks.registry import Scores
+from qlora_kit.tasks.evaluation import Scores
+from qlora_kit.tasks.report import REPORT_FILE
 
 PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40)
 ROWS = st.lists(

@@ -11,14 +11,15 @@ from qlora_kit.config.settings import BaseConfig, RunConfig
 from qlora_kit.data import prepare_tokenizer
 from qlora_kit.errors import UserError
 from qlora_kit.tasks.classification.read import LabelledText
-from qlora_kit.tasks.classification.task import TASK, RowCollator, encode, encode_unlabelled, separates_pairs
-from qlora_kit.tasks.registry import Asked
+from qlora_kit.tasks.classification.task import TASK
+from qlora_kit.tasks.rows import RowCollator, separates_pairs
+from qlora_kit.tasks.task import Asked
 
 DECODER = prepare_tokenizer(tiny_tokenizer(), generates=False)
 
 
 def example(text, *labels, pair=None, listed=False):
-    return LabelledText(text, pair, labels, listed, "a.jsonl:1")
+    return LabelledText(text=text, pair=pair, labels=labels, listed=listed, origin="a.jsonl:1")
 
 
 def settings(labels=("no", "yes"), several=False):
@@ -26,7 +27,7 @@ def settings(labels=("no", "yes"), several=False):
 
 
 def rows(examples, tokenizer=None, seq_len=128, **options):
-    return encode(settings(**options), examples, tokenizer or encoder_tokenizer(), seq_len, "--data").rows
+    return TASK.encode(settings(**options), examples, tokenizer or encoder_tokenizer(), seq_len, "data").rows
 
 
 def test_tokens_are_the_tokenizers_own():
@@ -67,7 +68,7 @@ def test_a_label_that_is_not_in_the_map_is_refused():
 
 
 def test_batches_are_padded_on_the_right():
-    collate = RowCollator(encoder_tokenizer())
+    collate = RowCollator.of(encoder_tokenizer())
     batch = collate(rows([example("abcdefgh", "no"), example("a", "yes", pair="b")]))
     assert {name: tuple(t.shape) for name, t in batch.items()} == {
         "input_ids": (2, 10),
@@ -81,7 +82,7 @@ def test_batches_are_padded_on_the_right():
     several = collate(rows([example("a", "no"), example("b")], several=True))
     assert several["labels"].tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert several["labels"].dtype == torch.float32
-    assert "labels" not in collate(encode_unlabelled([example("a")], encoder_tokenizer(), 9, settings().base).rows)
+    assert "labels" not in collate(TASK.encode_unanswered([example("a")], encoder_tokenizer(), 9, settings().base).rows)
     assert collate(rows([example("a" * 50, "no")], seq_len=13))["input_ids"].shape == (1, 13)
 
 
@@ -109,7 +110,7 @@ def asked(batches):
 def test_scores_do_not_depend_on_the_batches():
     table = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 4.0]])
     labels = torch.tensor([0, 1, 1, 1])
-    scores = TASK.judge.score(Scripted(table), asked(batches(labels)), settings().base)
+    scores = TASK.score(Scripted(table), asked(batches(labels)), settings().base)
     expected = -table.double().log_softmax(1)[torch.arange(4), labels].mean()
     assert scores.metrics["loss"] == pytest.approx(float(expected), rel=1e-6)
     assert scores.metrics["accuracy"] == 0.75
@@ -120,22 +121,22 @@ def test_scores_do_not_depend_on_the_batches():
 def test_answers_name_labels_with_their_scores():
     model = Scripted(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     batch = {"input_ids": torch.arange(2)[:, None]}
-    answer = TASK.answering.answer
-    first, second = answer(model, asked([batch]), settings().base)
+    answer = TASK.answers
+    first, second = answer(model, asked([batch]))
     assert (first["label"], second["label"]) == ("no", "yes")
     assert first["score"] == pytest.approx(float(torch.tensor([2.0, 0.0]).softmax(0)[0]))
     assert sum(first["scores"].values()) == pytest.approx(1.0)
     model.config.problem_type = "multi_label_classification"
-    (several, _) = answer(model, asked([batch]), settings(several=True).base)
+    (several, _) = answer(model, asked([batch]))
     assert several["labels"] == ["no"]
     assert several["scores"]["yes"] == pytest.approx(0.5)
 
 
 def test_the_audit_tells_of_balance_and_of_labels_that_are_never_shown():
     training = [example("a", "no"), example("b", "no"), example("a", "yes")]
-    lines = dict(TASK.reader.audit(training, training))
+    lines = dict(TASK.audit(training, training))
     assert lines["label no"] == "2 (66.7%)"
     assert lines["texts with different labels in different examples"] == "1"
     assert "labels that training never shows" not in lines
-    held_out = dict(TASK.reader.audit([example("c", "maybe"), example("d", "no")], training))
+    held_out = dict(TASK.audit([example("c", "maybe"), example("d", "no")], training))
     assert held_out["labels that training never shows"] == "maybe (1)"

@@ -9,8 +9,8 @@ import pytest
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data import read_rows
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.questions.read import Answer, fits, read, read_unlabelled
-from qlora_kit.tasks.registry import Source
+from qlora_kit.tasks.questions.read import AnswerSpan, fits, read, read_unlabelled
+from qlora_kit.tasks.task import Source
 
 CONTEXT = "The cat sat on the mat; the cat slept."
 
@@ -24,7 +24,7 @@ def source_of(tmp_path, rows, columns=None, name="a.jsonl"):
     text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(own) + "\n" for own in rows)
     file.write_text(text, encoding="utf-8")
     columns = columns or {}
-    return Source(read_rows(str(file), columns), str(file), columns)
+    return Source(records=read_rows(str(file), columns), name=str(file), columns=columns)
 
 
 def examples(tmp_path, rows, columns=None, name="a.jsonl"):
@@ -35,8 +35,8 @@ def test_answers_in_each_layout(tmp_path):
     lists = {"text": ["cat", "The cat"], "answer_start": [4, 0]}
     objects = [{"text": "cat", "answer_start": 4}, {"text": "The cat", "answer_start": 0}]
     one, other, single = examples(tmp_path, [row(lists), row(objects), row({"text": "cat", "answer_start": 4})])
-    assert one.answers == other.answers == (Answer("cat", 4), Answer("The cat", 0))
-    assert single.answers == (Answer("cat", 4),)
+    assert one.answers == other.answers == (AnswerSpan("cat", 4), AnswerSpan("The cat", 0))
+    assert single.answers == (AnswerSpan("cat", 4),)
     assert one.origin.endswith("a.jsonl:1")
     assert (one.question, one.context, one.id) == ("Who sat?", CONTEXT, None)
 
@@ -56,7 +56,12 @@ def test_squads_own_json(tmp_path):
     ]
     squad = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": CONTEXT, "qas": qas}]}]}
     first, second = examples(tmp_path, squad, name="squad.json")
-    assert (first.question, first.context, first.answers, first.id) == ("Who sat?", CONTEXT, (Answer("cat", 4),), "q1")
+    assert (first.question, first.context, first.answers, first.id) == (
+        "Who sat?",
+        CONTEXT,
+        (AnswerSpan("cat", 4),),
+        "q1",
+    )
     assert (second.id, second.answers) == ("q2", ())
     assert second.origin.endswith("squad.json: record 1 paragraph 1 question 2 (id q2)")
     qas[0]["answers"][0]["answer_start"] = 5
@@ -67,7 +72,7 @@ def test_squads_own_json(tmp_path):
 def test_columns_by_hand(tmp_path):
     columns = {"question": "q", "context": "c", "answers": "a"}
     rows = [{"q": "Who?", "c": CONTEXT, "a": {"text": ["cat"], "answer_start": [4]}}]
-    assert examples(tmp_path, rows, columns)[0].answers == (Answer("cat", 4),)
+    assert examples(tmp_path, rows, columns)[0].answers == (AnswerSpan("cat", 4),)
     with pytest.raises(UserError, match="names a column that"):
         examples(tmp_path, rows, {**columns, "answers": "b"})
     with pytest.raises(UserError, match="maps 'label', which is not one of question, context, answers, id"):

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from qlora_kit.config.settings import BaseConfig, RunConfig
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.questions.read import Answer, AskedContext
-from qlora_kit.tasks.questions.task import MAX_ANSWER_TOKENS, TASK, best_span, encode, encode_unlabelled, found_answers
-from qlora_kit.tasks.registry import Asked
+from qlora_kit.tasks.questions.read import AnswerSpan, AskedContext
+from qlora_kit.tasks.questions.task import MAX_ANSWER_TOKENS, TASK, best_span, found_answers
+from qlora_kit.tasks.task import Asked
 
 settings.register_profile("steady", derandomize=True, deadline=None)  # the same cases on a slow, shared machine
 settings.load_profile("steady")
@@ -25,12 +25,12 @@ BASE = BaseConfig(task="question-answering")
 
 
 def asked(context, answer=None, question="q", origin="a.jsonl:1"):
-    answers = () if answer is None else (Answer(answer, context.index(answer)),)
-    return AskedContext(question, context, answers, None, origin)
+    answers = () if answer is None else (AnswerSpan(answer, context.index(answer)),)
+    return AskedContext(question=question, context=context, answers=answers, id=None, origin=origin)
 
 
 def encoded(examples, seq_len=24):
-    return encode(RunConfig(base=BASE), examples, TOKENIZER, seq_len, "--data")
+    return TASK.encode(RunConfig(base=BASE), examples, TOKENIZER, seq_len, "data")
 
 
 @given(
@@ -126,7 +126,7 @@ class Scripted(torch.nn.Module):
 
 
 def batches(rows, size):
-    collate = TASK.collator(TOKENIZER, 24, BASE)
+    collate = TASK.collator(TOKENIZER, 24)
     return [
         {name: t for name, t in collate(rows[at : at + size]).items() if name != "x"}
         for at in range(0, len(rows), size)
@@ -146,7 +146,7 @@ EXAMPLES = [
 def test_figures_and_answers_do_not_depend_on_the_batches(size):
     rows = encoded(EXAMPLES).rows
     assert len(rows) > len(EXAMPLES)
-    scores = TASK.judge.score(Scripted(), Asked(rows, batches(rows, size), TOKENIZER), BASE)
+    scores = TASK.score(Scripted(), Asked(rows, batches(rows, size), TOKENIZER), BASE)
     assert scores.metrics["examples"] == 5
     # "#c#" and "##" lose their marks when normalized, and "#" is "" then: what is left is "c", "", ""
     assert scores.metrics["exact_match"] == pytest.approx(4 / 5)
@@ -158,7 +158,7 @@ def test_figures_and_answers_do_not_depend_on_the_batches(size):
             terms.append(-float(logits[0].double().log_softmax(0)[place]))
     # each term is a sum of at most 24 exponentials in fp32
     assert scores.metrics["loss"] == pytest.approx(sum(terms) / len(terms), rel=24 * torch.finfo(torch.float32).eps)
-    answers = list(TASK.answering.answer(Scripted(), Asked(rows, batches(rows, size), TOKENIZER), BASE))
+    answers = list(TASK.answers(Scripted(), Asked(rows, batches(rows, size), TOKENIZER)))
     assert [own["answer"] for own in answers] == ["#c#", "", "#", "##", "#"]
     assert (answers[0]["start"], answers[0]["end"]) == (3, 6)
     assert (answers[3]["start"], answers[3]["end"]) == (40, 42)
@@ -170,29 +170,29 @@ def test_batches_have_two_places_a_row():
     assert batch["labels"].shape == (len(rows), 2)
     assert batch["labels"].dtype == torch.int64
     assert batch["labels"].tolist() == [list(row.label) for row in rows]
-    unlabelled = encode_unlabelled([asked("abc")], TOKENIZER, 24, BASE).rows
-    assert "labels" not in TASK.collator(TOKENIZER, 24, BASE)(unlabelled)
+    unlabelled = TASK.encode_unanswered([asked("abc")], TOKENIZER, 24, BASE).rows
+    assert "labels" not in TASK.collator(TOKENIZER, 24)(unlabelled)
 
 
 def test_what_the_data_decides():
-    assert TASK.reader.resolve(BaseConfig(), EXAMPLES, "--data").task == "question-answering"
+    assert TASK.resolve(BaseConfig(), EXAMPLES, "data").task == "question-answering"
     with pytest.raises(UserError, match="has no answer in any example"):
-        TASK.reader.resolve(BaseConfig(), [asked("a")], "--data")
+        TASK.resolve(BaseConfig(), [asked("a")], "data")
 
 
 def test_the_audit():
     twice = [*EXAMPLES, asked("ab #c# d", "d")]
-    lines = dict(TASK.reader.audit(twice, twice))
+    lines = dict(TASK.audit(twice, twice))
     assert lines["with an answer"] == "4 (66.7%)"
     assert lines["different contexts"] == "5"
     assert lines["questions with different answers in different examples"] == "1"
     long = asked("x" * 50, "x" * 30)  # longer than any window
-    lines = dict(TASK.reader.audit_rows(encoded([asked("abc", "b"), long])))
+    lines = dict(TASK.audit_rows(encoded([asked("abc", "b"), long])))
     assert lines["answers that no window shows whole"] == "1"
     name = f"answers longer than the {MAX_ANSWER_TOKENS} tokens that one may have"
     assert lines[name] == "0"
     just, over = (asked("x" * 150, "x" * tokens) for tokens in (MAX_ANSWER_TOKENS, MAX_ANSWER_TOKENS + 1))
-    assert dict(TASK.reader.audit_rows(encoded([just, over, asked("a"), over], 128)))[name] == "2"
+    assert dict(TASK.audit_rows(encoded([just, over, asked("a"), over], 128)))[name] == "2"
     windows = len(encoded([long]).rows)
     assert lines["windows"] == str(1 + windows)
     assert lines["windows to an example: mean / max"] == f"{(1 + windows) / 2:.2f} / {windows}"
@@ -203,19 +203,19 @@ def test_the_audit():
 def test_what_each_window_learns_in_words():
     example = asked("x" * 30 + "yz" + "x" * 30, "yz")
     found = encoded([example]).rows
-    assert sorted({TASK.reader.answer(example, row) for row in found}) == ["no answer", "yz"]
-    assert [TASK.reader.answer(example, row) == "yz" for row in found] == [row.label != (0, 0) for row in found]
+    assert sorted({TASK.learned(example, row, str) for row in found}) == ["«no answer»", "«yz»"]
+    assert [TASK.learned(example, row, str) == "«yz»" for row in found] == [row.label != (0, 0) for row in found]
     unanswered = asked("abc")
-    (row,) = encode_unlabelled([unanswered], TOKENIZER, 24, BASE).rows
-    assert TASK.reader.answer(unanswered, row) == "no answer"
+    (row,) = TASK.encode_unanswered([unanswered], TOKENIZER, 24, BASE).rows
+    assert TASK.learned(unanswered, row, str) == "«no answer»"
 
 
 def test_what_is_said_and_written(tmp_path):
     metrics = {"loss": 0.5, "exact_match": 0.25, "f1": 0.5, "exact_match_answerable": 0.1, "f1_answerable": 0.2}
-    assert TASK.judge.said(metrics) == "held-out loss 0.5000, exact match 25.0%, F1 50.0%"
-    text = TASK.judge.said({**metrics, "exact_match_unanswerable": 0.75})
+    assert TASK.said(metrics) == "held-out loss 0.5000, exact match 25.0%, F1 50.0%"
+    text = TASK.said({**metrics, "exact_match_unanswerable": 0.75})
     assert text.endswith("F1 50.0% (answerable 10.0% and 20.0%, unanswerable 75.0%)")
     rows = encoded(EXAMPLES).rows
-    scores = TASK.judge.score(Scripted(), Asked(rows, batches(rows, 2), TOKENIZER), BASE)
-    TASK.judge.write(scores, tmp_path)
+    scores = TASK.score(Scripted(), Asked(rows, batches(rows, 2), TOKENIZER), BASE)
+    TASK.write_report(scores, tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == scores.metrics

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.questions.read import Answer, AskedContext
+from qlora_kit.tasks.questions.read import AnswerSpan, AskedContext
 from qlora_kit.tasks.questions.windows import NO_ANSWER, OVERLAP, rows_of, starts, tokens_of
 
 settings.register_profile("steady", derandomize=True, deadline=None)  # the same cases on a slow, shared machine
@@ -41,7 +41,8 @@ TEXTS = st.text(alphabet="abcé \n.東", max_size=60)
 
 
 def asked(context, *answers, question="q?"):
-    return AskedContext(question, context, tuple(Answer(context[s:e], s) for s, e in answers), None, "a.jsonl:1")
+    spans = tuple(AnswerSpan(context[s:e], s) for s, e in answers)
+    return AskedContext(question=question, context=context, answers=spans, id=None, origin="a.jsonl:1")
 
 
 def rows(example, name="bytes", seq_len=24, labelled=True):
@@ -163,9 +164,9 @@ def test_which_tokens_are_blank():
 
 
 def test_an_answer_that_no_token_holds_is_none():
-    assert tokens_of(Answer("b", 3), np.array([[0, 3], [4, 5]])) is None
-    assert tokens_of(Answer("ab c", 1), np.array([[0, 2], [2, 2], [2, 3], [4, 5], [5, 6]])) == (0, 3)
-    assert tokens_of(Answer("a", 0), np.zeros((0, 2), dtype=np.int32)) is None
+    assert tokens_of(AnswerSpan("b", 3), np.array([[0, 3], [4, 5]])) is None
+    assert tokens_of(AnswerSpan("ab c", 1), np.array([[0, 2], [2, 2], [2, 3], [4, 5], [5, 6]])) == (0, 3)
+    assert tokens_of(AnswerSpan("a", 0), np.zeros((0, 2), dtype=np.int32)) is None
 
 
 def test_an_answer_outside_a_window_is_its_first_token():
@@ -206,7 +207,7 @@ def test_numbers_go_on_over_several_calls_of_the_tokenizer(monkeypatch):
 def test_a_question_that_leaves_too_little_room_is_refused_with_its_place():
     at_most = asked("a" * 40, question="q" * 9)  # and three marks: half of 24
     assert rows(at_most)
-    with pytest.raises(UserError, match=r"a\.jsonl:1.*has a question of 13 tokens, and 50% of the 24"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1.*has a question of 13 tokens, and 50% of the seq_len=24 tokens"):
         rows(asked("a" * 40, question="q" * 10))
 
 
@@ -214,5 +215,5 @@ def test_a_slow_tokenizer_is_refused():
     class Slow:
         is_fast, name_or_path = False, "theirs"
 
-    with pytest.raises(UserError, match=r"--tokenizer = 'theirs'.*does not tell which characters its tokens are"):
+    with pytest.raises(UserError, match=r"tokenizer = 'theirs'.*does not tell which characters its tokens are"):
         rows_of([asked("a")], Slow(), 24, labelled=True)

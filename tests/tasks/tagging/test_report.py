@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_kit.tasks.tagging.report import REPORT_FILE, Entity, entities, tables, tag_metrics, tag_report, write_report
-from qlora_kit.tasks.task import Scores
+from qlora_kit.tasks.evaluation import Scores
+from qlora_kit.tasks.report import REPORT_FILE
+from qlora_kit.tasks.tagging.report import Entity, entities, tag_metrics, tag_report
+from qlora_kit.tasks.tagging.task import TASK
 
 TAGS = st.lists(st.sampled_from(["O", "B-a", "I-a", "B-b", "I-b"]), max_size=8)
 
@@ -72,8 +74,8 @@ def test_figures_are_plain_counts(drawn):
 def test_the_report_is_written_and_shown(tmp_path):
     truth, answers = [["B-a", "O"], ["B-b"]], [["B-a", "O"], ["O"]]
     scores = Scores(tag_metrics(truth, answers), {"report": tag_report(truth, answers)})
-    write_report(scores, tmp_path)
-    (table,) = tables(scores)
+    TASK.write_report(scores, tmp_path)
+    (table,) = TASK.tables(scores)
     saved = json.loads((tmp_path / REPORT_FILE).read_text())
     assert saved["report"]["a"]["f1-score"] == 1.0
     assert saved["metrics"]["recall"] == 0.5

@@ -12,11 +12,9 @@ from tokenizers import normalizers
 
 from qlora_kit.config.settings import BaseConfig, RunConfig
 from qlora_kit.errors import UserError
-from qlora_kit.model.task_models import tagging_loss
-from qlora_kit.tasks import inputs
-from qlora_kit.tasks.registry import Asked
 from qlora_kit.tasks.tagging.read import TaggedWords
-from qlora_kit.tasks.tagging.task import TASK, TagCollator, encode, encode_untagged
+from qlora_kit.tasks.tagging.task import TASK, tagging_loss
+from qlora_kit.tasks.task import Asked
 
 LABELS = ("O", "B-x", "I-x")
 
@@ -40,7 +38,7 @@ def settings(labels=LABELS):
 
 
 def rows(*examples, tokenizer=None, seq_len=128):
-    return encode(settings(), examples, tokenizer or encoder_tokenizer(), seq_len, "--data").rows
+    return TASK.encode(settings(), examples, tokenizer or encoder_tokenizer(), seq_len, "data").rows
 
 
 def test_only_first_pieces_are_supervised():
@@ -57,31 +55,31 @@ def test_rows_that_are_cut_say_how_many_words_they_lost():
 
 def test_what_a_row_learns_in_words_is_of_the_words_that_are_seen():
     example = sentence("ab \u200b cd ef", "B-x", "O", "O", "I-x")
-    (row,) = encode_untagged([example], DROPPING, 8, settings().base).rows
+    (row,) = TASK.encode_unanswered([example], DROPPING, 8, settings().base).rows
     assert row.lost == 1
-    assert TASK.reader.answer(example, row) == "ab/B-x cd/O"
+    assert TASK.learned(example, row, str) == "«ab/B-x cd/O»"
 
 
 def test_sentences_without_anything_to_learn_are_left_out():
-    encoded = encode(settings(), [sentence(""), sentence("a", "O")], encoder_tokenizer(), 9, "--data")
+    encoded = TASK.encode(settings(), [sentence(""), sentence("a", "O")], encoder_tokenizer(), 9, "data")
     assert (len(encoded), encoded.report.examples, encoded.report.kept, encoded.report.empty) == (1, 2, 1, 1)
-    assert len(encode_untagged([sentence(""), sentence("a")], encoder_tokenizer(), 9, settings().base)) == 2
+    assert len(TASK.encode_unanswered([sentence(""), sentence("a")], encoder_tokenizer(), 9, settings().base)) == 2
     with pytest.raises(UserError, match="has no word within 9 tokens"):
-        encode(settings(), [sentence("")], encoder_tokenizer(), 9, "--data")
+        TASK.encode(settings(), [sentence("")], encoder_tokenizer(), 9, "data")
 
 
 def test_a_sentence_of_which_nothing_is_seen_counts_where_models_are_scored():
     unseen = sentence("\u200b \u200b", "B-x", "O")  # a tokenizer drops such characters
     empty = TaggedWords((), (), "a.conll:9")
-    encoded = inputs.encode(settings(), [sentence("a", "O"), unseen, empty], DROPPING, 9, "--eval-data")
+    encoded = TASK.encode_held_out(settings(), [sentence("a", "O"), unseen, empty], DROPPING, 9, "eval_data")
     assert [row.words for row in encoded.rows] == [("a",), unseen.words, ()]
-    scores = TASK.judge.score(Scripted(TABLE), asked(2, encoded.rows, TagCollator(DROPPING)), settings().base)
+    scores = TASK.score(Scripted(TABLE), asked(2, encoded.rows, TASK.collator(DROPPING, 128)), settings().base)
     assert scores.metrics["examples"] == 3
     assert (scores.report["words"], scores.report["words_without_pieces"]) == (3, 2)
     assert math.isfinite(scores.metrics["loss"])
-    assert len(encode(settings(), [sentence("a", "O"), unseen], DROPPING, 9, "--data")) == 1
-    with pytest.raises(UserError, match=r"--eval-data.*has no word within 9 tokens"):
-        inputs.encode(settings(), [unseen], DROPPING, 9, "--eval-data")
+    assert len(TASK.encode(settings(), [sentence("a", "O"), unseen], DROPPING, 9, "data")) == 1
+    with pytest.raises(UserError, match=r"eval_data.*has no word within 9 tokens"):
+        TASK.encode_held_out(settings(), [unseen], DROPPING, 9, "eval_data")
 
 
 def test_a_tag_that_is_not_in_the_map_is_refused():
@@ -90,7 +88,7 @@ def test_a_tag_that_is_not_in_the_map_is_refused():
 
 
 def test_batches_are_padded_on_the_right():
-    collate = TagCollator(encoder_tokenizer())
+    collate = TASK.collator(encoder_tokenizer(), 128)
     found = rows(sentence("abcdefgh", "B-x"), sentence("a b", "O", "I-x"))
     batch = collate(found)
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(
@@ -98,7 +96,7 @@ def test_batches_are_padded_on_the_right():
     )
     assert batch["labels"].dtype == torch.int64
     assert batch["labels"][1].tolist() == [-100, 0, -100, 2, *[-100] * 6]
-    untagged = encode_untagged([sentence("a", "O")], encoder_tokenizer(), 9, settings().base).rows
+    untagged = TASK.encode_unanswered([sentence("a", "O")], encoder_tokenizer(), 9, settings().base).rows
     assert "labels" not in collate(untagged)
 
 
@@ -112,8 +110,10 @@ def test_the_loss_is_the_mean_over_supervised_tokens():
 
 
 def test_balanced_weights_have_the_mean_one_over_words():
-    found = encode(settings(), [sentence("a b c", "O", "O", "B-x"), sentence("d", "O")], tiny_tokenizer(), 9, "--data")
-    weights = TASK.weights(found, settings().base)
+    found = TASK.encode(
+        settings(), [sentence("a b c", "O", "O", "B-x"), sentence("d", "O")], tiny_tokenizer(), 9, "data"
+    )
+    weights = TASK.label_weights(found, settings().base)
     assert weights.tolist() == pytest.approx([4 / (2 * 3), 4 / 2, 1.0])
 
 
@@ -145,7 +145,7 @@ def asked(size, found, collate):
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_scores_are_plain_counts_whatever_the_batch(size):
     found = rows(*SENTENCES, seq_len=12)  # the third one is cut
-    scores = TASK.judge.score(Scripted(TABLE), asked(size, found, TagCollator(encoder_tokenizer())), settings().base)
+    scores = TASK.score(Scripted(TABLE), asked(size, found, TASK.collator(encoder_tokenizer(), 128)), settings().base)
     losses, right, words = [], 0, 0
     for example, row in zip(SENTENCES, found, strict=True):
         for number, tag in enumerate(example.tags):
@@ -165,16 +165,16 @@ def test_scores_are_plain_counts_whatever_the_batch(size):
 
 def test_words_that_are_not_seen_count_as_outside_whatever_label_is_the_first():
     config, sees_o = settings(("B-x", "O")), torch.tensor([[0.0, 1.0]]).expand(320, 2)
-    found = encode(config, [sentence("a b c", "O", "O", "O")], encoder_tokenizer(), 3, "--data").rows
-    scores = TASK.judge.score(Scripted(sees_o), asked(1, found, TagCollator(encoder_tokenizer())), config.base)
+    found = TASK.encode(config, [sentence("a b c", "O", "O", "O")], encoder_tokenizer(), 3, "data").rows
+    scores = TASK.score(Scripted(sees_o), asked(1, found, TASK.collator(encoder_tokenizer(), 128)), config.base)
     assert scores.report["words_cut_off"] == 2
     assert scores.metrics["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_answers_have_a_tag_for_each_word_and_none_for_what_is_cut_off(size):
-    found = encode_untagged(SENTENCES, encoder_tokenizer(), 12, settings().base).rows
-    answers = list(TASK.answering.answer(Scripted(TABLE), asked(size, found, TagCollator(encoder_tokenizer())), None))
+    found = TASK.encode_unanswered(SENTENCES, encoder_tokenizer(), 12, settings().base).rows
+    answers = list(TASK.answers(Scripted(TABLE), asked(size, found, TASK.collator(encoder_tokenizer(), 128))))
     assert [len(own["tags"]) for own in answers] == [3, 1, 9, 2]
     assert answers[2]["tags"][5:] == answers[2]["scores"][5:] == [None] * 4
     for row, own in zip(found, answers, strict=True):
@@ -190,21 +190,22 @@ def test_answers_have_a_tag_for_each_word_and_none_for_what_is_cut_off(size):
 
 def test_what_a_release_is_asked():
     (row,) = rows(sentence("ab c", "B-x", "O"))
-    assert TASK.proving.inputs(row) == {"input_ids": row.input_ids, "token_type_ids": [0] * 6}
-    assert TASK.proving.answers(row) == row.labels
-    (unlabelled,) = encode_untagged(TASK.proving.built_in(["a b"]), encoder_tokenizer(), 9, settings().base).rows
-    assert TASK.proving.answers(unlabelled) == [-100] * len(unlabelled.input_ids)
+    asked = TASK.proof_row(row)
+    assert asked.inputs == {"input_ids": row.input_ids, "token_type_ids": [0] * 6}
+    assert asked.labels == [-100, *row.labels]
+    (unlabelled,) = TASK.built_in_rows(["a b"], encoder_tokenizer(), 9, settings().base, 100)
+    assert unlabelled.labels == [-100] * (len(unlabelled.inputs["input_ids"]) + 1)
 
 
 def test_the_audit_tells_of_types_and_of_what_is_never_seen():
     training = [sentence("a b", "B-x", "I-x"), sentence("c", "O"), sentence("c", "B-x")]
-    lines = dict(TASK.reader.audit(training, training))
+    lines = dict(TASK.audit(training, training))
     assert lines["entities x"] == "2 (100.0%)"
     assert lines["words outside entities"] == "1 of 4 (25.0%)"
     assert lines["sentences without entities"] == "1"
     assert lines["sentences with different tags in different examples"] == "1"
     assert "tags that training never shows" not in lines
-    assert dict(TASK.reader.audit([sentence("a", "B-y")], training))["tags that training never shows"] == "B-y (1)"
-    encoded = encode_untagged([sentence("ab cd ef", "B-x", "O", "B-x")], encoder_tokenizer(), 6, settings().base)
-    lost = dict(TASK.reader.audit_rows(encoded))
+    assert dict(TASK.audit([sentence("a", "B-y")], training))["tags that training never shows"] == "B-y (1)"
+    encoded = TASK.encode_unanswered([sentence("ab cd ef", "B-x", "O", "B-x")], encoder_tokenizer(), 6, settings().base)
+    lost = dict(TASK.audit_rows(encoded))
     assert lost == {"words cut off": "1 of 3", "words that give no token": "0", "entities cut off or cut short": "1"}

@@ -13,7 +13,7 @@ from qlora_kit.tasks.text2text.read import columns_of, fits, read, read_unanswer
 
 def source(rows, columns=None):
     records = [Record("a.jsonl", f"a.jsonl:{number}", row) for number, row in enumerate(rows, 1)]
-    return Source(records, "a.jsonl", columns or {})
+    return Source(records=records, name="a.jsonl", columns=columns or {})
 
 
 def pairs(rows, columns=None):
@@ -120,7 +120,7 @@ def test_an_empty_source_may_be_asked():
 def test_each_file_has_its_own_columns():
     records = [Record("a.jsonl", "a.jsonl:1", {"source": "a", "target": "b"})]
     records += [Record("b.jsonl", "b.jsonl:1", {"document": "c", "summary": "d"})]
-    found = read(Source(records, "folder", {}), BaseConfig())
+    found = read(Source(records=records, name="folder", columns={}), BaseConfig())
     assert [(example.source, example.target, example.origin) for example in found] == [
         ("a", "b", "a.jsonl:1"),
         ("c", "d", "b.jsonl:1"),

@@ -18,8 +18,8 @@ from qlora_kit import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimCo
 from qlora_kit.build import build_model
 from qlora_kit.cli.main import main
 from qlora_kit.memory.plan import plan
-from qlora_kit.tasks.decoding import Answers, HeldOut
-from qlora_kit.tasks.inputs import make_collator, read_inputs
+from qlora_kit.runs.inputs import make_collator, read_inputs
+from qlora_kit.tasks.decoding import AnswerLengths, HeldOut
 
 QUIET = Console(file=io.StringIO())
 PREFIX = "do: "
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_stock_loss_over_one_large_batch(workshop, ki
     )
     inputs = read_inputs(config)
     model = build_model(inputs.config, torch.device("cpu")).model
-    collate = make_collator(inputs.config, model, inputs)
+    collate = make_collator(model, inputs)
     for name, parameter in model.named_parameters():  # B begins at zero, and A would have no gradient
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1), std=0.1)
@@ -358,7 +358,7 @@ def test_every_kind_can_be_planned(workshop, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_planned_in_the_batches_of_the_evaluation(workshop, kind):
     config = workshop.config(kind, base={"task": "text2text-generation"})
-    held_out = HeldOut(50, 24, asked=Answers(50, 24, 20))
+    held_out = HeldOut(50, 24, asked=AnswerLengths(50, 24, 20))
     found = plan(config, held_out=held_out)
     assert (list(found.stages), found.unplanned) == (["loading", "evaluation", "generation", "step"], "")
     rows = config.optim.batch_size

@@ -21,8 +21,6 @@ from qlora_kit.tasks.text2text.read import SourceTarget
 from qlora_kit.tasks.text2text.task import (
     TASK,
     PairCollator,
-    encode,
-    encode_unanswered,
     generate,
     greedy_settings,
     target_ids,
@@ -37,7 +35,7 @@ def example(source, target="b"):
 
 def rows(examples, tokenizer=None, seq_len=SEQ_LEN, prefix=None):
     config = RunConfig(base=BaseConfig(source_prefix=prefix))
-    return encode(config, examples, tokenizer or pair_tokenizer(), seq_len, "--data").rows
+    return TASK.encode(config, examples, tokenizer or pair_tokenizer(), seq_len, "data").rows
 
 
 def test_tokens_are_the_tokenizers_own():
@@ -104,7 +102,7 @@ def test_a_tokenizer_without_an_end_is_refused():
 
 
 def test_batches_are_padded_on_the_right():
-    collate = PairCollator(pair_tokenizer(), SEQ_LEN)
+    collate = PairCollator(PAD_ID, SEQ_LEN)
     batch = collate(rows([example("abcdefghij", "k"), example("a", "bcd")]))
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
         "input_ids": (2, 16),
@@ -114,9 +112,9 @@ def test_batches_are_padded_on_the_right():
     assert batch["attention_mask"].sum(1).tolist() == [11, 2]
     assert batch["input_ids"][1, 2:].eq(PAD_ID).all()
     assert batch["labels"].ne(-100).sum(1).tolist() == [2, 4]
-    asked = encode_unanswered([SourceTarget("a", None, "")], pair_tokenizer(), SEQ_LEN, BaseConfig())
+    asked = TASK.encode_unanswered([SourceTarget("a", None, "")], pair_tokenizer(), SEQ_LEN, BaseConfig())
     assert "labels" not in collate(asked.rows)
-    assert PairCollator(pair_tokenizer(), 5)(rows([example("a" * 9, "b" * 9)], seq_len=5))["labels"].shape == (1, 5)
+    assert PairCollator(PAD_ID, 5)(rows([example("a" * 9, "b" * 9)], seq_len=5))["labels"].shape == (1, 5)
 
 
 EXAMPLES = [example("a" * (1 + 5 * i), "bc" * (1 + i)) for i in range(5)]
@@ -124,7 +122,7 @@ EXAMPLES = [example("a" * (1 + 5 * i), "bc" * (1 + i)) for i in range(5)]
 
 def asked(sizes, examples=EXAMPLES, kind="t5"):
     encoded = rows(examples, pair_tokenizer(kind))
-    collate, batches, start = PairCollator(pair_tokenizer(kind), SEQ_LEN), [], 0
+    collate, batches, start = PairCollator(PAD_ID, SEQ_LEN), [], 0
     for size in sizes:
         batches.append(collate(encoded[start : start + size]))
         start += size
@@ -134,7 +132,7 @@ def asked(sizes, examples=EXAMPLES, kind="t5"):
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_do_not_depend_on_the_batches(kind):
     model = tiny_model(kind)
-    one, other = (TASK.judge.score(model, asked(sizes, kind=kind), BaseConfig()) for sizes in ((5,), (1, 3, 1)))
+    one, other = (TASK.score(model, asked(sizes, kind=kind), BaseConfig()) for sizes in ((5,), (1, 3, 1)))
     assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
     assert one.report == other.report
     total, tokens = 0.0, 0
@@ -150,7 +148,7 @@ def test_scores_do_not_depend_on_the_batches(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_of_a_padded_batch_are_those_of_single_rows(kind):
     model = tiny_model(kind)
-    together = [answer["text"] for answer in TASK.answering.answer(model, asked((5,), kind=kind), BaseConfig())]
+    together = [answer["text"] for answer in TASK.answers(model, asked((5,), kind=kind))]
     found = asked((), kind=kind)
     for row, text in zip(found.rows, together, strict=True):
         with torch.no_grad():
@@ -163,7 +161,7 @@ def test_answers_are_scored_against_targets_as_they_were_given():
     targets = ["b" * 50, "a</s>b\r\n", "c"]
     examples = [example("a", target) for target in targets]
     model = tiny_model("t5-gated")
-    scores = TASK.judge.score(model, asked((3,), examples, "t5-gated"), BaseConfig())
+    scores = TASK.score(model, asked((3,), examples, "t5-gated"), BaseConfig())
     assert [text["expected"] for text in scores.report["texts"]] == targets
     answers = [text["answer"] for text in scores.report["texts"]]
     assert {name: scores.metrics[name] for name in ("chrf", "rougeL")} == {
@@ -232,12 +230,14 @@ def test_answers_end_where_the_positions_do():
 
 def test_the_audit_tells_of_sources_with_different_targets():
     training = [example("a", "b"), example("a", "c"), example("d", "d")]
-    lines = dict(TASK.reader.audit(training, training))
+    lines = dict(TASK.audit(training, training))
     assert lines == {"sources with different targets": "1", "targets that repeat their source": "1"}
-    held_out = dict(TASK.reader.audit([example("a"), example("x")], training))
+    held_out = dict(TASK.audit([example("a"), example("x")], training))
     assert held_out["sources that training shows too"] == "1"
-    encoded = encode(RunConfig(), [example("a" * 40, "b"), example("a", "b" * 50)], pair_tokenizer(), SEQ_LEN, "--data")
-    assert dict(encoded.length_lines) == {
+    encoded = TASK.encode(
+        RunConfig(), [example("a" * 40, "b"), example("a", "b" * 50)], pair_tokenizer(), SEQ_LEN, "data"
+    )
+    assert dict(TASK.length_lines(encoded, SEQ_LEN)) == {
         "tokens of a source: min / median / p95 / max": "2 / 21.5 / 41 / 41",
         "tokens of a target: min / median / p95 / max": "2 / 26.5 / 51 / 51",
         "sources truncated to 32 tokens": "1",

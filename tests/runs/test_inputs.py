@@ -6,7 +6,7 @@ from classifiers import save_base, save_rows
 
 from qlora_kit import BaseConfig, DataConfig, RunConfig
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.inputs import read_inputs
+from qlora_kit.runs.inputs import read_inputs
 
 
 def test_labels_of_the_share_that_is_held_out_count_too(tmp_path):

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import data
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import BaseConfig, RunConfig
-from qlora_kit.errors import Fault, Faults, UserError, said_of
+from qlora_kit.errors import Fault, Faults, UserError, named, said_of
 from qlora_kit.model import heads
 from qlora_kit.model.source import load_model_config, max_positions
-from qlora_kit.model.task_models import GENERATION
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.tasks import registry
-from qlora_kit.tasks.registry import Source, Task
+from qlora_kit.tasks.task import Source, Task
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +36,7 @@ class Examples:
     held_out: list[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What is fed to the run: encoded sets, the held-out examples themselves, and the tokenizer."""
 
@@ -67,7 +65,7 @@ class Inputs:
         return self.seq_len if isinstance(rows, data.PackedSet) else min(self.seq_len, rows.report.length_max)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Material:
     """The examples of a run, read and not encoded yet: to train on, and held out."""
 
@@ -83,22 +81,24 @@ def read_inputs(config: RunConfig, given: Examples | None = None) -> Inputs:
 
     Raises one `UserError` for all that is wrong.
     """
-    faults = Faults()
-    architecture = faults.collect(lambda: load_model_config(config.base))
-    tokenizer = faults.collect(lambda: load_tokenizer(config.base))
-    material = _collect_material(config, architecture, faults) if given is None else _material_of(config, given)
-    if material is not None:
-        faults.collect(lambda: _check_settings(material.config, material.task))
-    if tokenizer is not None:
-        generates = (
-            material is not None and material.task.name == GENERATION
-        )  # else it is not known what is asked of it
-        faults.collect(lambda: data.prepare_tokenizer(tokenizer, generates))
-    seq_len = None
-    if architecture is not None and tokenizer is not None:
-        positions = max_positions(architecture)
-        seq_len = faults.collect(lambda: data.resolve_seq_len(config.data.seq_len, tokenizer, positions))
-    faults.raise_if_any()
+    architecture = tokenizer = material = seq_len = None
+    with Faults() as faults:
+        with faults.collecting():
+            architecture = load_model_config(config.base)
+        with faults.collecting():
+            tokenizer = load_tokenizer(config.base)
+        with faults.collecting():
+            material = _collect_material(config, architecture, faults) if given is None else _material_of(config, given)
+        if material is not None:
+            with faults.collecting():
+                _check_settings(material.config, material.task)
+        if tokenizer is not None:
+            with faults.collecting():
+                # where it is not known what is asked of it, what every task asks
+                data.prepare_tokenizer(tokenizer, False) if material is None else material.task.prepare(tokenizer)
+        if architecture is not None and tokenizer is not None:
+            with faults.collecting():
+                seq_len = data.resolve_seq_len(config.data.seq_len, tokenizer, max_positions(architecture))
     assert tokenizer is not None
     assert seq_len is not None
     assert material is not None
@@ -107,68 +107,95 @@ def read_inputs(config: RunConfig, given: Examples | None = None) -> Inputs:
 
 def read_material(config: RunConfig) -> Material:
     """The examples of a run, and what they decide about it. Raises one `UserError` for all that is wrong with them."""
-    faults = Faults()
-    material = _collect_material(config, faults.collect(lambda: load_model_config(config.base)), faults)
-    faults.raise_if_any()
+    architecture = material = None
+    with Faults() as faults:
+        with faults.collecting():
+            architecture = load_model_config(config.base)
+        material = _collect_material(config, architecture, faults)
     assert material is not None
     return material
 
 
 def _collect_material(config: RunConfig, architecture: PretrainedConfig | None, faults: Faults) -> Material | None:
-    """The examples as far as they can be read; None where `faults` took note of anything about them."""
+    """The examples as far as they can be read; None where `faults` took note of anything about them.
+
+    Raises `UserError` for a task that there is not.
+    """
     source = config.data.data
-    rows = faults.collect(lambda: data.read_rows(source, config.data.columns))
+    rows = split = resolved = rest = None
+    with faults.collecting():
+        rows = data.read_rows(source, config.data.columns)
     task = registry.choose(config.base, rows or [], config.data.columns, architecture)
     config = with_columns(config, task, rows or [])
-    named = dataclasses.replace(config.base, task=task.name)
-    resolved: BaseConfig | None = None
+    base = dataclasses.replace(config.base, task=task.name)
     if architecture is not None:
-        faults.collect(lambda: load_model_config(named))  # may be unable to do what the data is for
-    split = None if rows is None else faults.collect(lambda: _read_training(config, task, named, rows))
+        with faults.collecting():
+            load_model_config(base)  # may be unable to do what the data is for
+    if rows is not None:
+        with faults.collecting():
+            split = _read_training(config, task, base, rows)
     if split is not None:
-        resolved = faults.collect(lambda: _resolve(task, named, *split))
-    rest = faults.collect(lambda: _read_held_out(config, task, resolved or named))
+        with faults.collecting():
+            resolved = _resolve(task, base, *split)
+    with faults.collecting():
+        rest = _read_held_out(config, task, resolved or base)
     if split is None or rest is None or resolved is None:
         return None
     held_out, of_held_out = rest
+    unread = _unread(source, rows or [], of_held_out)
+    return Material(
+        config=dataclasses.replace(config, base=resolved),
+        task=task,
+        train=split[0],
+        held_out=split[1] or held_out,
+        unread=unread,
+    )
+
+
+def _unread(source: str, rows: list[data.Record], of_held_out: dict[str, int]) -> Unread:
+    """What nothing reads: fields of the data and of the held-out data, and whole files of a folder."""
+    unread = {DATA: data.unread_fields(rows), HELD_OUT: of_held_out}
     left_out = dict.fromkeys(data.files_left_out(source), 0)  # whole, so that no count of records goes with them
-    unread = {DATA: data.unread_fields(rows or []), HELD_OUT: of_held_out}
-    if left_out:
-        unread[f"the folder {source}"] = left_out
-    return Material(dataclasses.replace(config, base=resolved), task, split[0], split[1] or held_out, unread)
+    return {**unread, f"the folder {source}": left_out} if left_out else unread
 
 
 def with_columns(config: RunConfig, task: Task, records: list[data.Record]) -> RunConfig:
     """`config` with the columns that the training `records` decide on, where none are mapped by hand."""
-    columns = task.reader.columns(records, config.data.columns)
+    columns = task.columns(records, config.data.columns)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, columns=columns))
 
 
 def _material_of(config: RunConfig, given: Examples) -> Material:
-    return Material(config, registry.task_named(config.base.task), given.train, given.held_out)
+    task = registry.task_named(config.base.task)
+    return Material(config=config, task=task, train=given.train, held_out=given.held_out)
 
 
 def _read_training(
-    config: RunConfig, task: Task, named: BaseConfig, rows: list[data.Record]
+    config: RunConfig, task: Task, base: BaseConfig, rows: list[data.Record]
 ) -> tuple[list[Any], list[Any]]:
     """The examples to train on, and the share of them that is held out."""
-    examples = task.reader.read(source_of(config, rows), named)
+    examples = task.read(source_of(config, rows), base)
     return data.split_examples(examples, config.data.eval_fraction, config.seed)
 
 
-def source_of(config: RunConfig, rows: list[data.Record], name: str | None = None, setting: str = "--data") -> Source:
+def source_of(config: RunConfig, rows: list[data.Record], name: str | None = None, setting: str = "data") -> Source:
     """What `rows`, of the data of `config` or of those called `name`, are to be read as."""
-    learns_all = config.data.train_on == "all"
-    return Source(rows, config.data.data if name is None else name, config.data.columns, setting, learns_all)
+    return Source(
+        records=rows,
+        name=config.data.data if name is None else name,
+        columns=config.data.columns,
+        setting=setting,
+        learns_all=config.data.train_on == "all",
+    )
 
 
-def _resolve(task: Task, named: BaseConfig, train: list[Any], held_out: list[Any]) -> BaseConfig:
-    """`named` with what the data decide, of which `held_out` is a share: the labels of either, if `train` has enough.
+def _resolve(task: Task, base: BaseConfig, train: list[Any], held_out: list[Any]) -> BaseConfig:
+    """`base` with what the data decide, of which `held_out` is a share: the labels of either, if `train` has enough.
 
     Raises `UserError`.
     """
-    of_all = task.reader.resolve(named, [*train, *held_out], "--data")
-    return task.reader.resolve(of_all, train, "--data") if held_out else of_all
+    of_all = task.resolve(base, [*train, *held_out], "data")
+    return task.resolve(of_all, train, "data") if held_out else of_all
 
 
 def _read_held_out(config: RunConfig, task: Task, resolved: BaseConfig) -> tuple[list[Any], dict[str, int]]:
@@ -176,56 +203,46 @@ def _read_held_out(config: RunConfig, task: Task, resolved: BaseConfig) -> tuple
     source = config.data.held_out_source
     if source is None:
         return [], {}
-    rows = data.read_rows(source, config.data.columns, "--eval-data")
-    examples = task.reader.read(source_of(config, rows, source, "--eval-data"), resolved)
+    rows = data.read_rows(source, config.data.columns, "eval_data")
+    examples = task.read(source_of(config, rows, source, "eval_data"), resolved)
     return examples, data.unread_fields(rows)
+
+
+OF_SOME_TASKS = ("class_weights", "source_prefix", "labels", "multi_label", "pack", "exact_match")
 
 
 def _check_settings(config: RunConfig, task: Task) -> None:
     """Check the settings that only some tasks have. Raises one `UserError` with every fault."""
-    faults = Faults()
-    faults.collect(lambda: registry.metric_of(task, config.evaluation.metric))
-    only = {"pack": config.data.pack, "exact_match": config.evaluation.exact_match}
-    if config.optim.class_weights != "none" and task.weights is None:
-        faults.add(_out_of_place("class_weights", config.optim.class_weights, task))
-    if config.base.source_prefix is not None and not task.model.decodes:
-        faults.add(_out_of_place("source_prefix", config.base.source_prefix, task))
-    if not task.model.has_labels:
-        _refuse({"labels": config.base.labels, "multi_label": config.base.multi_label}, task, faults)
-    if task.name != GENERATION:
-        _refuse(only, task, faults)
-    faults.raise_if_any()
-
-
-def _refuse(settings: Mapping[str, Any], task: Task, faults: Faults) -> None:
-    for name, value in settings.items():
-        if value:
-            said = ",".join(value) if isinstance(value, tuple) else value
-            faults.add(_out_of_place(name, said, task))
-
-
-def _out_of_place(name: str, value: object, task: Task) -> Fault:
-    return Fault(flag(name), value, f"has no meaning for --task {task.name}", f"Drop {flag(name)}.")
+    values = {**vars(config.base), **vars(config.optim), **vars(config.data), **vars(config.evaluation)}
+    with Faults() as faults:
+        with faults.collecting():
+            registry.metric_of(task, config.evaluation.metric)
+        for name in OF_SOME_TASKS:
+            value = values[name]
+            if name not in task.settings and value not in (None, False, "none", ()):
+                said = ",".join(value) if isinstance(value, tuple) else value
+                rule = f"has no meaning for {named('task', task.name)}"
+                faults.add(Fault(name, said, rule, f"Drop {named(name)}."))
 
 
 def _encoded(material: Material, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Inputs:
     config, task = material.config, material.task
-    train_set = task.reader.encode(config, material.train, tokenizer, seq_len, "--data")
+    train_set = task.encode(config, material.train, tokenizer, seq_len, "data")
     eval_set = None
     if material.held_out:
         of_data = config.data.eval_fraction > 0
-        eval_set = encode(config, material.held_out, tokenizer, seq_len, "--data" if of_data else "--eval-data")
-    generates = task.name == GENERATION
+        setting = "data" if of_data else "eval_data"
+        eval_set = task.encode_held_out(config, material.held_out, tokenizer, seq_len, setting)
     inputs = Inputs(
-        config,
-        task,
-        tokenizer,
-        train_set,
-        eval_set,
-        material.held_out,
-        seq_len,
-        train_set.report,
-        plain_text=generates and all(e.prompt is None and e.messages is None for e in material.train),
+        config=config,
+        task=task,
+        tokenizer=tokenizer,
+        train=train_set,
+        evaluation=eval_set,
+        held_out=material.held_out,
+        seq_len=seq_len,
+        report=train_set.report,
+        plain_text=task.is_plain_text(material.train),
         unread=material.unread,
     )
     if not config.data.pack:
@@ -253,7 +270,7 @@ def held_out_examples(config: RunConfig) -> tuple[list[Any], dict[str, int]]:
     if not config.data.eval_fraction:
         return _read_held_out(config, task, config.base)
     rows = data.read_rows(config.data.data, config.data.columns)
-    examples = task.reader.read(source_of(config, rows), config.base)
+    examples = task.read(source_of(config, rows), config.base)
     held_out = data.split_examples(examples, config.data.eval_fraction, config.seed)[1]
     return held_out, data.unread_fields(rows)
 
@@ -266,24 +283,16 @@ def examples_to_score(config: RunConfig, source: str | None) -> tuple[list[Any],
     if source is not None:
         held_out = dataclasses.replace(config.data, eval_data=source, eval_fraction=0.0)
         config = dataclasses.replace(config, data=held_out)
-    with said_of("--data", instead_of="--eval-data"):
+    with said_of("data", instead_of="eval_data"):
         examples, fields = held_out_examples(config)
     unread = {DATA: fields}
     if not examples:
-        raise UserError.of("--data", source, "is needed: the run held no data out", "Give --data FILE.")
+        raise UserError.of("data", source, "is needed: the run held no data out", f"Give {named('data', 'FILE')}.")
     if source is not None:
         return examples, source, unread
     if config.data.eval_fraction:
         return examples, f"{config.data.data} (the {config.data.eval_fraction:g} of it that the run held out)", unread
     return examples, f"{config.data.held_out_source} (held out by the run)", unread
-
-
-def encode(
-    config: RunConfig, examples: list[Any], tokenizer: PreTrainedTokenizerBase, seq_len: int, setting: str
-) -> Any:
-    """The tokens of `examples` to score as `config` lays them out and cuts them; errors name `setting`."""
-    reader = registry.task_named(config.base.task).reader
-    return (reader.encode_held_out or reader.encode)(config, examples, tokenizer, seq_len, setting)
 
 
 def batches_of(
@@ -306,21 +315,20 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         rule = f"has token ids up to {largest}, and the model's vocabulary ends at {rows - 1}"
-        raise UserError.of("--tokenizer", tokenizer.name_or_path, rule, "Give the tokenizer that belongs to the model.")
+        raise UserError.of("tokenizer", tokenizer.name_or_path, rule, "Give the tokenizer that belongs to the model.")
 
 
 def weigh_labels(model: Any, inputs: Inputs) -> None:
     """Put the weights of the labels into the loss of `model`, where the settings ask for some."""
     if inputs.config.optim.class_weights != "none":
-        assert inputs.task.weights is not None, "checked with the settings"
-        heads.set_weights(model, inputs.task.weights(inputs.train, inputs.config.base))
+        heads.set_weights(model, inputs.task.label_weights(inputs.train, inputs.config.base))
 
 
-def make_collator(config: RunConfig, model: Any, inputs: Inputs) -> Any:
+def make_collator(model: Any, inputs: Inputs) -> Any:
     """Pads rows, or lays packed ones out so that no example sees another. Raises `UserError` where it cannot."""
     packed = [rows for rows in (inputs.train, inputs.evaluation) if isinstance(rows, data.PackedSet)]
     if not packed:
-        return inputs.task.collator(inputs.tokenizer, inputs.seq_len, config.base)
+        return inputs.task.collator(inputs.tokenizer, inputs.seq_len)
     from qlora_kit.lean import varlen
 
     pad = inputs.tokenizer.pad_token_id

@@ -1,0 +1,1 @@
+"""Text scoring: a text gets a number."""
