@@ -203,14 +203,14 @@ def test_what_does_not_fit_comes_with_ranked_remedies(tiny, capsys):
         "Does not fit into 520 MiB",
         "Largest part: ",
         "and fits.",
-        "What would take less",
-        "What is on already",
+        "Changes that take less",
+        "Savings that are on already",
         "largest batch",
         "Longest sequence of batch 1: 128 tokens",
     ):
         assert said in out, said
     hopeless = " ".join(prints(capsys, *big, "--fit", "1MiB").split())
-    assert "nor all of them together" in hopeless
+    assert "not even all of them together" in hopeless
     assert "none, not even two tokens fit" in hopeless
 
 

@@ -555,7 +555,7 @@ def test_a_whole_run_is_the_same_and_the_optimizer_has_one_parameter_a_buffer(tm
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
     assert [len(s["state"]) for s in states] == [1, len(adapters[0])]
     resumed = {**settings, "resume": str(tmp_path / "True"), "out": str(tmp_path / "resumed"), "max_steps": 6}
-    with pytest.raises(UserError, match="flat_buffer"):
+    with pytest.raises(UserError, match="flat_buffer = False"):
         train(RunConfig.from_flat({**resumed, "flat_buffer": False}), QUIET)
     monkeypatch.setattr(flat, "MAX_ELEMENTS_CPU", 10_000)  # as on another kind of device
     with pytest.raises(UserError, match="over other tensors"):

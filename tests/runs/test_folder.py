@@ -155,7 +155,7 @@ def test_resuming_finds_the_newest_whole_checkpoint(tmp_path):
     assert (point.step, point.unfinished, point.run) == (100, True, folder.working)
     older = find_resume_point(str(folder.checkpoints / "checkpoint-5"))
     assert (older.step, older.unfinished) == (5, True)
-    with pytest.raises(UserError, match="not whole"):
+    with pytest.raises(UserError, match="not complete"):
         find_resume_point(str(folder.checkpoints / "checkpoint-200"))
     with pytest.raises(UserError, match="no complete checkpoint"):
         find_resume_point(str(tmp_path))
@@ -339,6 +339,6 @@ def test_a_run_that_came_meanwhile_is_replaced_only_when_asked(tmp_path):
     run = RunFolder.create(str(tmp_path / "x"), "", overwrite=False)
     (tmp_path / "x").mkdir()
     write_json(tmp_path / "x" / "run.json", RECORD)
-    with pytest.raises(UserError, match="was made by somebody else"):
+    with pytest.raises(UserError, match="appeared while the run was going on"):
         run.finish()
     assert names(tmp_path / "x") == {"run.json"}

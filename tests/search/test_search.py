@@ -170,7 +170,7 @@ def test_overwrite_begins_anew_and_nothing_else_is_ever_replaced(tiny_runs, tmp_
     mine.mkdir()
     (mine / "thesis.txt").write_text("dear")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="is no search"):
+        with pytest.raises(UserError, match="is not a search"):
             search_of({**flat, "out": str(mine), "overwrite": overwrite})
     assert names(mine) == {"thesis.txt"}
 

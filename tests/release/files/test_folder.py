@@ -78,7 +78,7 @@ def test_what_appears_at_the_last_moment_is_not_touched(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", late)
-    with pytest.raises(UserError, match="made by somebody else"):
+    with pytest.raises(UserError, match="appeared while the release was being finished"):
         put(out, overwrite=True)
     assert met
     assert names(out) == ["thesis.tex"]
