@@ -11,9 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
-
-T = TypeVar("T")
 
 Written = Callable[[str, "str | None"], str]  # a setting and its value, or None, as text
 _NAMED = re.compile("⟦([^=⟧]*)(?:=([^⟧]*))?⟧")
@@ -42,11 +39,6 @@ def rendered(text: str, written: Written) -> str:
     return _NAMED.sub(lambda found: written(found[1], found[2]), text)
 
 
-def _name_of(setting: str) -> str:
-    """The name of a setting that is given as a flag."""  # until none is
-    return setting[2:].replace("-", "_") if setting.startswith("--") else setting
-
-
 @dataclass(frozen=True)
 class Fault:
     """One mistake: which setting, the value received (None for none), the rule it breaks, and the remedy.
@@ -59,9 +51,6 @@ class Fault:
     value: object
     rule: str
     remedy: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "setting", _name_of(self.setting))  # until all have names
 
     def text(self, written: Written) -> str:
         """The fault in words, settings written as `written` has it."""
@@ -120,14 +109,6 @@ class Faults:
         except UserError as error:
             self._note(error)
 
-    def collect(self, step: Callable[[], T]) -> T | None:
-        """The result of `step`; None where it raised a `UserError`, whose faults are kept."""  # until none uses it
-        try:
-            return step()
-        except UserError as error:
-            self._note(error)
-            return None
-
     def add(self, fault: Fault) -> None:
         """Note `fault`."""
         if fault not in self._found:
@@ -144,13 +125,7 @@ class Faults:
 
 
 @contextmanager
-def said_of(
-    setting: str,
-    instead_of: str,
-    old_remedy: str = "",
-    remedy: str = "",
-    remedies: Mapping[str, str] | None = None,
-) -> Iterator[None]:
+def said_of(setting: str, instead_of: str, remedies: Mapping[str, str] | None = None) -> Iterator[None]:
     """Report mistakes in the setting `instead_of` under the name of `setting`, which is what the user gave.
 
     `remedies` maps a remedy for `instead_of` to the one that helps with `setting`.
@@ -159,12 +134,8 @@ def said_of(
         yield
     except UserError as error:
         raise UserError(
-            replace(
-                fault,
-                setting=setting,
-                remedy=(remedies or {}).get(fault.remedy, fault.remedy.replace(old_remedy, remedy)),
-            )
-            if fault.setting == _name_of(instead_of)
+            replace(fault, setting=setting, remedy=(remedies or {}).get(fault.remedy, fault.remedy))
+            if fault.setting == instead_of
             else fault
             for fault in error.faults
         ) from None

@@ -5,21 +5,21 @@ PEFT does the injection; its files are the format that every other tool reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import initialization
+from qlora_kit.adapters.targets import choose_targets, linear_layers, matches, ranks_of
 from qlora_kit.config.settings import AdapterConfig
 from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
-from qlora_kit.adapters.targets import choose_targets, linear_layers, matches, ranks_of
 
 LANGUAGE_MODEL = "CAUSAL_LM"  # as PEFT calls one
 
@@ -35,7 +35,7 @@ def inject(
     Raises `UserError` for targets that match nothing and for combinations that the libraries cannot train.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
     from qlora_kit.model.heads import head_names
@@ -63,21 +63,28 @@ def inject(
         modules_to_save=(head_names(model) or None) if task is not None and task.has_new_head else None,
         task_type=LANGUAGE_MODEL if task is None else task.peft_type,
     )
-    names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
-    try:
-        peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
-    except ValueError as error:
-        rule = f"PEFT cannot adapt these layers of a {model.config.model_type} model ({str(error).rstrip('.')})"
-        remedy = "The model has no linear layer in a block."
-        if names:
-            remedy = f"Choose from {named('targets', ','.join(names))}."
-        raise UserError.of("targets", ",".join(targets), rule, remedy) from None
+    peft_model = _adapted(model, settings, targets)
     pass_all_inputs(peft_model)
     dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else torch.float32
     for _, parameter in adapter_parameters(peft_model):
         parameter.data = parameter.data.to(dtype)
     initialization.start(peft_model, config, originals)
     return peft_model
+
+
+def _adapted(model: PreTrainedModel, settings: LoraConfig, targets: Sequence[str]) -> PeftModel:
+    """PEFT's model with these `settings`. Raises `UserError` if it cannot adapt the `targets`."""
+    from peft import get_peft_model
+
+    names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
+    try:
+        return get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        rule = f"PEFT cannot adapt these layers of a {model.config.model_type} model ({str(error).rstrip('.')})"
+        remedy = "The model has no linear layer in a block."
+        if names:
+            remedy = f"Choose from {named('targets', ','.join(names))}."
+        raise UserError.of("targets", ",".join(targets), rule, remedy) from None
 
 
 def pass_all_inputs(model: PeftModel) -> None:

@@ -24,14 +24,14 @@ HELPS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class AskedSearch:
     """What is searched, and how."""
 
     space: Space
     settings: SearchConfig
 
 
-def read(given: Mapping[str, Any], flags: Mapping[str, Any]) -> Asked:
+def read(given: Mapping[str, Any], flags: Mapping[str, Any]) -> AskedSearch:
     """The settings that were `given`, by flag or file, a number maybe several times; `flags` win over a file's.
 
     Raises one `UserError` for all that break a rule.
@@ -47,10 +47,10 @@ def read(given: Mapping[str, Any], flags: Mapping[str, Any]) -> Asked:
             space = Space.from_flat({name: value for name, value in flat.items() if name not in own})
         with faults.collecting():
             settings = SearchConfig.from_flat({**told, **flags})
-    return Asked(space=space, settings=settings)
+    return AskedSearch(space=space, settings=settings)
 
 
-def run(asked: Asked, **_: Any) -> None:
+def run(asked: AskedSearch, **_: Any) -> None:
     """Search, and print what was found; progress goes to standard error. Raises `UserError`."""
     from rich.console import Console
 

@@ -144,7 +144,7 @@ def read_value(f: dataclasses.Field[Any], hint: Any, value: object) -> Any:
     try:
         read = convert(value, hint)
     except ValueError as error:
-        raise UserError.of(f.name, value, str(error), "See --help.") from None
+        raise UserError.of(f.name, value, str(error), "See the help of this setting.") from None
     rule = f.metadata.get("rule")
     if rule is not None and read is not None and not rule.holds(read):
         raise UserError.of(f.name, read, rule.text, f"For example {named(f.name, _example(f))}.")

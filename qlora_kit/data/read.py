@@ -57,7 +57,7 @@ def read_records(source: str, setting: str = "data") -> list[Record]:
     Raises `UserError` if there is no such source, if it is empty, and if lines cannot be read (each with file and
     line).
     """
-    held_out = setting in ("eval_data", "--eval-data")  # until all have names
+    held_out = setting == "eval_data"
     path = Path(source).expanduser()
     if source == "demo":
         path = demo.eval_file() if held_out else demo.train_file()

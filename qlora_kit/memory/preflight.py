@@ -148,7 +148,9 @@ def prompts_in_free(config: RunConfig, device: torch.device, answers: AnswerLeng
 
     try:
         gpu = fit.present_device()[0] if device.type == "cuda" else None
-        found = plan(with_rows(config, MULTIPLE), gpu=gpu, held_out=HeldOut(0, 0, answers, answers))
+        found = plan(
+            with_rows(config, MULTIPLE), gpu=gpu, held_out=HeldOut(rows=0, row_tokens=0, sampled=answers, asked=answers)
+        )
     except UserError:  # it may be one that does not train, and answers all the same
         return ANSWER_BATCH
     return ANSWER_BATCH if found.answers is None else _prompts_in_free(found, device)

@@ -97,7 +97,7 @@ def assumed(config: RunConfig, tokens: int) -> HeldOut:
     """
     sampled = None if config.data.held_out_source == "demo" else AnswerLengths(1, tokens, SAMPLE_TOKENS)
     asked = AnswerLengths(config.evaluation.exact_match or 1, tokens, MAX_ANSWER_TOKENS)
-    return HeldOut(config.optim.batch_size, tokens, sampled, asked)
+    return HeldOut(rows=config.optim.batch_size, row_tokens=tokens, sampled=sampled, asked=asked)
 
 
 def occasions(

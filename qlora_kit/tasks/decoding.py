@@ -72,7 +72,7 @@ class AnswerLengths:
         return AnswerLengths(*(max(pair) for pair in pairs))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """What a run does with held-out data, as far as memory goes.
 
@@ -86,7 +86,7 @@ class HeldOut:
     asked: AnswerLengths | None = None
 
 
-NOTHING_HELD_OUT = HeldOut(0, 0)
+NOTHING_HELD_OUT = HeldOut(rows=0, row_tokens=0)
 
 
 @contextmanager

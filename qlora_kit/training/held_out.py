@@ -30,7 +30,9 @@ def lengths(config: RunConfig, inputs: Inputs) -> decoding.HeldOut:
         asked = inputs.task.prompt_lengths(inputs.tokenizer, inputs.held_out[: config.evaluation.exact_match])
         asked = asked if sampled is None else asked.also(sampled)
     longest = preflight.padded(inputs.longest_held_out)
-    return decoding.HeldOut(len(inputs.evaluation), min(longest, inputs.seq_len), sampled, asked)
+    return decoding.HeldOut(
+        rows=len(inputs.evaluation), row_tokens=min(longest, inputs.seq_len), sampled=sampled, asked=asked
+    )
 
 
 def prompts_at_once(prepared: Prepared) -> int:

@@ -149,7 +149,7 @@ def test_a_host_without_room_for_the_checkpoints_is_refused_with_everything_else
     assert [fault.setting for fault in refusal(enough - 1, little).faults] == ["model", "offload_activations"]
 
 
-LONG = decoding.HeldOut(4, 512, None, decoding.AnswerLengths(8, 1000, 20))
+LONG = decoding.HeldOut(rows=4, row_tokens=512, sampled=None, asked=decoding.AnswerLengths(8, 1000, 20))
 
 
 def gpt2(**evaluation) -> RunConfig:

@@ -32,7 +32,7 @@ from qlora_kit.tasks.decoding import AnswerLengths, HeldOut
 
 CPU = torch.device("cpu")
 EVEN = [family for family in FAMILIES if family != "gemma2"]  # its layers alternate
-HELD_OUT = HeldOut(2, 40, AnswerLengths(1, 24, 16), AnswerLengths(6, 24, 16))
+HELD_OUT = HeldOut(rows=2, row_tokens=40, sampled=AnswerLengths(1, 24, 16), asked=AnswerLengths(6, 24, 16))
 
 
 def config_file(folder, family, layers):
@@ -71,7 +71,7 @@ def test_the_components_of_each_phase_sum_to_its_peak_and_the_largest_decides(tm
 def test_a_run_that_is_largest_while_it_answers_needs_what_that_takes(tmp_path):
     """Only the step was compared with what is free."""
     config = run(config_file(tmp_path, "llama", 3), batch_size=1, seq_len=8)
-    long = HeldOut(1, 8, None, AnswerLengths(4, 100, 20))
+    long = HeldOut(rows=1, row_tokens=8, sampled=None, asked=AnswerLengths(4, 100, 20))
     planned, step = (plan(config, held_out=own) for own in (long, decoding.NOTHING_HELD_OUT))
     assert (planned.largest_stage, planned.answers.prompts) == ("generation", 1)
     assert planned.peak_bytes == step.peak_bytes
@@ -94,18 +94,20 @@ def test_what_is_held_out_is_taken_from_the_settings_where_no_data_is_known(tmp_
 
 def test_an_evaluation_keeps_no_gradients_and_is_of_its_own_rows(tmp_path):
     config = run(config_file(tmp_path, "llama", 3), optim="adamw")
-    short, long = (plan(config, held_out=HeldOut(2, tokens)).stages["evaluation"] for tokens in (16, 64))
+    short, long = (
+        plan(config, held_out=HeldOut(rows=2, row_tokens=tokens)).stages["evaluation"] for tokens in (16, 64)
+    )
     assert long.components["gradients"] == long.components["checkpoints"] == 0
     assert long.components["optimizer states"] > 0  # it comes between the steps
     assert short.peak_bytes < long.peak_bytes
-    one = plan(config, held_out=HeldOut(1, 64)).stages["evaluation"]
+    one = plan(config, held_out=HeldOut(rows=1, row_tokens=64)).stages["evaluation"]
     assert one.what == "1 x 64 tokens"
     assert one.peak_bytes < long.peak_bytes
 
 
 def test_the_cache_has_the_keys_and_values_of_prompt_and_answer(tmp_path):
     config = run(config_file(tmp_path, "llama", 3), gradient_checkpointing=False, batch_size=16)
-    planned = plan(config, held_out=HeldOut(16, 64, None, AnswerLengths(6, 4, 120)))
+    planned = plan(config, held_out=HeldOut(rows=16, row_tokens=64, sampled=None, asked=AnswerLengths(6, 4, 120)))
     architecture = small_config("llama", 3)
     assert planned.answers.prompts == 6
     a_token = 2 * architecture.num_key_value_heads * architecture.head_dim * 2  # keys and values, in bf16
@@ -187,12 +189,14 @@ def test_as_many_prompts_as_take_no_more_than_the_step(step, one, each, most):
 
 def test_the_number_of_prompts_at_once_keeps_answers_within_the_step(tmp_path):
     config = run(config_file(tmp_path, "llama", 3), batch_size=4, seq_len=64, exact_match=32)
-    held_out = HeldOut(4, 64, None, AnswerLengths(32, 60, 60))
+    held_out = HeldOut(rows=4, row_tokens=64, sampled=None, asked=AnswerLengths(32, 60, 60))
     planned = plan(config, held_out=held_out)
     answers, stage = planned.answers, planned.stages["generation"]
     assert 1 < answers.prompts < answers.most == 32
     assert stage.peak_bytes <= planned.peak_bytes < answers.one_bytes + answers.prompts * answers.each_bytes
-    alone = plan(config, held_out=HeldOut(4, 64, None, AnswerLengths(answers.prompts, 60, 60)))
+    alone = plan(
+        config, held_out=HeldOut(rows=4, row_tokens=64, sampled=None, asked=AnswerLengths(answers.prompts, 60, 60))
+    )
     assert alone.stages["generation"].peak_bytes <= stage.peak_bytes * 1.001
 
 
@@ -221,7 +225,8 @@ def test_a_model_without_a_cache_reads_all_again_for_each_token(tmp_path):
     AutoConfig.for_model("openai-gpt", **sizes).to_json_file(path)
     config = run(str(path), gradient_checkpointing=False)
     short, long = (
-        plan(config, held_out=HeldOut(2, 40, None, AnswerLengths(1, 24, new_tokens))) for new_tokens in (8, 100)
+        plan(config, held_out=HeldOut(rows=2, row_tokens=40, sampled=None, asked=AnswerLengths(1, 24, new_tokens)))
+        for new_tokens in (8, 100)
     )
     assert short.unplanned == long.unplanned == ""
     assert short.stages["generation"].peak_bytes < long.stages["generation"].peak_bytes
@@ -246,7 +251,7 @@ def test_phases_that_do_not_run_on_meta_are_left_out_and_that_is_said(tmp_path, 
 
 def test_what_fits_is_decided_by_the_largest_phase_and_its_own_remedies_are_ranked(tmp_path):
     config = run(config_file(tmp_path, "llama", 3), batch_size=1, seq_len=8)
-    planner = Planner(config, held_out=HeldOut(1, 8, None, AnswerLengths(4, 100, 20)))
+    planner = Planner(config, held_out=HeldOut(rows=1, row_tokens=8, sampled=None, asked=AnswerLengths(4, 100, 20)))
     largest = planner.plan(batch_size=1, seq_len=8)
     assert largest.largest_stage == "generation"
     assert planner.need_bytes(1, 8) == largest.largest.peak_bytes + largest.beside_bytes

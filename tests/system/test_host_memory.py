@@ -97,7 +97,11 @@ def test_a_step_maps_nothing_anew_and_has_the_same_loss():
 
 
 def test_a_model_on_a_gpu_leaves_the_host_alone():
-    program = "from qlora_kit.system import host_memory\nhost_memory.apply = None\nwith host_memory.building('cuda'): print(1)"
+    program = """
+from qlora_kit.system import host_memory
+host_memory.apply = None
+with host_memory.building('cuda'): print(1)
+"""
     assert run_program(program) == [["1"]]
 
 

@@ -358,7 +358,7 @@ def test_every_kind_can_be_planned(workshop, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_planned_in_the_batches_of_the_evaluation(workshop, kind):
     config = workshop.config(kind, base={"task": "text2text-generation"})
-    held_out = HeldOut(50, 24, asked=AnswerLengths(50, 24, 20))
+    held_out = HeldOut(rows=50, row_tokens=24, asked=AnswerLengths(50, 24, 20))
     found = plan(config, held_out=held_out)
     assert (list(found.stages), found.unplanned) == (["loading", "evaluation", "generation", "step"], "")
     rows = config.optim.batch_size
