@@ -7,8 +7,9 @@ What must be equal: every bit, on the kind of machine and with the libraries tha
 runs are trained anew as well, and must be the recorded ones, so that no change of our arithmetic passes unseen.
 Elsewhere the machine or the libraries may compute otherwise, and how much so is measured: a resumed run may be twice as
 far from the recorded one as the run that is trained anew (so not at all where that one is the recorded one), and never
-farther than a quarter of the way that the recorded run went since the checkpoint. Who loses the optimizer's state, the
-learning rate or the order of the data ends farther away.
+farther than a twentieth of the way that the recorded run went since the checkpoint. (With the vector units cut down to
+AVX2 it ends 0.5 % of that way off, to SSE 1.2 %; with the optimizer's moments lost 46 % and more, with another order of
+the data 17 %, with another step count of the optimizer 20 %, with learning rates of three steps before 61 %.)
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = ["light_collections"]  # a fixture of every test here
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 MADE = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(FIXTURES.glob("*/MADE.json"))}
-SHARE_OF_THE_WAY = 0.25
+SHARE_OF_THE_WAY = 0.05
 BF16_STEP = 2**-7  # between two neighbours, relative to the smaller one
 CLOSE = 0.05  # figures and probabilities of models whose arithmetic is bf16, on another machine
 
@@ -181,7 +182,8 @@ def test_a_checkpoint_goes_on_to_the_same_weights(name, case, work, anew):
     for part in ("adapter", newest_checkpoint(recorded)):  # an earlier checkpoint may have been the best
         known = weights(recorded / part)
         arithmetic, way = distance(weights(again / part), known), distance(start, known)
-        assert distance(weights(work / new / part), known) <= min(2 * arithmetic, SHARE_OF_THE_WAY * way)
+        allowed = 0.0 if is_where_it_was_made(name) else min(2 * arithmetic, SHARE_OF_THE_WAY * way)
+        assert distance(weights(work / new / part), known) <= allowed
     assert way > 0
     steps, before = ([line["step"] for line in metrics(run) if "loss" in line] for run in (work / new, recorded))
     assert steps == before
