@@ -10,6 +10,7 @@ trial whose process was killed goes on at once, and keeps its finished folds.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.config.rules import default_of, fields_of
 from qlora_kit.config.settings import DEFAULT_TRIALS, SearchConfig
+from qlora_kit.config.settings import settings as declared
 from qlora_kit.errors import Fault, UserError, named
 from qlora_kit.search.choice import FINISHED, RULED_OUT, RUNNING, WAITING, Tried, higher_is_better, metric_of
 from qlora_kit.search.folder import DB_FILE, LOCK_FILE, RUNS, discard_if_empty, exists
@@ -74,8 +77,9 @@ class Store:
         """
         stored = self._study.user_attrs.get(SETTINGS)
         if stored is not None:
-            differing = {name for name in {*stored, *settings} if stored.get(name) != settings.get(name)}
-            _check_same(stored, settings, differing)
+            before = {**_defaults(), **stored}
+            differing = {name for name in {*stored, *settings} if before.get(name) != settings.get(name)}
+            _check_same(before, settings, differing)
             return
         self._begin(settings, plan())
 
@@ -323,6 +327,13 @@ def _discarded(folder: Path | None) -> Iterator[None]:
         if folder is not None:
             discard_if_empty(folder)
         raise
+
+
+def _defaults() -> dict[str, Any]:
+    """Every setting's default, as the store has it: a search of an older version stored none for settings made since."""
+    fields = [*(f for _, f, _ in declared()), *(f for f, _ in fields_of(SearchConfig))]
+    plain: dict[str, Any] = json.loads(json.dumps({f.name: default_of(f) for f in fields}))
+    return plain
 
 
 def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], differing: set[str]) -> None:

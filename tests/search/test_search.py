@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from qlora_kit import RunConfig, SearchConfig, UserError, train
 from qlora_kit.cli.main import main
 from qlora_kit.config.files import read_settings_file
 from qlora_kit.runs.inputs import read_material
+from qlora_kit.search.folder import DB_FILE
 from qlora_kit.search.folds import make_folds
 from qlora_kit.search.run import search
 from qlora_kit.search.space import Space
@@ -128,6 +131,20 @@ def test_other_examples_than_at_the_beginning_are_refused(tiny_runs, tmp_path):
     data.write_text("\n".join(json.dumps(row) for row in [*ROWS[1:], ROWS[0]]))
     with pytest.raises(UserError, match="has changed since"):
         search_of(flat)
+
+
+def test_a_setting_that_an_older_version_did_not_have_was_at_its_default(tiny_runs, tmp_path):
+    flat = settings_of(tiny_runs, tmp_path / "x")
+    search_of(flat)
+    with contextlib.closing(sqlite3.connect(tmp_path / "x" / DB_FILE)) as db, db:
+        (stored,) = db.execute("SELECT value_json FROM study_user_attributes WHERE key = 'settings'").fetchone()
+        older = json.dumps({name: value for name, value in json.loads(stored).items() if name != "neftune"})
+        db.execute("UPDATE study_user_attributes SET value_json = ? WHERE key = 'settings'", (older,))
+    finished = results_of(tmp_path / "x")
+    search_of(flat)
+    assert results_of(tmp_path / "x") == finished
+    with pytest.raises(UserError, match="neftune = 5.0: was None when this search began"):
+        search_of({**flat, "neftune": 5.0})
 
 
 def test_another_base_than_at_the_beginning_is_refused(tiny_runs, tmp_path):
