@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_kit.errors import Fault, UserError, as_flag, named
+from qlora_kit.errors import Fault, UserError, named
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,6 @@ def _wrong_type(value: object, hint: Any) -> str | None:
         return None if convert(value, hint) == value else "has the wrong type"
     except ValueError as error:
         return str(error)
-
-
-def flag(name: str) -> str:
-    """The command-line flag of the setting `name`."""  # until only the command line asks
-    return as_flag(name, None)
 
 
 def _example(f: dataclasses.Field[Any]) -> object:

@@ -38,7 +38,7 @@ def encode_prompts(examples: Iterable[data.Example], opened: Opened, raw: bool, 
 
     Raises one `UserError`, said of `setting`, for all that are empty, no text, or leave no room for an answer.
     """
-    problems = Problems(setting, "prompts", "Mend or remove it." if setting == "data" else "Give another.")
+    problems = Problems(setting, "prompts", "Fix or remove it." if setting == "data" else "Give another.")
     prompts = []
     for example in examples:
         rule = _text_rule(example)

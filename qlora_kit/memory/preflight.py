@@ -180,9 +180,9 @@ def _too_large(
     changes = fit.savings(planner, budget)
     enough = fit.together(planner, budget, changes)
     if enough is not None:
-        remedy = f"With {enough.flags} it needs {human_bytes(enough.device_bytes)}."
+        remedy = f"With {enough.named} it needs {human_bytes(enough.device_bytes)}."
     else:
-        ranked = ", ".join(f"{change.flags} (saves {human_bytes(change.saves_bytes)})" for change in changes[:3])
+        ranked = ", ".join(f"{change.named} (saves {human_bytes(change.saves_bytes)})" for change in changes[:3])
         remedy = f"What saves the most is not enough: {ranked}." if ranked else "Use a smaller model."
         remedy += WITHOUT_SETTING.get(planned.largest_stage, "")
     components = planned.largest.components

@@ -13,7 +13,8 @@ CONNECT_TIMEOUT_S = 5.0
 OFFLINE_REMEDY = (
     f"Give a local folder, or {named('weights', 'random')} with a known architecture, which needs no download."
 )
-UNKNOWN_REMEDY = f"Check the name, or log in if it is private. {OFFLINE_REMEDY}"
+CHECK_NAME = "Check the name, or log in if it is private."
+UNKNOWN_REMEDY = f"{CHECK_NAME} {OFFLINE_REMEDY}"
 
 
 def hub_reachable() -> bool:
@@ -97,3 +98,8 @@ def fetch_model_folder(
             setting, model, "is not cached completely, and the hub does not answer", OFFLINE_REMEDY
         ) from None
     return Path(found)
+
+
+def remedies(otherwise: str) -> dict[str, str]:
+    """The remedies of faults here, by the ones in whose place they stand, where random weights do not help."""
+    return {OFFLINE_REMEDY: otherwise, UNKNOWN_REMEDY: f"{CHECK_NAME} {otherwise}"}

@@ -191,16 +191,13 @@ def check_base(run: FinishedRun) -> str | None:
 
 
 def _base_errors() -> AbstractContextManager[None]:
-    return said_of(
-        "base",
-        instead_of="model",
-        remedies={hub.OFFLINE_REMEDY: f"Say where the run's base is now with {named('base', 'MODEL')}."},
-    )
+    remedies = hub.remedies(f"Say where the run's base is now with {named('base', 'MODEL')}.")
+    return said_of("base", instead_of="model", remedies=remedies)
 
 
 def model_errors(setting: str) -> AbstractContextManager[None]:
     """Say mistakes of the model of `setting`: it may not have random weights."""
-    return said_of(setting, instead_of="model", remedies={hub.OFFLINE_REMEDY: "Give a model folder."})
+    return said_of(setting, instead_of="model", remedies=hub.remedies("Give a model folder."))
 
 
 def run_positions(run: FinishedRun) -> int | None:

@@ -330,7 +330,7 @@ def _discarded(folder: Path | None) -> Iterator[None]:
 
 
 def _defaults() -> dict[str, Any]:
-    """Every setting's default, as the store has it: a search of an older version stored none for settings made since."""
+    """Every setting's default, in JSON's types: a search of an older version has no value for later settings."""
     fields = [*(f for _, f, _ in declared()), *(f for f, _ in fields_of(SearchConfig))]
     plain: dict[str, Any] = json.loads(json.dumps({f.name: default_of(f) for f in fields}))
     return plain

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 import qlora_kit
 from qlora_kit import demo
 from qlora_kit.cli.main import COMMANDS, command_of
-from qlora_kit.config.rules import flag
 from qlora_kit.config.settings import SearchConfig, settings
+from qlora_kit.errors import as_flag
 
 ROOT = Path(__file__).resolve().parents[2]
 HISTORY = {"docs/log.md"}  # it tells of what was, too
@@ -59,11 +59,11 @@ def test_the_figures_are_those_of_the_committed_results():
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
     """Every flag there is."""
-    switches = {flag(f"no_{field.name}") for _, field, hint in settings() if hint is bool}
+    switches = {as_flag(f"no_{field.name}", None) for _, field, hint in settings() if hint is bool}
     return (
-        {flag(field.name) for _, field, _ in settings()}
+        {as_flag(field.name, None) for _, field, _ in settings()}
         | switches
-        | {flag(name) for command in map(command_of, COMMANDS) for name in command.own_names()}
+        | {as_flag(name, None) for command in map(command_of, COMMANDS) for name in command.own_names()}
         | {"--config"}
         | OF_BENCHMARKS
         | OF_OTHERS

@@ -143,7 +143,7 @@ def test_a_setting_that_an_older_version_did_not_have_was_at_its_default(tiny_ru
     finished = results_of(tmp_path / "x")
     search_of(flat)
     assert results_of(tmp_path / "x") == finished
-    with pytest.raises(UserError, match="neftune = 5.0: was None when this search began"):
+    with pytest.raises(UserError, match=r"neftune = 5\.0: was None when this search began"):
         search_of({**flat, "neftune": 5.0})
 
 

@@ -72,7 +72,7 @@ def read_unlabelled(source: Source) -> list[LabelledText]:
 
 def _read(source: Source, several: bool | None, labelled: bool) -> list[LabelledText]:
     check_targets(source.columns, TARGETS, "text=NAME,label=NAME")
-    problems = Problems(source.setting, source.name, "Mend or remove it.")
+    problems = Problems(source.setting, source.name, "Fix or remove it.")
     examples = []
     for file, group in groupby(source.records, key=lambda record: record.file):
         in_file = list(group)

@@ -65,7 +65,7 @@ def read_unlabelled(source: Source) -> list[AskedContext]:
 
 def _read(source: Source, labelled: bool) -> list[AskedContext]:
     check_targets(source.columns, TARGETS, "question=NAME,context=NAME,answers=NAME")
-    problems = Problems(source.setting, source.name, "Mend or remove it.")
+    problems = Problems(source.setting, source.name, "Fix or remove it.")
     examples = []
     for file, group in groupby(_flat(source.records, problems), key=lambda record: record.file):
         in_file = list(group)

@@ -53,7 +53,7 @@ def read_untagged(source: Source) -> list[TaggedWords]:
 
 def _read(source: Source, labels: Sequence[str] | None, tagged: bool) -> list[TaggedWords]:
     check_targets(source.columns, TARGETS, "tokens=NAME,tags=NAME")
-    problems = Problems(source.setting, source.name, "Mend or remove it.")
+    problems = Problems(source.setting, source.name, "Fix or remove it.")
     examples = []
     for file, group in groupby(source.records, key=lambda record: record.file):
         in_file = list(group)

@@ -77,7 +77,7 @@ def read_unanswered(source: Source) -> list[SourceTarget]:
 
 def _read(source: Source, answered: bool) -> list[SourceTarget]:
     _check_targets(source)
-    problems = Problems(source.setting, source.name, "Mend or remove it.")
+    problems = Problems(source.setting, source.name, "Fix or remove it.")
     examples = []
     for file, group in groupby(source.records, key=lambda record: record.file):
         in_file = list(group)
