@@ -216,7 +216,7 @@ def test_a_release_that_overflows_when_it_is_served_is_refused(tmp_path, in_this
         dtype="fp16",
         into="original",
     )
-    with pytest.raises(UserError, match="--dtype = 'fp16': gives logits that are not finite"):
+    with pytest.raises(UserError, match="dtype = 'fp16': gives logits that are not finite"):
         merge.merge(request, QUIET)
 
 
