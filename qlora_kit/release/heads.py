@@ -25,7 +25,7 @@ def with_task(config: BaseConfig, adapters: Sequence[Adapter]) -> BaseConfig:
     if config.task is not None:
         return config
     kinds = {str(adapter.settings.get("task_type")) for adapter in adapters}
-    found = (task for task in registry.TASKS if task.model.replaces_loss and task.model.peft_type in kinds)
+    found = (task for task in registry.all_tasks() if task.model.replaces_loss and task.model.peft_type in kinds)
     task = next(found, None)
     if task is None:
         return config

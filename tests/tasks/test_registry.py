@@ -8,7 +8,7 @@ from classifiers import architecture
 from qlora_kit.config.settings import BaseConfig
 from qlora_kit.data.read import Record
 from qlora_kit.errors import UserError
-from qlora_kit.tasks.registry import TASKS, check_can_do, choose, metric_of, names, task_named, task_of
+from qlora_kit.tasks.registry import all_tasks, check_can_do, choose, metric_of, names, task_named, task_of
 
 
 def chosen(row, kind="gpt2", columns=None, task=None):
@@ -17,14 +17,14 @@ def chosen(row, kind="gpt2", columns=None, task=None):
 
 
 def test_every_task_has_a_name_of_its_own():
-    assert len(set(names())) == len(TASKS)
-    assert all(task_named(task.name) is task for task in TASKS)
+    assert len(set(names())) == len(all_tasks())
+    assert all(task_named(task.name) is task for task in all_tasks())
     assert task_named(None).name == "text-generation"
     with pytest.raises(UserError, match="task = 'nonesuch': is not a task: there are text-generation, "):
         task_named("nonesuch")
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", all_tasks(), ids=lambda task: task.name)
 def test_a_task_follows_one_of_its_metrics(task):
     assert task.metric in task.metrics
     assert "loss" in task.metrics

@@ -28,9 +28,9 @@ class Copy:
         shutil.copytree(TOY, root / "qlora_kit" / "tasks" / "scoring", ignore=shutil.ignore_patterns("__pycache__"))
         registry = root / "qlora_kit" / "tasks" / "registry.py"
         text = registry.read_text()
-        line = '    "tagging",\n'
+        line = '    "token-classification": "tagging",\n'
         assert text.count(line) == 1
-        registry.write_text(text.replace(line, f'    "scoring",\n{line}'))
+        registry.write_text(text.replace(line, f'    "text-scoring": "scoring",\n{line}'))
         self.data = save_rows(root / "data.jsonl", ROWS)
         self.base = save_base(root / "base", "bert")
 

@@ -140,7 +140,7 @@ def _rows(
         if len(whole.input_ids) - whole.context_tokens > MAX_QUESTION * seq_len:
             rule = (
                 f"has a question of {len(whole.input_ids) - whole.context_tokens} tokens, and {MAX_QUESTION:.0%} of "
-                f"the {named('seq_len', seq_len)} tokens are left for the context"
+                f"the {seq_len} of {named('seq_len')} are left for the context"
             )
             problems.add(example.origin, rule)
         else:

@@ -207,7 +207,7 @@ def test_numbers_go_on_over_several_calls_of_the_tokenizer(monkeypatch):
 def test_a_question_that_leaves_too_little_room_is_refused_with_its_place():
     at_most = asked("a" * 40, question="q" * 9)  # and three marks: half of 24
     assert rows(at_most)
-    with pytest.raises(UserError, match=r"a\.jsonl:1.*has a question of 13 tokens, and 50% of the seq_len=24 tokens"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1.*has a question of 13 tokens, and 50% of the 24 of seq_len"):
         rows(asked("a" * 40, question="q" * 10))
 
 
