@@ -1,7 +1,8 @@
 """What a task is to the rest of the toolkit: its data, its batches, its scores, its answers.
 
-A task is a folder here whose `task.py` holds a subclass of `Task`, and one line in `registry.FOLDERS`. What it asks of a
-model is its `TaskModel`. Nobody outside asks which task it is: they call these methods.
+A task is a folder here whose `task.py` holds a subclass of `Task` and an instance of it, `TASK`, and one line in
+`registry.FOLDERS`. What it asks of a model is its `TaskModel`. Nobody outside asks which task it is: they call these
+methods.
 """
 
 from __future__ import annotations

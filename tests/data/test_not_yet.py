@@ -58,7 +58,7 @@ def test_what_would_train_something_else_is_refused(tmp_path, row, said, layout)
     with pytest.raises(UserError, match=f"has {said}") as caught:
         read(tmp_path, layout(row))
     (fault,) = caught.value.faults
-    assert (fault.setting, fault.value) == ("--data", f"{tmp_path / 'a.jsonl'}:1")
+    assert (fault.setting, fault.value) == ("data", f"{tmp_path / 'a.jsonl'}:1")
     assert "emove" in fault.remedy or "leave these conversations out" in fault.remedy
 
 

@@ -456,7 +456,7 @@ def test_mistakes_in_model_data_and_length_come_in_one_message(config):
     config = changed(config, data={"data": "none.jsonl", "seq_len": 4096, "eval_data": "nor-this.jsonl"})
     with pytest.raises(UserError) as caught:
         train(config, QUIET)
-    assert {f.setting for f in caught.value.faults} == {"--data", "--eval-data", "--seq-len"}
+    assert {f.setting for f in caught.value.faults} == {"data", "eval_data", "seq_len"}
 
 
 def test_a_write_protected_or_full_place_during_the_run_is_one_message(config, monkeypatch):
