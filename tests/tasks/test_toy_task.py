@@ -79,7 +79,7 @@ def test_its_name_is_in_the_help_and_in_the_refusal_of_another(copy):
 def test_it_is_planned_and_previewed(copy):
     settings = ["--model", copy.base, "--data", copy.data, "--seq-len", 32]
     planned = json.loads(copy.run("plan", *settings, "--json"))
-    assert planned["n_trainable"] > 0
+    assert planned["plan"]["n_trainable"] > 0
     shown = copy.run("preview", *settings, "--rows", 2)
     assert "text-scoring: the tokens that the model reads" in shown
     assert "«1»" in shown
