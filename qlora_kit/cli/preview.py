@@ -6,22 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from qlora_kit.cli.flags import Command
 from qlora_kit.config import rules
 from qlora_kit.config.settings import RunConfig
-from qlora_kit.data import Record, pack, read_rows, resolve_seq_len, unread_fields
 from qlora_kit.errors import Fault, UserError, as_flag, named
-from qlora_kit.runs.inputs import DATA, HELD_OUT, source_of, with_columns
-from qlora_kit.runs.messages import unread_lines
-from qlora_kit.system.progress import say_line
-from qlora_kit.tasks.task import Task
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
+
+    from qlora_kit.data import Record
+    from qlora_kit.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +36,12 @@ def preview(config: RunConfig, rows: Sequence[int] = (1, 2, 3)) -> None:
 
     Raises `UserError` for `rows` outside the data, and for whatever is wrong with the data or the tokenizer.
     """
+    from rich.console import Console
+
+    from qlora_kit.data import pack, read_rows, resolve_seq_len
     from qlora_kit.model.source import load_model_config, max_positions
     from qlora_kit.model.tokenizer import load_tokenizer
+    from qlora_kit.runs.inputs import DATA, HELD_OUT, source_of, with_columns
     from qlora_kit.tasks import registry
 
     console = Console(highlight=False)
@@ -83,6 +84,8 @@ def _print_example(
     seq_len: int,
 ) -> None:
     """The tokens that the model reads of an example, row by row, and what it learns."""
+    from rich.text import Text
+
     rows = task.rows_to_show(config, example, tokenizer, seq_len)
     for place, row in enumerate(rows, start=1):
         window = f", window {place} of {len(rows)}" if len(rows) > 1 else ""
@@ -102,6 +105,8 @@ def _title(task: Task, number: int, row: Any) -> str:
 
 def tokens_text(ids: Sequence[int], learned: Sequence[bool] | None, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Tokens: those that are learned green and in «», the others dim and ended by |, white space visible."""
+    from rich.text import Text
+
     text = Text()
     for token, is_learned in zip(ids, learned or [False] * len(ids), strict=True):
         shown = _shown(token, tokenizer)
@@ -111,6 +116,10 @@ def tokens_text(ids: Sequence[int], learned: Sequence[bool] | None, tokenizer: P
 
 def _say_unread(console: Console, what: str, records: Sequence[Record]) -> None:
     """Say which fields of `records` were not read, now that their examples are."""
+    from qlora_kit.data import unread_fields
+    from qlora_kit.runs.messages import unread_lines
+    from qlora_kit.system.progress import say_line
+
     for line in unread_lines({what: unread_fields(records)}):
         say_line(console, f"{line}\n")
 
@@ -134,6 +143,9 @@ def _shown(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _audit_table(setting: str, examples: int, lines: Sequence[tuple[str, str]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=f"Audit of {as_flag(setting, None)}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")

@@ -55,4 +55,4 @@ def test_space_marks_are_shown(tmp_path, monkeypatch, capsys, tokenizer):
 def test_rows_outside_the_data_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError) as caught:
         preview(config_for(tmp_path), (0, 1, 9))
-    assert [(fault.setting, fault.value) for fault in caught.value.faults] == [("--rows", 0), ("--rows", 9)]
+    assert [(fault.setting, fault.value) for fault in caught.value.faults] == [("rows", 0), ("rows", 9)]
