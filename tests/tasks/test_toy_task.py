@@ -71,7 +71,7 @@ def test_its_name_is_in_the_help_and_in_the_refusal_of_another(copy):
     assert "text-scoring" in copy.run("train", "--help")
     refused = copy.call("train", "--task", "nonesuch", "--bits", 5)
     assert refused.returncode == 2
-    assert "--task = 'nonesuch': is not a task: there are text-generation, " in refused.stderr
+    assert "--task = 'nonesuch': must be one of text-generation, " in refused.stderr
     assert "text-scoring" in refused.stderr
     assert "--bits = " in refused.stderr
 
