@@ -526,7 +526,7 @@ def test_a_model_that_does_not_run_on_meta_is_one_error_and_a_run_goes_on_withou
     [
         (("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320}), "--targets.*out_proj.*x_proj"),
         (("llama", {**TINY, "num_hidden_layers": 0}), "--targets.*no linear layer"),
-        (("openai-gpt", {"n_embd": 64, "n_layer": 2, "n_head": 4}), "--no-gradient-checkpointing"),
+        (("openai-gpt", {"n_embd": 64, "n_layer": 2, "n_head": 4}), "gradient_checkpointing=False"),
     ],
     ids=["mamba", "no layers", "openai-gpt"],
 )
