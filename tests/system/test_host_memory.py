@@ -16,7 +16,7 @@ KEPT = """
 import contextlib, sys
 from pathlib import Path
 import torch
-from qlora_kit.host_memory import BUILDING, apply, building
+from qlora_kit.system.host_memory import BUILDING, apply, building
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 around = contextlib.ExitStack()
 if sys.argv[1] == "told":
@@ -97,11 +97,8 @@ def test_a_step_maps_nothing_anew_and_has_the_same_loss():
 
 
 def test_a_model_on_a_gpu_leaves_the_host_alone():
-    program = """
-from qlora_kit.system import host_memory
-host_memory.apply = None
-with host_memory.building('cuda'): print(1)
-"""
+    broken = "from qlora_kit.system import host_memory\nhost_memory.apply = None\n"
+    program = broken + "with host_memory.building('cuda'): print(1)"
     assert run_program(program) == [["1"]]
 
 

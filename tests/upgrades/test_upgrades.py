@@ -26,12 +26,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from make_fixtures import digests, logits_of, machine, parsed, versions
 from refusals import fails
 from safetensors.torch import load_file, save_file
 from search_cases import light_collections
+from upgrades.make_fixtures import digests, logits_of, machine, parsed, versions
 
-from qlora_kit.cli import main
+from qlora_kit.cli.main import main
 
 __all__ = ["light_collections"]  # a fixture of every test here
 
