@@ -101,7 +101,7 @@ def _check(given: Mapping[str, Any], run: str | None, release: str | None, base:
         faults += [Fault(name, value, rule, remedy) for name, value in others.items() if value is not None]
         if "data" not in given:
             remedy = f"Give {named('data', 'FILE')}."
-            faults.append(Fault("data", None, "is needed: a model holds no data out", remedy))
+            faults.append(Fault("data", None, "is required: a model has no held-out data", remedy))
     if faults:
         raise UserError(faults)
 

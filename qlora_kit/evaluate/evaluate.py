@@ -132,7 +132,7 @@ def evaluate_model(config: RunConfig, opened: Opened, source: str, console: Cons
 def _check_exact_match(task: Task, config: RunConfig) -> None:
     """Raises `UserError` for prompts to be answered by what answers none."""
     if config.evaluation.exact_match and "exact_match" not in task.settings:
-        rule = f"has no meaning for {task.name}"
+        rule = f"does not apply to {task.name}"
         raise UserError.of("exact_match", config.evaluation.exact_match, rule, f"Drop {named('exact_match')}.")
 
 

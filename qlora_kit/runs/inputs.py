@@ -221,7 +221,7 @@ def _check_settings(config: RunConfig, task: Task) -> None:
             value = values[name]
             if name not in task.settings and value not in (None, False, "none", ()):
                 said = ",".join(value) if isinstance(value, tuple) else value
-                rule = f"has no meaning for {named('task', task.name)}"
+                rule = f"does not apply to {named('task', task.name)}"
                 faults.add(Fault(name, said, rule, f"Drop {named(name)}."))
 
 
@@ -287,7 +287,9 @@ def examples_to_score(config: RunConfig, source: str | None) -> tuple[list[Any],
         examples, fields = held_out_examples(config)
     unread = {DATA: fields}
     if not examples:
-        raise UserError.of("data", source, "is needed: the run held no data out", f"Give {named('data', 'FILE')}.")
+        raise UserError.of(
+            "data", source, "is required: the run has no held-out data", f"Give {named('data', 'FILE')}."
+        )
     if source is not None:
         return examples, source, unread
     if config.data.eval_fraction:

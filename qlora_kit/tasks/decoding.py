@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import data
+from qlora_kit.data.encode import IGNORED
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ def mean_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> L
     total, tokens = 0.0, 0
     with undisturbed(model):
         for batch in batches:
-            count = int((batch["labels"][:, 1:] != -100).sum())
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
             if count:
                 total += float(model(**batch).loss) * count
                 tokens += count

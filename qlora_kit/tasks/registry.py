@@ -50,7 +50,7 @@ def task_named(name: str | None) -> Task:
     """The task `name`; an old run that names none generates text. Raises `UserError` where there is no such task."""
     wanted = OF_OLD_RUNS if name is None else name
     if wanted not in FOLDERS:
-        rule = f"is not a task: there are {', '.join(names())}"
+        rule = f"is not a task; the tasks are {', '.join(names())}"
         raise UserError.of("task", name, rule, f"For example {named('task', names()[0])}.")
     return _loaded(wanted)
 
@@ -121,6 +121,6 @@ def metric_of(task: Task, metric: str | None) -> tuple[str, bool]:
     """The metric that a run follows, and whether more of it is better. Raises `UserError` for one the task has not."""
     name = task.metric if metric is None else metric
     if name not in task.metrics:
-        rule = f"is no metric of {task.name}, which has {', '.join(task.metrics)}"
+        rule = f"is not a metric of {task.name}, which has {', '.join(task.metrics)}"
         raise UserError.of("metric", name, rule, f"For example {named('metric', task.metric)}.")
     return name, task.metrics[name]

@@ -81,11 +81,11 @@ def test_a_name_that_is_mapped_twice_is_refused():
 
 
 def test_rules_hold_in_the_python_door_too():
-    with pytest.raises(UserError, match="full"):
+    with pytest.raises(UserError, match=r"^full = True"):
         BaseConfig(full=True)
-    with pytest.raises(UserError, match="eval_fraction"):
+    with pytest.raises(UserError, match=r"^eval_fraction = 0"):
         DataConfig(eval_data="x", eval_fraction=0.1)
-    with pytest.raises(UserError, match="report_to"):
+    with pytest.raises(UserError, match=r"^report_to = "):
         RunConfig(report_to=("tensorbord",))
 
 
@@ -129,7 +129,7 @@ def test_repeating_a_run_leaves_out_where_it_was_written(tmp_path):
 def test_a_configuration_file_that_is_no_mapping_is_refused(tmp_path, content):
     file = tmp_path / "bad.yaml"
     file.write_text(content)
-    with pytest.raises(UserError, match="config"):
+    with pytest.raises(UserError, match=r"^config = "):
         read_settings_file(file)
 
 

@@ -164,7 +164,7 @@ def test_packed_gradients_are_those_of_the_padded_batch(family):
 def test_packing_that_the_attention_cannot_take_is_refused():
     mistral = tiny_model("mistral").config  # it sees 32 tokens
     assert packed_mask_dtype(mistral, 32) == torch.bool
-    with pytest.raises(UserError, match="pack") as caught:
+    with pytest.raises(UserError, match="pack = True") as caught:
         packed_mask_dtype(mistral, 33)
     assert "seq_len=32" in str(caught.value)
     mistral._attn_implementation = "flash_attention_2"

@@ -162,5 +162,5 @@ def test_split_is_a_partition_that_the_seed_decides():
 def test_split_edges():
     assert split_examples(numbered(3), 0.0, seed=0) == (numbered(3), [])
     assert len(split_examples(numbered(3), 0.01, seed=0)[1]) == 1
-    with pytest.raises(UserError, match="eval_fraction"):
+    with pytest.raises(UserError, match="eval_fraction = "):
         split_examples(numbered(1), 0.5, seed=0)

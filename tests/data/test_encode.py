@@ -285,7 +285,7 @@ def test_encode_set_equals_encode_example_across_batches(monkeypatch):
     ],
 )
 def test_nothing_supervised_is_refused(examples, remedy):
-    with pytest.raises(UserError, match="eval_data") as caught:
+    with pytest.raises(UserError, match="eval_data = ") as caught:
         encode_set(examples, PLAIN, seq_len=10, train_on="answer", setting="eval_data")
     assert remedy in str(caught.value)
 
@@ -296,7 +296,7 @@ def test_resolve_seq_len():
     assert resolve_seq_len(None, tokenizer) == 512
     assert resolve_seq_len(None, tokenizer, positions=2048) == 1024
     assert resolve_seq_len(300, tokenizer, positions=400) == 300
-    with pytest.raises(UserError, match="seq_len"):
+    with pytest.raises(UserError, match="seq_len = "):
         resolve_seq_len(401, tokenizer, positions=400)
 
 

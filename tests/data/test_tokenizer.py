@@ -46,7 +46,7 @@ def test_empty_vocabulary_is_refused(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "<|endoftext|>": 1}), encoding="utf-8")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     tokenizer = GPT2TokenizerFast(vocab_file=str(tmp_path / "vocab.json"), merges_file=str(tmp_path / "merges.txt"))
-    with pytest.raises(UserError, match="tokenizer") as caught:
+    with pytest.raises(UserError, match="tokenizer = ") as caught:
         prepare_tokenizer(tokenizer)
     assert "vocabulary is empty" in caught.value.faults[0].rule
 

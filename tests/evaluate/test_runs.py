@@ -151,7 +151,7 @@ def test_mistakes_are_one_message(workshop, in_this_process, capsys, tmp_path):
     said = fails("--run", run, "--data", strange)
     assert "'maybe', which is not among" in said
     assert "Mend the data, or train with all of them named in labels." in said  # `eval` has no --labels
-    assert "--exact-match = 3: has no meaning for text-classification" in fails("--run", run, "--exact-match", 3)
+    assert "--exact-match = 3: does not apply to text-classification" in fails("--run", run, "--exact-match", 3)
     tagger = workshop.release("token-classification")
     assert "is for token-classification" in fails("--run", run, "--release", tagger)
     assert "needs --run" in fails("--model", tagger, "--release", tagger, "--data", strange)

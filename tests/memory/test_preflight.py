@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from families import save_tiny
 from rich.console import Console
 
 from qlora_kit import AdapterConfig, BaseConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, UserError, train
+from qlora_kit.errors import as_flag
 from qlora_kit.memory import preflight
 from qlora_kit.memory.fit import Budget
 from qlora_kit.memory.plan import plan
@@ -115,8 +117,10 @@ def test_what_does_not_fit_is_refused_with_a_remedy_that_does(monkeypatch):
     with pytest.raises(UserError) as caught:
         preflight.plan_run(config, torch.device("cuda"), 512)
     text = str(caught.value)
-    for part in ("free on a test", "largest part is", "With --", "preflight=False", "not yet validated on hardware"):
+    for part in ("free on a test", "largest part is", "preflight=False", "not yet validated on hardware"):
         assert part in text
+    assert re.search(r"With \w+=\w", text)
+    assert re.search(r"With --\w", caught.value.text(as_flag))
     monkeypatch.setattr("qlora_kit.memory.fit.present_device", lambda: (gpu, Budget(needed, "free on a test")))
     assert preflight.plan_run(config, torch.device("cuda"), 512).plan is not None
 

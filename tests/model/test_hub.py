@@ -14,7 +14,7 @@ from qlora_kit.model import hub
     [
         (GatedRepoError, "hf auth login"),
         (RepositoryNotFoundError, "has no such public model"),
-        (RevisionNotFoundError, "revision"),
+        (RevisionNotFoundError, "revision = "),
     ],
 )
 def test_what_the_hub_answers_becomes_one_message_with_a_remedy(monkeypatch, error, message):

@@ -125,7 +125,7 @@ def test_another_base_than_the_adapter_names_is_warned_of(made, tmp_path):
 
 
 def test_a_run_is_merged_with_its_own_adapter_alone(made):
-    with pytest.raises(UserError, match="cannot be combined with run"):
+    with pytest.raises(UserError, match=r"cannot be combined with run\b"):
         asked("--run", made / "run", "--adapter", made / "foreign", "--out", "x")
 
 

@@ -103,7 +103,7 @@ def test_an_unfinished_run_is_offered_for_resuming_only_if_it_can_be(tmp_path):
         folder.check_place(overwrite=False)
     assert "resume" not in str(caught.value)
     checkpoint(folder, 1)
-    with pytest.raises(UserError, match="resume"):
+    with pytest.raises(UserError, match="resume="):
         folder.check_place(overwrite=False)
 
 

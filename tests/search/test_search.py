@@ -314,7 +314,7 @@ def test_a_terminal_shows_how_many_folds_are_done(tiny_runs, tmp_path):
         (["--r", "2,4", "--folds", "99"], ["--folds = 99", "6 examples"]),
         (["--r", "2,4", "--budget", "lots"], ["--budget = 'lots'", "GiB", "--budget 8GiB"]),
         (["--r", "2,4", "--budget", "8Gib", "--metric", "exact_match"], ["--metric", "--exact-match"]),
-        (["--r", "2,4", "--metric", "f1"], ["--metric = 'f1'", "is no metric of text-generation"]),
+        (["--r", "2,4", "--metric", "f1"], ["--metric = 'f1'", "is not a metric of text-generation"]),
         (["--r", "2,4", "--trials", "3"], ["--trials = 3", "--sampler tpe"]),
         (["--r", "2,4", "--sampler", "best"], ["--sampler = 'best'", "grid, tpe"]),
         (["--r", "2,4", "--data", "none.jsonl"], ["--data", "none.jsonl"]),

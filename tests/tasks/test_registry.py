@@ -20,7 +20,7 @@ def test_every_task_has_a_name_of_its_own():
     assert len(set(names())) == len(all_tasks())
     assert all(task_named(task.name) is task for task in all_tasks())
     assert task_named(None).name == "text-generation"
-    with pytest.raises(UserError, match="task = 'nonesuch': is not a task: there are text-generation, "):
+    with pytest.raises(UserError, match="task = 'nonesuch': is not a task; the tasks are text-generation, "):
         task_named("nonesuch")
 
 

@@ -160,7 +160,7 @@ def resolve_tags(config: BaseConfig, examples: Sequence[TaggedWords], setting: s
     tell apart.
     """
     if config.multi_label:
-        rule = f"has no meaning for {named('task', task)}, where each word has one tag"
+        rule = f"does not apply to {named('task', task)}, where each word has one tag"
         raise UserError.of("multi_label", True, rule, f"Drop {named('multi_label')}.")
     counts = Counter(tag for example in examples for tag in example.tags or ())
     if len(counts) < 2:

@@ -264,7 +264,7 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     strange = str(save_rows(tmp_path / "strange.jsonl", [{"text": "a", "label": "never"}]))
     args = ("train", "--model", bert, "--data", data, "--out", str(tmp_path / "run"))
     assert "has the label 'never'" in fails(workshop, capsys, *args, "--eval-data", strange)
-    assert "is no metric of text-classification" in fails(
+    assert "is not a metric of text-classification" in fails(
         workshop, capsys, *args, "--eval-data", data, "--metric", "bleu"
     )
     assert "--pack" in fails(workshop, capsys, *args, "--pack")

@@ -197,7 +197,7 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     torn.write_text("a\tO\nb\n")
     assert "torn.conll:2" in fails(capsys, *args, "--data", str(torn))
     by_bleu = ("--eval-data", data, "--metric", "bleu")
-    assert "is no metric of token-classification" in fails(capsys, *args, "--data", data, *by_bleu)
+    assert "is not a metric of token-classification" in fails(capsys, *args, "--data", data, *by_bleu)
     assert "--pack" in fails(capsys, *args, "--data", data, "--pack")
     assert "has no head for token-classification" in fails(
         capsys, "train", "--model", str(workshop.base("bart")), "--data", data, "--out", out

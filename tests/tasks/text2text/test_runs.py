@@ -306,10 +306,10 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
         capsys, *train_args, "--task", "text2text-generation", "--data", lacking
     )
     good = ("--data", workshop.data, "--eval-data", workshop.data)
-    assert "is no metric of text2text-generation" in fails(capsys, *train_args, *good, "--metric", "f1")
+    assert "is not a metric of text2text-generation" in fails(capsys, *train_args, *good, "--metric", "f1")
     assert "--pack" in fails(capsys, *train_args, *good, "--pack")
     said = fails(capsys, *train_args, *good, "--labels", "a,b", "--multi-label", "true")
-    assert "--labels = 'a,b': has no meaning for --task text2text-generation" in said
+    assert "--labels = 'a,b': does not apply to --task text2text-generation" in said
     assert "--multi-label = True: has no meaning" in said
     bert = str(tmp_path / "bert")
     from classifiers import ROWS as LABELLED
@@ -320,7 +320,7 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     assert "a bert model has no encoder with a decoder" in fails(capsys, *args, *good)
     labelled = str(save_rows(tmp_path / "labelled.jsonl", LABELLED))
     args = ("train", "--model", bert, "--out", str(tmp_path / "run"), "--data", labelled, "--source-prefix", "go: ")
-    assert "has no meaning for --task text-classification" in fails(capsys, *args)
+    assert "does not apply to --task text-classification" in fails(capsys, *args)
     assert not (tmp_path / "run").exists()
     run = str(workshop.run("t5"))
     args = ("--run", run, "--source-prefix", "go: ")
