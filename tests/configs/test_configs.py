@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GB = 10**9  # the smaller of what the two letters may mean: what a display takes is left over
 SIZES_GB = (2, 4, 6, 8, 12, 16, 24)  # of GPUs
 OF_SEARCH = {field.name for field in dataclasses.fields(SearchConfig)}
-SOME_PASSES = 2  # forward passes of a step beyond which a plan takes long, for it makes each of them
+SOME_PASSES = 2  # forward passes of a step that the tiny runs take
 
 # The published shapes of models, so that no test asks the hub: a name that the planner knows, or a config.json.
 SHAPES: dict[str, str | dict[str, Any]] = {
@@ -170,10 +170,8 @@ def test_a_mistake_in_a_recipe_is_one_message(tmp_path, capsys):
     assert "epochs?" in said
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(r, id=r.path.stem, marks=[pytest.mark.slow] if r.passes > SOME_PASSES else []) for r in RECIPES],
-)
+@pytest.mark.slow
+@every_recipe
 def test_what_it_plans_fits_the_gpu_that_it_names_and_no_smaller_one(recipe, tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.run_settings), encoding="utf-8")
@@ -193,9 +191,8 @@ def _shape(recipe: Recipe, folder: Path) -> list[str]:
     return ["--model", str(file), "--weights", "random"]
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(r, id=r.path.stem, marks=[pytest.mark.slow] if r.is_search else []) for r in RECIPES]
-)
+@pytest.mark.slow
+@every_recipe
 def test_two_steps_on_a_tiny_model(recipe, tmp_path):
     flags = [text for name, value in instead_of(recipe, tmp_path).items() for text in (flag(name), str(value))]
     main([recipe.command, "--config", str(recipe.path), "--no-preflight", "--out", str(tmp_path / "out"), *flags])
