@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -67,7 +68,7 @@ class Copy:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **self._where())
         checkpoint = Path(f"{out}.partial") / "checkpoints" / "checkpoint-2"
         deadline_s = time.monotonic() + DEADLINE_S
-        while not (checkpoint / "trainer_state.json").exists():
+        while not _is_whole(checkpoint / "trainer_state.json"):
             assert time.monotonic() < deadline_s
             assert process.poll() is None, "it must not end before it is killed"
             time.sleep(0.005)
@@ -81,3 +82,11 @@ class Copy:
     def _where(self) -> dict[str, object]:
         path = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         return {"env": {**os.environ, **path}, "cwd": self.root}
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the state that a checkpoint ends with is there, and written to its end."""
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False

@@ -175,7 +175,7 @@ def test_a_run_whose_answers_do_not_fit_is_refused_by_their_name_with_what_helps
         preflight.plan_run(config, torch.device("cuda"), 16, held_out=LONG)
     text = str(caught.value)
     assert "largest in answering prompts (a prompt of 1000 tokens, with 20 more to answer)" in text
-    assert "no --exact-match" in text
+    assert "no exact_match" in text
     fits = preflight.plan_run(gpt2(), torch.device("cuda"), 16, held_out=LONG)
     assert list(fits.plan.stages) == ["loading", "evaluation", "step"]
 
