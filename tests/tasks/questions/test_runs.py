@@ -215,7 +215,7 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     assert "has a question of 203 tokens, and 50% of the 128 of --seq-len" in said
     said = fails(capsys, *train_on, workshop.held_out, "--labels", "a,b", "--multi-label", "true")
     assert "--labels = 'a,b': does not apply to --task question-answering" in said
-    assert "--multi-label = True: has no meaning" in said
+    assert "--multi-label = True: does not apply" in said
     assert "is not a metric of question-answering" in fails(
         capsys, *train_on, workshop.held_out, "--eval-data", workshop.held_out, "--metric", "accuracy"
     )

@@ -310,7 +310,7 @@ def test_bad_input_is_one_message(workshop, capsys, tmp_path):
     assert "--pack" in fails(capsys, *train_args, *good, "--pack")
     said = fails(capsys, *train_args, *good, "--labels", "a,b", "--multi-label", "true")
     assert "--labels = 'a,b': does not apply to --task text2text-generation" in said
-    assert "--multi-label = True: has no meaning" in said
+    assert "--multi-label = True: does not apply" in said
     bert = str(tmp_path / "bert")
     from classifiers import ROWS as LABELLED
     from classifiers import save_base as save_classifier
