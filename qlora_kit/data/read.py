@@ -330,7 +330,7 @@ CONLL_BEGINNING = 1 << 16  # bytes by which a file of another name is recognised
 def _read_hub(source: str, setting: str, held_out: bool) -> list[Record]:
     match = HUB_NAME.fullmatch(source)
     if match is None or source.startswith(".") or Path(match["repo"]).suffix.lower() in READERS:
-        raise UserError.of(setting, source, "does not exist", _near(source))
+        raise UserError.of(setting, source, "is no such file or folder", _near(source))
     repo, config = match["repo"], match["config"]
     _check_reachable(repo, source, setting)
 

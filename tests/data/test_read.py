@@ -193,7 +193,7 @@ def test_empty_data(tmp_path, name, content):
 def test_missing_file_suggests_the_near_one(tmp_path):
     write(tmp_path / "train.jsonl", "{}")
     (fault,) = faults_of(tmp_path / "trian.jsonl")
-    assert fault.rule == "does not exist"
+    assert fault.rule == "is no such file or folder"
     assert fault.remedy == f"Did you mean {tmp_path}/train.jsonl?"
 
 
