@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from qlora_kit.cli.flags import Command, as_given
-from qlora_kit.cli.open_model import no_model
+from qlora_kit.cli.open_model import faults_of_choice
 from qlora_kit.config.rules import Checked, setting
 from qlora_kit.config.settings import DEFAULT_ASKED, RunConfig
 from qlora_kit.errors import Fault, UserError, named
@@ -88,14 +88,9 @@ def run(
 
 def _check(given: Mapping[str, Any], run: str | None, release: str | None, base: str | None) -> None:
     """The rules that join several flags. Raises one `UserError` with every fault."""
-    faults = []
-    if run is not None:
-        rule = f"cannot go with {named('run')}, which has its own"
-        remedy = f"Give one of the two ({named('release')} adds a model, {named('base')} says where a base moved)."
-        faults += [Fault(name, given[name], rule, remedy) for name in OF_A_MODEL if name in given]
-    elif "model" not in given:
-        faults.append(no_model())
-    else:
+    hint = f" ({named('release')} adds a model, {named('base')} says where a base moved)"
+    faults = faults_of_choice(given, run, None, OF_A_MODEL, hint)
+    if run is None and "model" in given:
         others = {"release": release, "base": base}
         rule, remedy = f"needs {named('run')}", f"Evaluate each model on its own with {named('model')}."
         faults += [Fault(name, value, rule, remedy) for name, value in others.items() if value is not None]

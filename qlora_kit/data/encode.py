@@ -57,14 +57,17 @@ class EncodedSet:
         return {"input_ids": row.input_ids, "labels": row.labels}
 
 
-def resolve_seq_len(seq_len: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> int:
+def resolve_seq_len(
+    seq_len: int | None, tokenizer: PreTrainedTokenizerBase | None, positions: int | None = None
+) -> int:
     """The longest example in tokens: the setting, or if unset the model's limit, at most 1024.
 
-    `positions` is the model's limit if known; otherwise the tokenizer's is used.
+    `positions` is the model's limit if known; otherwise the tokenizer's is used, where there is one.
     Raises `UserError` if the setting exceeds `positions`.
     """
     if seq_len is None:
-        return min(DEFAULT_SEQ_LEN, positions or tokenizer.model_max_length)
+        of_tokenizer = DEFAULT_SEQ_LEN if tokenizer is None else tokenizer.model_max_length
+        return min(DEFAULT_SEQ_LEN, positions or of_tokenizer)
     if positions is not None and seq_len > positions:
         rule = f"exceeds the {positions} positions of the model"
         raise UserError.of("seq_len", seq_len, rule, f"Give at most {positions}.")

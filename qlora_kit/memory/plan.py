@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.adapters import unquantized
-from qlora_kit.config.settings import DEFAULT_SEQ_LEN, RunConfig
+from qlora_kit.config.settings import RunConfig
+from qlora_kit.data.encode import resolve_seq_len
 from qlora_kit.errors import Fault, UserError
 from qlora_kit.memory import rules, stages
 from qlora_kit.memory.extrapolate import DEEP, SHALLOW, NotEvenError, extrapolate
@@ -184,14 +185,7 @@ def resolve_architecture(config: RunConfig) -> PretrainedConfig:
 
 def resolve_tokens(config: RunConfig, architecture: PretrainedConfig) -> int:
     """The longest example in tokens, as in training. Raises `UserError` if it exceeds the model's positions."""
-    positions = source.max_positions(architecture)
-    wanted = config.data.seq_len
-    if wanted is None:
-        return min(positions or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
-    if positions is not None and wanted > positions:
-        rule = f"exceeds the {positions} positions of the model"
-        raise UserError.of("seq_len", wanted, rule, f"Give at most {positions}.")
-    return wanted
+    return resolve_seq_len(config.data.seq_len, None, source.max_positions(architecture))
 
 
 def with_layers(architecture: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -55,12 +55,6 @@ def task_named(name: str | None) -> Task:
     return _loaded(wanted)
 
 
-def check_name(name: object) -> None:
-    """Check a name that may be unset, as one of several settings. Raises `UserError` where there is no such task."""
-    if name is not None:
-        task_named(str(name))
-
-
 def task_of(config: BaseConfig, architecture: PretrainedConfig) -> Task:
     """The task of `config`, or where it is unset what the model was saved for, or else what its kind is for.
 
